@@ -1,0 +1,452 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a caller can choose, checked once.
+//!
+//! A [`Config`] is immutable and always valid: [`ConfigBuilder::build`] is the only way to make one
+//! that is not the default. The defaults are those of the peers in the field (WIRE chapter 4), so a
+//! session between this crate and another implementation looks to the other like one of its own.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::error::ConfigError;
+
+/// Bytes that the header in front of every buffer slice takes.
+const SLICE_OVERHEAD: u64 = 20;
+/// Bytes that the header in front of every buffer list takes.
+const LIST_OVERHEAD: u64 = 36;
+/// Bytes that the header of the buffer memory takes.
+const MANAGER_OVERHEAD: u64 = 8;
+/// What a file name may take at most; the names made from the prefix must stay below.
+const PATH_ROOM: usize = 255;
+/// The longest ending that the file names put behind the prefix.
+const LONGEST_SUFFIX: usize = 96;
+
+/// The versions of the protocol that a session can speak (WIRE chapter 2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum ProtocolVersion {
+    /// File memory only; the client uses the queues without waiting for an answer.
+    V2,
+    /// Memory by descriptor or by file, acknowledged by the server.
+    V3,
+}
+
+impl ProtocolVersion {
+    /// The highest version of this crate.
+    pub const HIGHEST: Self = Self::V3;
+
+    /// The version byte of messages.
+    pub const fn as_u8(self) -> u8 {
+        match self {
+            Self::V2 => 2,
+            Self::V3 => 3,
+        }
+    }
+}
+
+/// How the client hands its shared memory to the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum MemoryKind {
+    /// Anonymous memory whose descriptors go over the Unix socket. Nothing is left behind by a
+    /// crash, and nobody else can open it.
+    Memfd,
+    /// Files below the [path prefix](ConfigBuilder::path_prefix). The only kind that works over
+    /// TCP loopback, and the only kind that protocol version 2 knows.
+    File,
+}
+
+/// One size class of buffer slices and the share of the buffer memory that it gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SliceClass {
+    /// Bytes of payload that one slice holds. A multiple of four.
+    pub capacity: u32,
+    /// Share of the buffer memory in per cent.
+    pub percent: u32,
+}
+
+impl SliceClass {
+    /// A class of slices with `capacity` bytes of payload that gets `percent` of the memory.
+    pub const fn new(capacity: u32, percent: u32) -> Self {
+        Self { capacity, percent }
+    }
+}
+
+/// How long a session goes on polling its IO queue after its last traffic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Spin {
+    /// Never: every message that meets a sleeping peer costs a wake-up, and an idle core sleeps.
+    Never,
+    /// For this long after the last traffic.
+    For(Duration),
+    /// Always. The core never sleeps while the session lives.
+    Forever,
+}
+
+/// Everything that a session, a listener or a connector can be told.
+///
+/// ```
+/// use shmipc_glommio::{Config, MemoryKind, SliceClass};
+///
+/// let config = Config::builder()
+///     .memory(MemoryKind::Memfd)
+///     .buffer_size(8 << 20)
+///     .slice_classes([SliceClass::new(4096 - 20, 50), SliceClass::new(65536 - 20, 50)])
+///     .build()?;
+/// assert_eq!(config.buffer_size(), 8 << 20);
+/// # Ok::<(), shmipc_glommio::ConfigError>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub(crate) memory: MemoryKind,
+    pub(crate) protocol: ProtocolVersion,
+    pub(crate) queue_capacity: u32,
+    pub(crate) buffer_size: u32,
+    pub(crate) slice_classes: Vec<SliceClass>,
+    pub(crate) path_prefix: PathBuf,
+    pub(crate) spin: Spin,
+    pub(crate) pool_wait: Duration,
+    pub(crate) limits: Limits,
+}
+
+/// What a peer can make this side spend, at most.
+#[derive(Debug, Clone)]
+pub(crate) struct Limits {
+    pub(crate) handshake_timeout: Duration,
+    pub(crate) handshakes: usize,
+    pub(crate) message_len: u32,
+    pub(crate) streams: usize,
+    pub(crate) mapped_bytes: u64,
+    pub(crate) unread_fallback_bytes: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            memory: MemoryKind::Memfd,
+            protocol: ProtocolVersion::V3,
+            queue_capacity: 8192,
+            buffer_size: 32 << 20,
+            slice_classes: vec![
+                SliceClass::new(8192 - 20, 50),
+                SliceClass::new(32768 - 20, 30),
+                SliceClass::new(131072 - 20, 20),
+            ],
+            path_prefix: PathBuf::from("/dev/shm/shmipc"),
+            spin: Spin::For(Duration::from_micros(50)),
+            pool_wait: Duration::from_millis(1),
+            limits: Limits {
+                handshake_timeout: Duration::from_secs(2),
+                handshakes: 64,
+                message_len: 64 << 20,
+                streams: 65536,
+                mapped_bytes: 1 << 30,
+                unread_fallback_bytes: 64 << 20,
+            },
+        }
+    }
+}
+
+impl Config {
+    /// Starts from the defaults.
+    pub fn builder() -> ConfigBuilder {
+        ConfigBuilder {
+            config: Self::default(),
+            buffer_size: 32 << 20,
+        }
+    }
+
+    /// The kind of memory that a client of this configuration creates.
+    pub fn memory(&self) -> MemoryKind {
+        self.memory
+    }
+
+    /// The highest protocol version that a client of this configuration speaks.
+    pub fn protocol(&self) -> ProtocolVersion {
+        self.protocol
+    }
+
+    /// How many events each of the two IO queues holds.
+    pub fn queue_capacity(&self) -> u32 {
+        self.queue_capacity
+    }
+
+    /// Bytes of buffer memory that a client of this configuration creates for a session.
+    pub fn buffer_size(&self) -> u32 {
+        self.buffer_size
+    }
+
+    /// The size classes of the buffer memory, smallest first.
+    pub fn slice_classes(&self) -> &[SliceClass] {
+        &self.slice_classes
+    }
+
+    /// What the names of shared-memory files start with.
+    pub fn path_prefix(&self) -> &Path {
+        &self.path_prefix
+    }
+
+    /// How long a session polls after its last traffic.
+    pub fn spin(&self) -> Spin {
+        self.spin
+    }
+}
+
+/// Builds a [`Config`].
+#[derive(Debug, Clone)]
+#[must_use]
+pub struct ConfigBuilder {
+    config: Config,
+    buffer_size: u64,
+}
+
+impl ConfigBuilder {
+    /// How a client hands over its memory. Default: [`MemoryKind::Memfd`]. Servers take both.
+    pub fn memory(mut self, memory: MemoryKind) -> Self {
+        self.config.memory = memory;
+        self
+    }
+
+    /// The highest protocol version that a client speaks. Default: version 3. Servers take both.
+    pub fn protocol(mut self, protocol: ProtocolVersion) -> Self {
+        self.config.protocol = protocol;
+        self
+    }
+
+    /// Events in each IO queue: a multiple of 16, from 16 to 16 777 216. Default: 8192.
+    pub fn queue_capacity(mut self, events: u32) -> Self {
+        self.config.queue_capacity = events;
+        self
+    }
+
+    /// Bytes of buffer memory per session, below 4 GiB. Default: 32 MiB.
+    pub fn buffer_size(mut self, bytes: u64) -> Self {
+        self.buffer_size = bytes;
+        self
+    }
+
+    /// Size classes of the buffer memory. Sorted here; the shares may add up to at most 100.
+    /// Default: 8 KiB, 32 KiB and 128 KiB, each less its 20 bytes of header, with 50, 30 and 20
+    /// per cent.
+    pub fn slice_classes(mut self, classes: impl IntoIterator<Item = SliceClass>) -> Self {
+        self.config.slice_classes = classes.into_iter().collect();
+        self
+    }
+
+    /// What the names of shared-memory files start with; also the name that a memfd shows in
+    /// `/proc`. Default: `/dev/shm/shmipc`.
+    pub fn path_prefix(mut self, prefix: impl Into<PathBuf>) -> Self {
+        self.config.path_prefix = prefix.into();
+        self
+    }
+
+    /// How long a session polls its queue after its last traffic. Default: 50 microseconds, about
+    /// twice what a wake-up costs.
+    pub fn spin(mut self, spin: Spin) -> Self {
+        self.config.spin = spin;
+        self
+    }
+
+    /// How long a sender waits for free slices before its data goes over the socket instead.
+    /// Default: one millisecond. Zero: at once.
+    pub fn pool_wait(mut self, wait: Duration) -> Self {
+        self.config.pool_wait = wait;
+        self
+    }
+
+    /// How long a handshake may take. Default: two seconds.
+    pub fn handshake_timeout(mut self, timeout: Duration) -> Self {
+        self.config.limits.handshake_timeout = timeout;
+        self
+    }
+
+    /// How many handshakes a listener carries on at the same time; further peers wait in the
+    /// socket's backlog. Default: 64.
+    pub fn max_handshakes(mut self, handshakes: usize) -> Self {
+        self.config.limits.handshakes = handshakes;
+        self
+    }
+
+    /// The longest message that a peer may send over the socket, header included, in bytes.
+    /// Default: 64 MiB.
+    pub fn max_message_len(mut self, bytes: u32) -> Self {
+        self.config.limits.message_len = bytes;
+        self
+    }
+
+    /// How many streams of a session may be open. Default: 65 536.
+    pub fn max_streams(mut self, streams: usize) -> Self {
+        self.config.limits.streams = streams;
+        self
+    }
+
+    /// How many bytes of a peer's memory this side maps for one session. Default: 1 GiB.
+    pub fn max_mapped_bytes(mut self, bytes: u64) -> Self {
+        self.config.limits.mapped_bytes = bytes;
+        self
+    }
+
+    /// How many bytes that came over the socket may wait unread in a session. Beyond, the socket is
+    /// not read until readers catch up. Default: 64 MiB.
+    pub fn max_unread_fallback_bytes(mut self, bytes: usize) -> Self {
+        self.config.limits.unread_fallback_bytes = bytes;
+        self
+    }
+
+    /// Checks everything and hands out the configuration.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`], one variant for each thing that cannot be.
+    pub fn build(self) -> Result<Config, ConfigError> {
+        let Self {
+            mut config,
+            buffer_size,
+        } = self;
+        let capacity = config.queue_capacity;
+        if capacity % 16 != 0 || !(16..=1 << 24).contains(&capacity) {
+            return Err(ConfigError::QueueCapacity(capacity));
+        }
+        if config.protocol == ProtocolVersion::V2 && config.memory == MemoryKind::Memfd {
+            return Err(ConfigError::MemfdNeedsVersion3);
+        }
+        config.slice_classes.sort_by_key(|class| class.capacity);
+        config.buffer_size = check_buffers(buffer_size, &config.slice_classes)?;
+        check_prefix(&config.path_prefix)?;
+        let limits = &config.limits;
+        at_least("max_handshakes", limits.handshakes as u64, 1)?;
+        at_least("max_streams", limits.streams as u64, 1)?;
+        at_least("max_message_len", u64::from(limits.message_len), 4096)?;
+        at_least(
+            "max_unread_fallback_bytes",
+            limits.unread_fallback_bytes as u64,
+            4096,
+        )?;
+        Ok(config)
+    }
+}
+
+fn at_least(what: &'static str, value: u64, least: u64) -> Result<(), ConfigError> {
+    if value >= least {
+        return Ok(());
+    }
+    Err(ConfigError::Limit {
+        what,
+        value,
+        problem: "nothing would get through",
+    })
+}
+
+fn check_prefix(prefix: &Path) -> Result<(), ConfigError> {
+    let fits = prefix.as_os_str().len() + LONGEST_SUFFIX <= PATH_ROOM;
+    if prefix.is_absolute() && prefix.file_name().is_some() && fits {
+        return Ok(());
+    }
+    Err(ConfigError::PathPrefix(prefix.to_owned()))
+}
+
+/// Checks that every class gets a slice. One is too few to be of use, since the last slice of a list
+/// is never handed out (WIRE chapter 4), but the defaults give no more to 1 MiB of memory.
+fn check_buffers(size: u64, classes: &[SliceClass]) -> Result<u32, ConfigError> {
+    let wrong = |text: String| ConfigError::SliceClasses(text);
+    if classes.is_empty() || classes.len() > 32 {
+        return Err(wrong(format!(
+            "{} classes, expected 1 to 32",
+            classes.len()
+        )));
+    }
+    if classes
+        .iter()
+        .map(|class| u64::from(class.percent))
+        .sum::<u64>()
+        > 100
+    {
+        return Err(wrong("the shares add up to more than 100 per cent".into()));
+    }
+    if classes
+        .windows(2)
+        .any(|pair| pair[0].capacity == pair[1].capacity)
+    {
+        return Err(wrong("two classes have the same capacity".into()));
+    }
+    let too_small = |problem: String| ConfigError::BufferSize { size, problem };
+    let fits = u32::try_from(size).map_err(|_| too_small("offsets have 32 bits".into()))?;
+    let overhead = MANAGER_OVERHEAD + LIST_OVERHEAD * classes.len() as u64;
+    let room = size.saturating_sub(overhead);
+    for class in classes {
+        let capacity = class.capacity;
+        if capacity < 16 || capacity % 4 != 0 || capacity > 1 << 30 {
+            return Err(wrong(format!(
+                "capacity {capacity} is not a multiple of 4 from 16"
+            )));
+        }
+        let stride = u64::from(capacity) + SLICE_OVERHEAD;
+        if room * u64::from(class.percent) / 100 < stride {
+            let percent = class.percent;
+            return Err(too_small(format!(
+                "{percent} per cent hold no slice of {capacity} bytes"
+            )));
+        }
+    }
+    Ok(fits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_is_one_that_the_builder_would_let_through() {
+        let config = Config::builder().build().unwrap();
+        assert_eq!(config.slice_classes, Config::default().slice_classes);
+        assert_eq!(config.buffer_size, 32 << 20);
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_by_name() {
+        let refused = |builder: ConfigBuilder| builder.build().unwrap_err();
+        let builder = Config::builder;
+        assert_eq!(
+            refused(builder().queue_capacity(24)),
+            ConfigError::QueueCapacity(24)
+        );
+        assert_eq!(
+            refused(builder().queue_capacity(0)),
+            ConfigError::QueueCapacity(0)
+        );
+        assert_eq!(
+            refused(builder().protocol(ProtocolVersion::V2)),
+            ConfigError::MemfdNeedsVersion3
+        );
+        let classes = |list: &[(u32, u32)]| {
+            builder().slice_classes(
+                list.iter()
+                    .map(|&(size, share)| SliceClass::new(size, share)),
+            )
+        };
+        for list in [
+            &[][..],
+            &[(64, 60), (128, 60)],
+            &[(64, 10), (64, 10)],
+            &[(66, 10)],
+        ] {
+            assert!(
+                matches!(refused(classes(list)), ConfigError::SliceClasses(_)),
+                "{list:?}"
+            );
+        }
+        for size in [0, 4096, 1 << 32, u64::MAX] {
+            let error = refused(builder().buffer_size(size));
+            assert!(matches!(error, ConfigError::BufferSize { .. }), "{size}");
+        }
+        for prefix in ["relative", "/", &format!("/{}", "x".repeat(250))] {
+            let error = refused(builder().path_prefix(prefix));
+            assert!(matches!(error, ConfigError::PathPrefix(_)), "{prefix}");
+        }
+        assert!(matches!(
+            refused(builder().max_streams(0)),
+            ConfigError::Limit { .. }
+        ));
+    }
+}

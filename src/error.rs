@@ -1,0 +1,352 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Errors, split by who is at fault.
+//!
+//! - [`WireError`]: the peer sent bytes on the socket that are not a message.
+//! - [`HandshakeError`]: the peer sent a message that has no place where it stands.
+//! - [`MemoryError`]: the shared memory that the peer gave us, or writes to, does not hold together.
+//! - [`ConfigError`]: the caller asked for something that cannot be.
+//! - [`Error`]: all of these, the operating system, and the ends of sessions and streams.
+//!
+//! Every one of them converts into [`std::io::Error`] with a fitting kind, so that code written for
+//! sockets needs no second error type.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// The peer sent bytes on the socket that are not a message (WIRE chapter 1; spec 3.1).
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WireError {
+    /// The two magic bytes are wrong: whatever talks to us does not speak shmipc.
+    #[error("magic is {0:#06x}, not 0x7758")]
+    Magic(u16),
+    /// The version byte is one that no message of this crate carries.
+    #[error("protocol version {0} is not one of 2 and 3")]
+    Version(u8),
+    /// The type byte names no message.
+    #[error("message type {0} is unknown")]
+    Type(u8),
+    /// The length field is not one that this type of message can have.
+    #[error("{message} has a length of {length} bytes, expected {expected}")]
+    Length {
+        /// Which message.
+        message: &'static str,
+        /// The length that its header gives, header included.
+        length: u32,
+        /// What the length could have been, in words.
+        expected: &'static str,
+    },
+    /// The length field is over the configured limit.
+    #[error("message of {length} bytes is over the limit of {limit}")]
+    TooLong {
+        /// The length that the header gives, header included.
+        length: u32,
+        /// The configured limit in bytes.
+        limit: u32,
+    },
+    /// A path inside a message ends outside the message, or is longer than a path may be.
+    #[error("path of {length} bytes in {message}: {problem}")]
+    Path {
+        /// Which message.
+        message: &'static str,
+        /// The length that the path's own length field gives.
+        length: usize,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+}
+
+/// The peer sent a message that has no place where it stands (WIRE chapter 2; spec chapter 4).
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum HandshakeError {
+    /// Another message was due.
+    #[error("{got} came where {expected} was due")]
+    Unexpected {
+        /// The message that came.
+        got: &'static str,
+        /// What was due, in words.
+        expected: &'static str,
+    },
+    /// No version is common to both sides.
+    #[error("the peer speaks up to version {peer}, this side needs {needed}")]
+    NoCommonVersion {
+        /// The highest version of the peer.
+        peer: u8,
+        /// The version that this side needs.
+        needed: u8,
+    },
+    /// A later message of the handshake carries another version than the one agreed.
+    #[error("{message} carries version {got}, agreed was {agreed}")]
+    VersionChanged {
+        /// Which message.
+        message: &'static str,
+        /// The version it carries.
+        got: u8,
+        /// The version agreed before.
+        agreed: u8,
+    },
+    /// The descriptors of the two memories did not come as they should.
+    #[error("{got} descriptors came, expected {expected}")]
+    Descriptors {
+        /// How many came.
+        got: usize,
+        /// How many were due.
+        expected: usize,
+    },
+    /// A descriptor is of a kind that cannot be shared memory.
+    #[error("descriptor of the {role} memory is {kind}, not a memfd or a regular file")]
+    DescriptorKind {
+        /// Which memory.
+        role: &'static str,
+        /// What it is instead.
+        kind: &'static str,
+    },
+    /// The byte that carries the descriptors has something behind or before it that does not belong.
+    #[error("bytes came where descriptors were due")]
+    StrayBytes,
+    /// The peer went away in the middle.
+    #[error("the peer closed the connection while {waiting_for} was due")]
+    Closed {
+        /// What was due, in words.
+        waiting_for: &'static str,
+    },
+    /// The peer took too long.
+    #[error("no handshake within {0:?}")]
+    Timeout(Duration),
+    /// The transport cannot carry what the handshake needs.
+    #[error("descriptors cannot be passed over TCP; use file memory")]
+    DescriptorsOverTcp,
+}
+
+/// Shared memory that does not hold together (WIRE chapters 3 and 4; spec chapters 5 and 6.2).
+///
+/// After one of these the session is over: its memory cannot be trusted any more.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MemoryError {
+    /// The memory is smaller than what its headers, or the protocol, need.
+    #[error("{what} needs {needed} bytes, the memory has {have}")]
+    TooSmall {
+        /// Which part.
+        what: &'static str,
+        /// How many bytes it needs at least.
+        needed: u64,
+        /// How many there are.
+        have: u64,
+    },
+    /// The memory is larger than this side is willing, or able, to map.
+    #[error("{what} has {have} bytes, the limit is {limit}")]
+    TooLarge {
+        /// Which part.
+        what: &'static str,
+        /// How many bytes it has.
+        have: u64,
+        /// The limit in bytes.
+        limit: u64,
+    },
+    /// A field of a header holds what it must not.
+    #[error("{what} is {value}: {problem}")]
+    Field {
+        /// The field, by its name in WIRE.md.
+        what: &'static str,
+        /// What it holds.
+        value: u64,
+        /// Why that cannot be.
+        problem: &'static str,
+    },
+    /// A queue index moved as no honest peer moves it.
+    #[error("the peer moved the {index} of its queue to {value}, it can be {low} to {high}")]
+    QueueIndex {
+        /// `"head"` or `"tail"`.
+        index: &'static str,
+        /// Where it stands.
+        value: i64,
+        /// The lowest place it could be.
+        low: i64,
+        /// The highest place it could be.
+        high: i64,
+    },
+    /// An offset does not name a buffer slice.
+    #[error("offset {offset} is not the start of a buffer slice")]
+    Offset {
+        /// The offset, from the start of the buffer memory.
+        offset: u32,
+    },
+    /// A slice was named that this side holds: it was handed out twice, or its chain has a cycle.
+    #[error("the slice at {offset} was handed to two owners")]
+    SharedTwice {
+        /// Where the slice stands.
+        offset: u32,
+    },
+    /// A slice's header is not that of its list.
+    #[error("the slice at {offset} says {what} = {value}, its list says at most {limit}")]
+    SliceHeader {
+        /// Where the slice stands.
+        offset: u32,
+        /// Which field.
+        what: &'static str,
+        /// What it holds.
+        value: u32,
+        /// What its list, or its capacity, allows.
+        limit: u32,
+    },
+    /// A chain of slices has more links than there are slices.
+    #[error("a chain of slices from {offset} does not end")]
+    EndlessChain {
+        /// Where the chain starts.
+        offset: u32,
+    },
+}
+
+/// The caller asked for something that cannot be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The queue capacity is not a multiple of 16 in the range that the protocol can hold.
+    ///
+    /// The multiple keeps the indices of both queues inside one cache line each, without which they
+    /// could not be read in one go (WIRE chapter 3).
+    #[error("queue capacity {0} is not a multiple of 16 from 16 to 16777216")]
+    QueueCapacity(u32),
+    /// The slice classes cannot be laid out.
+    #[error("slice classes: {0}")]
+    SliceClasses(String),
+    /// The buffer memory is too small for its slice classes, or larger than offsets can name.
+    #[error("buffer memory of {size} bytes: {problem}")]
+    BufferSize {
+        /// The size asked for, in bytes.
+        size: u64,
+        /// Why it cannot be.
+        problem: String,
+    },
+    /// Version 2 of the protocol has no message for descriptors.
+    #[error("protocol version 2 knows file memory only")]
+    MemfdNeedsVersion3,
+    /// The path prefix of shared-memory files is too long or not absolute.
+    #[error("path prefix {0:?} must be absolute and leave room for the file names")]
+    PathPrefix(PathBuf),
+    /// A limit is zero or out of its range.
+    #[error("{what} is {value}: {problem}")]
+    Limit {
+        /// Which setting.
+        what: &'static str,
+        /// What it was set to.
+        value: u64,
+        /// Why that cannot be.
+        problem: &'static str,
+    },
+}
+
+/// Anything that can go wrong here.
+///
+/// Cheap to clone, since the end of a session reaches every one of its streams.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The peer sent bytes that are not a message.
+    #[error("the peer broke the wire format: {0}")]
+    Wire(#[from] WireError),
+    /// The peer broke the handshake, or never finished it.
+    #[error("handshake failed: {0}")]
+    Handshake(#[from] HandshakeError),
+    /// The shared memory does not hold together.
+    #[error("shared memory is broken: {0}")]
+    Memory(#[from] MemoryError),
+    /// The configuration cannot be.
+    #[error("configuration: {0}")]
+    Config(#[from] ConfigError),
+    /// The operating system said no.
+    #[error("{operation}: {source}")]
+    Os {
+        /// What was being done.
+        operation: &'static str,
+        /// What the system said.
+        source: Arc<io::Error>,
+    },
+    /// The peer went away: it closed its socket, or died.
+    #[error("the peer closed the session")]
+    PeerClosed,
+    /// The session was closed on this side.
+    #[error("the session was closed here")]
+    SessionClosed,
+    /// The stream was closed on this side.
+    #[error("the stream was closed here")]
+    StreamClosed,
+    /// The peer closed the stream; what is written to it now would reach nobody.
+    #[error("the peer closed the stream")]
+    StreamClosedByPeer,
+    /// Only the client of a session opens streams.
+    #[error("a server cannot open streams, it accepts them")]
+    NotClient,
+    /// As many streams are open as the configuration allows.
+    #[error("{0} streams are open, the limit")]
+    TooManyStreams(usize),
+}
+
+impl Error {
+    /// An error of the operating system, with what was being done.
+    pub(crate) fn os(operation: &'static str, source: impl Into<io::Error>) -> Self {
+        Self::Os {
+            operation,
+            source: Arc::new(source.into()),
+        }
+    }
+
+    /// Whether the peer is at fault, rather than this side or the machine.
+    pub fn is_peer_fault(&self) -> bool {
+        matches!(self, Self::Wire(_) | Self::Handshake(_) | Self::Memory(_))
+    }
+
+    /// The kind that fits this error best.
+    pub fn kind(&self) -> io::ErrorKind {
+        match self {
+            Self::Wire(_) | Self::Memory(_) => io::ErrorKind::InvalidData,
+            Self::Handshake(HandshakeError::Timeout(_)) => io::ErrorKind::TimedOut,
+            Self::Handshake(HandshakeError::Closed { .. }) => io::ErrorKind::UnexpectedEof,
+            Self::Handshake(_) => io::ErrorKind::InvalidData,
+            Self::Config(_) => io::ErrorKind::InvalidInput,
+            Self::Os { source, .. } => source.kind(),
+            Self::PeerClosed => io::ErrorKind::ConnectionReset,
+            Self::SessionClosed => io::ErrorKind::ConnectionAborted,
+            Self::StreamClosed => io::ErrorKind::NotConnected,
+            Self::StreamClosedByPeer => io::ErrorKind::BrokenPipe,
+            Self::NotClient => io::ErrorKind::Unsupported,
+            Self::TooManyStreams(_) => io::ErrorKind::QuotaExceeded,
+        }
+    }
+}
+
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        Self::new(error.kind(), error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kind_and_the_source_survive_the_way_into_io_error() {
+        let error = io::Error::from(Error::from(MemoryError::Offset { offset: 7 }));
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        let inner = error.get_ref().unwrap().downcast_ref::<Error>().unwrap();
+        assert!(matches!(
+            inner,
+            Error::Memory(MemoryError::Offset { offset: 7 })
+        ));
+        assert!(inner.is_peer_fault());
+    }
+
+    #[test]
+    fn errors_cross_threads() {
+        fn check<T: Send + Sync + 'static>() {}
+        check::<Error>();
+    }
+}

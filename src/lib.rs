@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Shared-memory IPC for thread-per-core programs: the shmipc protocol on glommio.
+//!
+//! Two programs on one Linux host exchange bytes through memory that both map. Descriptors of
+//! messages go through a pair of IO queues in that memory, so that one wake-up harvests many; a Unix
+//! or TCP connection carries the handshake, the wake-ups, and the data that finds no free memory.
+//! The crate talks to shmipc-go and to the crate `shmipc`, in both roles.
+//!
+//! A session belongs to the executor that made it, and nothing of it ever crosses to another core.
+//!
+//! - A server [binds](Listener::bind) a [`Listener`], [accepts](Listener::accept) sessions, and on
+//!   each of them [accepts](Session::accept) streams.
+//! - A client [connects](Connector::connect) with a [`Connector`] and
+//!   [opens](Session::open_stream) streams.
+//! - A [`Stream`] is read and written like a socket.
+//!
+//! # An echo
+//!
+//! ```
+//! use futures_lite::{AsyncReadExt, AsyncWriteExt};
+//! use shmipc_glommio::{Config, Connector, Listener};
+//!
+//! # let path = std::env::temp_dir().join(format!("shmipc-doc-{}.sock", std::process::id()));
+//! glommio::LocalExecutorBuilder::default()
+//!     .spawn(|| async move {
+//!         let listener = Listener::bind(&path, Config::default())?;
+//!         let server = glommio::spawn_local(async move {
+//!             let session = listener.accept().await?;
+//!             let mut stream = session.accept().await?;
+//!             let mut request = [0; 5];
+//!             stream.read_exact(&mut request).await?;
+//!             stream.write_all(&request).await
+//!         });
+//!
+//!         let session = Connector::new(Config::default()).connect(&path).await?;
+//!         let mut stream = session.open_stream()?;
+//!         stream.write_all(b"hello").await?;
+//!         let mut answer = Vec::new();
+//!         stream.read_to_end(&mut answer).await?;
+//!         assert_eq!(answer, b"hello");
+//!         server.await
+//!     })
+//!     .unwrap()
+//!     .join()
+//!     .unwrap()?;
+//! # Ok::<(), std::io::Error>(())
+//! ```
+//!
+//! # Trust
+//!
+//! The peer may be buggy or hostile: it may write anything, anywhere in the shared memory, at any
+//! time, send any bytes, stop, or die. It can end its session that way, and scramble its own data.
+//! It cannot crash this process, make it loop or allocate without bound, or reach memory or sessions
+//! of others.
+//!
+//! # Rooms
+//!
+//! `error`, `config` ← [`wire`] (bytes and types) ← `proto` (state machines), `shm` (raw memory) ←
+//! `rt` (glommio). `unsafe` stands only in the files that own raw memory, atomics and descriptors.
+
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("shared memory by memfd and io_uring exist on Linux only");
+
+mod config;
+mod error;
+mod proto;
+mod rt;
+mod shm;
+mod stats;
+pub mod wire;
+
+pub use config::{Config, ConfigBuilder, MemoryKind, ProtocolVersion, SliceClass, Spin};
+pub use error::{ConfigError, Error, HandshakeError, MemoryError, Result, WireError};
+pub use rt::{Connector, Listener, Session, Stream};
+pub use shm::manager::SliceUsage;
+pub use stats::{PoolUsage, SessionStats};

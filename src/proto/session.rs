@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Which streams a session has, and which it has had (WIRE chapter 5).
+//!
+//! Streams are numbered by the client, upwards from 2; the server learns of one with the first event
+//! that names it. An event for a number that is not in the table is therefore either a new stream or
+//! data that was under way when this side closed an old one, and the two must not be confused: the
+//! first is accepted, the second is given back. Numbers are compared as serial numbers, so a session
+//! may wrap around.
+//!
+//! Whom it trusts: nobody. A peer can open streams up to the limit, and can leave gaps in its
+//! numbers up to [`MAX_GAPS`]; neither costs more than a table entry.
+
+use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
+
+/// The number of the first stream that a client of this crate opens, as shmipc-go does.
+const FIRST_STREAM: u32 = 2;
+
+/// How many ranges of numbers that were passed over are remembered. Beyond, the oldest counts as
+/// used: a stream whose first event comes that late is refused.
+const MAX_GAPS: usize = 1024;
+
+/// Which end of the session this side is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    Client,
+    Server,
+}
+
+/// What the table knows about the number in an event.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Lookup<T> {
+    /// A stream of the table.
+    Known(T),
+    /// The peer opens it now.
+    New,
+    /// It was closed here, or never existed: what comes is given back.
+    Gone,
+}
+
+/// The streams of a session by number.
+pub(crate) struct StreamTable<T> {
+    role: Role,
+    limit: usize,
+    streams: HashMap<u32, T, BuildHasherDefault<StreamHasher>>,
+    /// Client: the number to try next.
+    next: u32,
+    /// Server: what the peer has used.
+    used: UsedNumbers,
+}
+
+impl<T: Clone> StreamTable<T> {
+    pub(crate) fn new(role: Role, limit: usize) -> Self {
+        Self {
+            role,
+            limit,
+            streams: HashMap::default(),
+            next: FIRST_STREAM,
+            used: UsedNumbers::new(),
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.streams.len()
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.streams.len() >= self.limit
+    }
+
+    /// What an open event for this number means.
+    #[inline]
+    pub(crate) fn look_up(&self, id: u32) -> Lookup<T> {
+        match self.streams.get(&id) {
+            Some(stream) => Lookup::Known(stream.clone()),
+            None if self.role == Role::Server && !self.used.contains(id) => Lookup::New,
+            None => Lookup::Gone,
+        }
+    }
+
+    #[inline]
+    pub(crate) fn get(&self, id: u32) -> Option<&T> {
+        self.streams.get(&id)
+    }
+
+    /// Server: notes that the peer has used this number, whether the stream is accepted or not.
+    pub(crate) fn note_used(&mut self, id: u32) {
+        self.used.insert(id);
+    }
+
+    /// Server: enters a stream that the peer opened.
+    pub(crate) fn insert(&mut self, id: u32, stream: T) {
+        self.used.insert(id);
+        self.streams.insert(id, stream);
+    }
+
+    /// Client: enters a stream under the next free number, if the limit allows one more.
+    pub(crate) fn open(&mut self, make: impl FnOnce(u32) -> T) -> Option<T> {
+        if self.is_full() {
+            return None;
+        }
+        // Ends: there are fewer streams than numbers.
+        while self.streams.contains_key(&self.next) {
+            self.next = self.next.wrapping_add(1);
+        }
+        let stream = make(self.next);
+        self.streams.insert(self.next, stream.clone());
+        self.next = self.next.wrapping_add(1);
+        Some(stream)
+    }
+
+    pub(crate) fn remove(&mut self, id: u32) -> Option<T> {
+        self.streams.remove(&id)
+    }
+
+    /// All streams, in no order.
+    pub(crate) fn all(&self) -> Vec<T> {
+        self.streams.values().cloned().collect()
+    }
+}
+
+/// The numbers that a peer has used: everything up to the highest, less the gaps.
+struct UsedNumbers {
+    highest: Option<u32>,
+    /// Inclusive ranges that were passed over, oldest first.
+    gaps: VecDeque<(u32, u32)>,
+}
+
+impl UsedNumbers {
+    const fn new() -> Self {
+        Self {
+            highest: None,
+            gaps: VecDeque::new(),
+        }
+    }
+
+    fn contains(&self, id: u32) -> bool {
+        match self.highest {
+            None => false,
+            Some(highest) if is_after(id, highest) => false,
+            Some(_) => !self.gaps.iter().any(|&gap| is_in(id, gap)),
+        }
+    }
+
+    fn insert(&mut self, id: u32) {
+        let Some(highest) = self.highest else {
+            // Numbers below the first one that arrives may still be on their way.
+            if id > FIRST_STREAM {
+                self.gaps.push_back((FIRST_STREAM, id - 1));
+            }
+            self.highest = Some(id);
+            return;
+        };
+        if is_after(id, highest) {
+            if id != highest.wrapping_add(1) {
+                self.gaps
+                    .push_back((highest.wrapping_add(1), id.wrapping_sub(1)));
+            }
+            self.highest = Some(id);
+        } else if let Some(index) = self.gaps.iter().position(|&gap| is_in(id, gap)) {
+            let (low, high) = self.gaps[index];
+            self.gaps.remove(index);
+            if id != high {
+                self.gaps.insert(index, (id.wrapping_add(1), high));
+            }
+            if id != low {
+                self.gaps.insert(index, (low, id.wrapping_sub(1)));
+            }
+        }
+        while self.gaps.len() > MAX_GAPS {
+            self.gaps.pop_front();
+        }
+    }
+}
+
+/// Whether `id` comes behind `other` in the order of serial numbers.
+fn is_after(id: u32, other: u32) -> bool {
+    id.wrapping_sub(other).cast_signed() > 0
+}
+
+fn is_in(id: u32, (low, high): (u32, u32)) -> bool {
+    id.wrapping_sub(low) <= high.wrapping_sub(low)
+}
+
+/// Stream numbers are small and dense, and a peer that picks them to collide slows its own session
+/// only; a multiplication spreads them well enough and costs a cycle.
+#[derive(Default)]
+struct StreamHasher(u64);
+
+impl Hasher for StreamHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u32(u32::from(byte) ^ self.0 as u32);
+        }
+    }
+
+    fn write_u32(&mut self, number: u32) {
+        // Fibonacci hashing; the table takes its bits from both ends, so the halves are folded.
+        let spread = u64::from(number).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        self.0 = spread ^ (spread >> 32);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn server() -> StreamTable<u32> {
+        StreamTable::new(Role::Server, 4)
+    }
+
+    #[test]
+    fn a_client_counts_from_two_and_stops_at_the_limit() {
+        let mut table = StreamTable::new(Role::Client, 3);
+        let ids: Vec<_> = (0..4).map(|_| table.open(|id| id)).collect();
+        assert_eq!(ids, [Some(2), Some(3), Some(4), None]);
+        assert_eq!(table.remove(3), Some(3));
+        assert_eq!(table.look_up(3), Lookup::Gone);
+        assert_eq!(table.open(|id| id), Some(5));
+        assert_eq!(table.look_up(99), Lookup::Gone, "a server opens no streams");
+    }
+
+    #[test]
+    fn a_client_skips_numbers_in_use_when_it_wraps() {
+        let mut table = StreamTable::new(Role::Client, 10);
+        table.open(|id| id);
+        table.next = u32::MAX;
+        assert_eq!(table.open(|id| id), Some(u32::MAX));
+        assert_eq!(table.open(|id| id), Some(0));
+        assert_eq!(table.open(|id| id), Some(1));
+        assert_eq!(table.open(|id| id), Some(3));
+    }
+
+    #[test]
+    fn late_data_of_a_closed_stream_opens_nothing() {
+        let mut table = server();
+        assert_eq!(table.look_up(2), Lookup::New);
+        table.insert(2, 2);
+        assert_eq!(table.look_up(2), Lookup::Known(2));
+        table.remove(2);
+        assert_eq!(table.look_up(2), Lookup::Gone);
+    }
+
+    #[test]
+    fn streams_whose_first_events_come_out_of_order_are_all_new() {
+        let mut table = server();
+        table.insert(7, 7);
+        for id in [3, 2, 6, 4] {
+            assert_eq!(table.look_up(id), Lookup::New, "{id}");
+            table.note_used(id);
+            assert_eq!(table.look_up(id), Lookup::Gone, "{id}");
+        }
+        assert_eq!(table.look_up(5), Lookup::New);
+        assert_eq!(table.look_up(8), Lookup::New);
+    }
+
+    #[test]
+    fn numbers_wrap_around() {
+        let mut table = server();
+        table.used.highest = Some(u32::MAX - 1);
+        assert_eq!(table.look_up(u32::MAX - 1), Lookup::Gone);
+        table.note_used(1);
+        for id in [u32::MAX, 0] {
+            assert_eq!(table.look_up(id), Lookup::New, "{id}");
+        }
+        assert_eq!(table.look_up(1), Lookup::Gone);
+        assert_eq!(table.look_up(2), Lookup::New);
+    }
+
+    #[test]
+    fn gaps_are_bounded() {
+        let mut used = UsedNumbers::new();
+        for step in 0..10 * MAX_GAPS as u32 {
+            used.insert(2 * step);
+        }
+        assert_eq!(used.gaps.len(), MAX_GAPS);
+    }
+
+    proptest! {
+        #[test]
+        fn used_numbers_agree_with_a_set(ids in prop::collection::vec(2u32..200, 0..150)) {
+            let mut used = UsedNumbers::new();
+            let mut model = HashSet::new();
+            for id in ids {
+                used.insert(id);
+                model.insert(id);
+                for probe in 2..200 {
+                    prop_assert_eq!(used.contains(probe), model.contains(&probe), "{}", probe);
+                }
+            }
+        }
+    }
+}

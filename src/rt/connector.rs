@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! How a client gets a session.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::rc::Rc;
+
+use super::handshake;
+use super::listener::within;
+use super::session::Session;
+use super::socket::Socket;
+use crate::config::Config;
+use crate::error::Result;
+
+/// Connects to servers. Each session has its own shared memory.
+///
+/// The session lives on the executor that connects.
+#[derive(Debug, Clone)]
+pub struct Connector {
+    config: Rc<Config>,
+}
+
+impl Connector {
+    /// A connector whose sessions have this configuration.
+    pub fn new(config: Config) -> Self {
+        Self {
+            config: Rc::new(config),
+        }
+    }
+
+    /// Connects to the Unix socket at `path` and shakes hands.
+    ///
+    /// Cancel-safe: dropping the future drops the connection and the memory.
+    ///
+    /// # Errors
+    ///
+    /// Nobody listens there, the memory cannot be created, or the handshake fails or takes longer
+    /// than [configured](crate::ConfigBuilder::handshake_timeout).
+    pub async fn connect(&self, path: impl AsRef<Path>) -> Result<Session> {
+        let path = path.as_ref();
+        self.session(Socket::connect_unix(path)).await
+    }
+
+    /// Connects over TCP, to a server on this host. The memory must be
+    /// [file memory](crate::MemoryKind::File), since TCP carries no descriptors.
+    ///
+    /// # Errors
+    ///
+    /// As [`connect`](Self::connect).
+    pub async fn connect_tcp(&self, address: SocketAddr) -> Result<Session> {
+        self.session(Socket::connect_tcp(address)).await
+    }
+
+    async fn session(&self, socket: impl Future<Output = Result<Socket>>) -> Result<Session> {
+        let config = &self.config;
+        let connect = async { handshake::connect(socket.await?, config).await };
+        let established = within(config, connect).await?;
+        Ok(Session::start(established, config))
+    }
+}

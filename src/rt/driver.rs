@@ -1,0 +1,507 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a session does when something arrives, and how it sends.
+//!
+//! # Order between the two paths
+//!
+//! Data of a stream can come by the queue and, once the peer's pool has run empty, over the socket.
+//! Neither path knows of the other, so the order is made here:
+//!
+//! - What comes over the socket was sent after every event that was published before it. So the
+//!   queue is drained before a FallbackData or StreamClose is handled.
+//! - A close that comes by the queue may overtake data in the socket: shmipc-go closes that way even
+//!   when its last data went over the socket. So such a close counts only when the socket has
+//!   nothing more to give.
+
+use std::io;
+use std::rc::Rc;
+use std::time::Instant;
+
+use futures_lite::future::{poll_fn, yield_now};
+
+use super::inbound::Segment;
+use super::outbox;
+use super::session::SessionInner;
+use super::socket::Received;
+use super::stream::StreamInner;
+use crate::config::Spin;
+use crate::error::{Error, HandshakeError, MemoryError};
+use crate::proto::session::Lookup;
+use crate::proto::stream::{OnClose, Path};
+use crate::wire::{Event, EventState, Header, Message, fallback_header, sync_event};
+
+/// The most events that one turn takes before the other sessions get theirs.
+const EVENTS_PER_TURN: usize = 256;
+/// The most receives in a row from one socket.
+const RECEIVES_PER_TURN: usize = 16;
+
+/// What a session does next with its place among the active ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stay {
+    /// It had traffic within its spin budget.
+    Busy,
+    /// Tasks wait for the peer, which tells nobody when it makes room.
+    Waiting,
+    /// It sleeps until the socket wakes it.
+    Asleep,
+}
+
+impl SessionInner {
+    /// One turn of the poller.
+    pub(super) fn turn(self: &Rc<Self>, now: Instant) -> Stay {
+        let moved = match self.drain(EVENTS_PER_TURN) {
+            Ok(count) => count > 0,
+            Err(error) => {
+                self.fail(error.into());
+                false
+            }
+        };
+        self.finish_closing();
+        self.wake_waiting(now);
+        let sent = self.lanes.must_look.get();
+        self.flush_queue();
+        if let Some(error) = self.lanes.manager.take_broken() {
+            self.fail(error.into());
+        }
+        if moved || sent {
+            self.activity.last_traffic.set(now);
+        }
+        self.stay(now, moved || sent)
+    }
+
+    fn stay(&self, now: Instant, had_traffic: bool) -> Stay {
+        if self.is_over() {
+            return Stay::Asleep;
+        }
+        let spins = match self.config.spin {
+            Spin::Never => false,
+            Spin::For(budget) => {
+                now.saturating_duration_since(self.activity.last_traffic.get()) < budget
+            }
+            Spin::Forever => true,
+        };
+        if had_traffic || spins {
+            return Stay::Busy;
+        }
+        if !self.lanes.queue_waiting.is_empty() || !self.lanes.pool_waiting.is_empty() {
+            return Stay::Waiting;
+        }
+        let result = self.lanes.consumer.borrow_mut().try_sleep();
+        match result {
+            Ok(true) => {
+                self.lanes.manager.give_back_magazines();
+                self.counters.count(|stats| stats.sleeps += 1);
+                Stay::Asleep
+            }
+            Ok(false) => Stay::Busy,
+            Err(error) => {
+                self.fail(error.into());
+                Stay::Asleep
+            }
+        }
+    }
+
+    /// Takes up to `limit` events from the queue. Gives how many there were.
+    fn drain(self: &Rc<Self>, limit: usize) -> Result<usize, MemoryError> {
+        let mut count = 0;
+        while count < limit && !self.is_over() {
+            let event = self.lanes.consumer.borrow_mut().pop()?;
+            let Some(event) = event else { break };
+            count += 1;
+            self.handle_event(event)?;
+        }
+        if count > 0 {
+            self.lanes.consumer.borrow_mut().publish();
+            self.counters
+                .count(|stats| stats.events_received += count as u64);
+        }
+        Ok(count)
+    }
+
+    /// Takes every event that was published before now.
+    fn drain_all(self: &Rc<Self>) {
+        // A peer that goes on publishing meanwhile cannot hold us: there were at most that many.
+        let limit = self.lanes.consumer.borrow().capacity();
+        if let Err(error) = self.drain(limit as usize) {
+            self.fail(error.into());
+        }
+    }
+
+    fn handle_event(self: &Rc<Self>, event: Event) -> Result<(), MemoryError> {
+        match event.state() {
+            EventState::Open => self.receive_slices(event)?,
+            EventState::Closed => self.inbox.closing.borrow_mut().push(event.stream_id),
+            EventState::HalfClosed => {
+                // No slice starts at offset 0: an end without data.
+                if event.offset != 0 {
+                    self.receive_slices(event)?;
+                }
+                self.inbox.closing.borrow_mut().push(event.stream_id);
+            }
+            EventState::Unknown(state) => {
+                return Err(MemoryError::Field {
+                    what: "stream state of an event",
+                    value: u64::from(state),
+                    problem: "expected open, closed or half-closed",
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn receive_slices(self: &Rc<Self>, event: Event) -> Result<(), MemoryError> {
+        let chain = self.lanes.manager.adopt(event.offset)?;
+        let len = chain.len() as u64;
+        self.counters.count(|stats| stats.bytes_received += len);
+        self.deliver(event.stream_id, Segment::Slices(chain));
+        Ok(())
+    }
+
+    /// Hands data to its stream. What nobody wants goes back where it came from.
+    fn deliver(self: &Rc<Self>, id: u32, data: Segment) {
+        let found = self.streams.borrow().look_up(id);
+        match found {
+            Lookup::Known(stream) => self.hand_over(&stream, data),
+            Lookup::New if self.streams.borrow().is_full() => {
+                self.streams.borrow_mut().note_used(id);
+                tracing::debug!(stream = id, "refused: too many streams");
+                self.tell_closed(id, Path::SharedMemory);
+            }
+            Lookup::New => {
+                let stream = Rc::new(StreamInner::new(id));
+                self.streams.borrow_mut().insert(id, Rc::clone(&stream));
+                self.hand_over(&stream, data);
+                self.accepts.ready.borrow_mut().push_back(stream);
+                self.accepts.waiting.wake_all();
+            }
+            Lookup::Gone => {}
+        }
+    }
+
+    fn hand_over(&self, stream: &StreamInner, data: Segment) {
+        if let Segment::Bytes(bytes) = &data {
+            self.inbox
+                .unread_bytes
+                .set(self.inbox.unread_bytes.get() + bytes.len());
+        }
+        stream.receive(data);
+    }
+
+    /// Notes that bytes which came over the socket were read, or thrown away.
+    pub(super) fn note_unread(&self, read: usize) {
+        if read > 0 {
+            self.inbox
+                .unread_bytes
+                .set(self.inbox.unread_bytes.get().saturating_sub(read));
+            self.inbox.paused.wake_all();
+        }
+    }
+
+    fn has_too_much_unread(&self) -> bool {
+        self.inbox.unread_bytes.get() >= self.config.limits.unread_fallback_bytes
+    }
+
+    /// Closes the streams whose close came by the queue, once the socket has nothing more for them.
+    fn finish_closing(self: &Rc<Self>) {
+        if self.inbox.closing.borrow().is_empty() {
+            return;
+        }
+        let is_drained = self.receive_messages();
+        if is_drained || self.is_over() {
+            let closing = std::mem::take(&mut *self.inbox.closing.borrow_mut());
+            for &id in &closing {
+                self.peer_closed(id);
+            }
+            // Keeps the allocation.
+            let mut list = self.inbox.closing.borrow_mut();
+            if list.is_empty() {
+                *list = closing;
+                list.clear();
+            }
+        }
+    }
+
+    fn peer_closed(&self, id: u32) {
+        if let Some(stream) = self.streams.borrow().get(id) {
+            stream.peer_closed();
+        }
+    }
+
+    fn wake_waiting(&self, now: Instant) {
+        let lanes = &self.lanes;
+        if !lanes.queue_waiting.is_empty() {
+            let is_full = lanes.producer.borrow_mut().is_full();
+            match is_full {
+                Ok(true) => {}
+                Ok(false) => lanes.queue_waiting.wake_all(),
+                Err(error) => self.fail(error.into()),
+            }
+        }
+        if !lanes.pool_waiting.is_empty() {
+            if lanes.manager.might_allocate() {
+                lanes.pool_waiting.wake_all();
+            } else {
+                lanes.pool_waiting.wake_expired(now);
+            }
+        }
+    }
+
+    /// Reads messages from the socket and handles them. Whether nothing more is there, and no
+    /// message is half there.
+    fn receive_messages(self: &Rc<Self>) -> bool {
+        for _ in 0..RECEIVES_PER_TURN {
+            if self.is_over() || self.has_too_much_unread() {
+                return false;
+            }
+            match self.receive_once() {
+                Ok(Received::Bytes(_)) => {}
+                Ok(Received::Nothing) => return self.inbox.deframer.borrow().is_empty(),
+                Ok(Received::End) => {
+                    self.peer_is_gone();
+                    return true;
+                }
+                Err(error) => {
+                    self.fail(error);
+                    return false;
+                }
+            }
+        }
+        false
+    }
+
+    fn receive_once(self: &Rc<Self>) -> Result<Received, Error> {
+        let received = {
+            let mut deframer = self.inbox.deframer.borrow_mut();
+            let hint = deframer.receive_hint();
+            let received = self.socket().try_receive(deframer.space(hint));
+            match received {
+                Ok(Received::Bytes(count)) => {
+                    deframer.commit(count);
+                    Received::Bytes(count)
+                }
+                Ok(other) => other,
+                // A peer that died with our bytes unread is gone like any other.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Received::End,
+                Err(error) => return Err(Error::os("receive from the peer", error)),
+            }
+        };
+        loop {
+            let message = self.inbox.deframer.borrow_mut().next_message()?;
+            let Some((header, message)) = message else {
+                return Ok(received);
+            };
+            self.handle_message(&header, message)?;
+        }
+    }
+
+    fn handle_message(self: &Rc<Self>, header: &Header, message: Message) -> Result<(), Error> {
+        if header.version != self.version_byte() {
+            return Err(HandshakeError::VersionChanged {
+                message: header.message.name(),
+                got: header.version,
+                agreed: self.version_byte(),
+            }
+            .into());
+        }
+        match message {
+            Message::SyncEvent => {
+                self.counters.count(|stats| stats.sync_events_received += 1);
+                self.activate();
+            }
+            Message::FallbackData {
+                stream_id,
+                status,
+                data,
+            } => {
+                self.drain_all();
+                self.receive_fallback(stream_id, status, data)?;
+            }
+            Message::StreamClose { stream_id } => {
+                self.drain_all();
+                self.peer_closed(stream_id);
+            }
+            Message::HotRestart { epoch } | Message::HotRestartAck { epoch } => {
+                // A server that restarts and is not answered goes on serving after two seconds
+                // (WIRE chapter 7).
+                tracing::debug!(epoch, "hot restart is not taken part in");
+            }
+            _ => {
+                return Err(HandshakeError::Unexpected {
+                    got: header.message.name(),
+                    expected: "a message of a running session",
+                }
+                .into());
+            }
+        }
+        Ok(())
+    }
+
+    fn receive_fallback(
+        self: &Rc<Self>,
+        stream_id: u32,
+        status: u32,
+        data: bytes::Bytes,
+    ) -> Result<(), Error> {
+        self.counters.count(|stats| stats.fallback_received += 1);
+        match EventState::from_status(status) {
+            EventState::Closed => self.peer_closed(stream_id),
+            EventState::Open | EventState::HalfClosed => {
+                if !data.is_empty() {
+                    self.deliver(stream_id, Segment::Bytes(data));
+                }
+                if EventState::from_status(status) == EventState::HalfClosed {
+                    self.peer_closed(stream_id);
+                }
+            }
+            EventState::Unknown(state) => {
+                return Err(MemoryError::Field {
+                    what: "stream state of FallbackData",
+                    value: u64::from(state),
+                    problem: "expected open, closed or half-closed",
+                }
+                .into());
+            }
+        }
+        Ok(())
+    }
+
+    /// The socket has ended. What the peer published before is still delivered.
+    fn peer_is_gone(self: &Rc<Self>) {
+        self.drain_all();
+        let closing = std::mem::take(&mut *self.inbox.closing.borrow_mut());
+        for id in closing {
+            self.peer_closed(id);
+        }
+        self.fail(Error::PeerClosed);
+    }
+
+    /// Puts an event into the queue. `Ok(false)`: the queue is full.
+    ///
+    /// The first event since the last turn is shown to the peer at once, for latency; those that
+    /// follow it are shown together at the next turn, which also looks whether the peer must be
+    /// woken.
+    pub(super) fn send_event(self: &Rc<Self>, event: Event) -> Result<bool, Error> {
+        let mut producer = self.lanes.producer.borrow_mut();
+        if !producer.push(event)? {
+            return Ok(false);
+        }
+        if !self.lanes.must_look.replace(true) {
+            producer.publish();
+        }
+        drop(producer);
+        self.counters.count(|stats| stats.events_sent += 1);
+        self.activate();
+        Ok(true)
+    }
+
+    /// Shows the peer every event so far, and wakes it if it sleeps.
+    pub(super) fn flush_queue(self: &Rc<Self>) {
+        if !self.lanes.must_look.replace(false) || self.is_over() {
+            return;
+        }
+        let must_ring = {
+            let mut producer = self.lanes.producer.borrow_mut();
+            producer.publish();
+            producer.must_ring()
+        };
+        if must_ring {
+            self.counters.count(|stats| stats.sync_events_sent += 1);
+            self.send_message(&sync_event(self.version_byte()));
+        }
+    }
+
+    /// Sends a message over the socket, behind all others.
+    fn send_message(self: &Rc<Self>, message: &[u8]) {
+        match self.outbox().send(self.socket(), message) {
+            Ok(false) => {}
+            Ok(true) => self.poller.spawn(outbox::send_kept(Rc::clone(self))),
+            // What the peer sent before it went is still delivered.
+            Err(error) if is_gone(&error) => self.peer_is_gone(),
+            Err(error) => self.fail(Error::os("send to the peer", error)),
+        }
+    }
+
+    /// Sends data of a stream over the socket.
+    pub(super) fn send_fallback(self: &Rc<Self>, stream_id: u32, data: &[u8]) {
+        let status = EventState::Open.to_status();
+        // Fits: the caller sends pieces of bounded length.
+        let header = fallback_header(self.version_byte(), stream_id, status, data.len() as u32);
+        let mut message = Vec::with_capacity(header.len() + data.len());
+        message.extend_from_slice(&header);
+        message.extend_from_slice(data);
+        self.counters.count(|stats| stats.fallback_sent += 1);
+        self.send_message(&message);
+    }
+
+    /// This side closes a stream: strikes it out, gives back what it has not read, and tells the
+    /// peer. Never waits.
+    pub(super) fn close_stream(self: &Rc<Self>, stream: &StreamInner) {
+        self.note_unread(stream.discard());
+        let on_close = stream.close();
+        if self.streams.borrow_mut().remove(stream.id()).is_none() || self.is_over() {
+            return;
+        }
+        if let OnClose::Tell(path) = on_close {
+            // A stream on which nothing was sent is one that the peer never heard of.
+            if stream.is_known_to_peer() {
+                self.tell_closed(stream.id(), path);
+            }
+        }
+    }
+
+    fn tell_closed(self: &Rc<Self>, stream_id: u32, path: Path) {
+        if path == Path::SharedMemory {
+            let status = EventState::Closed.to_status();
+            match self.send_event(Event {
+                stream_id,
+                offset: 0,
+                status,
+            }) {
+                Ok(true) => return,
+                Ok(false) => {}
+                Err(error) => return self.fail(error),
+            }
+        }
+        let mut message = Vec::new();
+        let close = Message::StreamClose { stream_id };
+        close
+            .encode(self.version_byte(), &mut message)
+            .expect("a message without paths");
+        self.send_message(&message);
+    }
+
+    /// Puts the session before the poller.
+    pub(super) fn activate(self: &Rc<Self>) {
+        if !self.activity.is_active.get() && !self.is_over() {
+            self.poller.activate(self);
+        }
+    }
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
+}
+
+/// Handles what comes over the socket for as long as the session lives.
+pub(super) async fn read_socket(session: Rc<SessionInner>) {
+    while !session.is_over() {
+        poll_fn(|context| {
+            if session.is_over() || !session.has_too_much_unread() {
+                return std::task::Poll::Ready(());
+            }
+            session.inbox.paused.register(context, None);
+            std::task::Poll::Pending
+        })
+        .await;
+        if let Err(error) = session.socket().readable().await {
+            session.fail(error);
+        }
+        if session.receive_messages() {
+            session.finish_closing();
+        }
+        // A peer that never stops sending must not keep the core.
+        yield_now().await;
+    }
+}

@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Drives a handshake over a socket: carries out the steps of `proto`'s state machines, creates or
+//! maps the memory, and ends with everything that a session is made of.
+
+use std::cell::Cell;
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+use std::rc::Rc;
+
+use super::socket::{Received, Socket};
+use crate::config::{Config, MemoryKind, ProtocolVersion};
+use crate::error::{Error, HandshakeError};
+use crate::proto::handshake_client::{ClientHandshake, ClientStep};
+use crate::proto::handshake_server::{ServerHandshake, ServerStep};
+use crate::proto::session::Role;
+use crate::shm::manager::BufferManager;
+use crate::shm::queue::{self, Consumer, Producer, Side};
+use crate::shm::region::{Region, SharedFile};
+use crate::wire::layout::QueueLayout;
+use crate::wire::{Deframer, Header, MemoryPaths, Message};
+
+/// The most bytes that a message of a handshake has: two paths of 4095 bytes and their lengths.
+const HANDSHAKE_MESSAGE_LEN: u32 = 8 + 2 * (2 + 4095);
+
+/// What two sides agreed on, ready to carry a session.
+pub(super) struct Established {
+    pub(super) role: Role,
+    pub(super) socket: Socket,
+    pub(super) version: ProtocolVersion,
+    pub(super) memory: SessionMemory,
+}
+
+/// Both memories of a session, from one side.
+pub(super) struct SessionMemory {
+    pub(super) producer: Producer<Region>,
+    pub(super) consumer: Consumer<Region>,
+    pub(super) manager: Rc<BufferManager>,
+    /// Entries in the file system, removed when dropped.
+    pub(super) files: Vec<SharedFile>,
+}
+
+/// The client's side. The caller bounds the time.
+pub(super) async fn connect(socket: Socket, config: &Config) -> Result<Established, Error> {
+    if socket.is_tcp() && config.memory == MemoryKind::Memfd {
+        return Err(HandshakeError::DescriptorsOverTcp.into());
+    }
+    let paths = new_paths(&config.path_prefix);
+    let (mut memory, descriptors) = create_memory(&paths, config)?;
+    let mut handshake = ClientHandshake::new(config.protocol, config.memory, paths)?;
+    let mut inbox = Inbox::new();
+    let version = loop {
+        match handshake.step() {
+            ClientStep::Send(bytes) => {
+                send_all(&socket, bytes).await?;
+                handshake.sent();
+            }
+            ClientStep::SendDescriptors => {
+                let [buffer, queue] = descriptors.as_ref().expect("memfd memory has descriptors");
+                send_descriptors(&socket, buffer, queue).await?;
+                handshake.sent();
+            }
+            ClientStep::AwaitMessage(due) => {
+                let (header, message) = inbox.receive(&socket, due).await?;
+                handshake.receive(&header, &message)?;
+            }
+            ClientStep::Established(version) => break version,
+        }
+    };
+    if version == ProtocolVersion::V3 {
+        // The server has mapped them; without their names nothing is left behind, come what may.
+        memory.files.clear();
+    }
+    Ok(Established {
+        role: Role::Client,
+        socket,
+        version,
+        memory,
+    })
+}
+
+/// The server's side. The caller bounds the time.
+pub(super) async fn accept(socket: Socket, config: &Config) -> Result<Established, Error> {
+    let mut handshake = ServerHandshake::new();
+    let mut inbox = Inbox::new();
+    let mut descriptors = None;
+    let mut memory = None;
+    let version = loop {
+        match handshake.step() {
+            ServerStep::AwaitMessage(due) => {
+                let (header, message) = inbox.receive(&socket, due).await?;
+                if socket.is_tcp() && matches!(message, Message::ShareMemoryByMemfd(_)) {
+                    return Err(HandshakeError::DescriptorsOverTcp.into());
+                }
+                handshake.receive(&header, &message)?;
+            }
+            ServerStep::Send(bytes) => {
+                send_all(&socket, bytes).await?;
+                handshake.sent();
+            }
+            ServerStep::ReceiveDescriptors => {
+                descriptors = Some(inbox.receive_descriptors(&socket).await?);
+                handshake.descriptors_received();
+            }
+            ServerStep::MapDescriptors(_) => {
+                let [buffer, queue] = descriptors.take().expect("received a step before");
+                memory = Some(map_descriptors(buffer, queue, config)?);
+                handshake.mapped();
+            }
+            ServerStep::MapFiles(paths) => {
+                memory = Some(map_files(paths, config)?);
+                handshake.mapped();
+            }
+            ServerStep::Established(version) => break version,
+        }
+    };
+    let memory = memory.expect("no handshake ends without memory");
+    Ok(Established {
+        role: Role::Server,
+        socket,
+        version,
+        memory,
+    })
+}
+
+/// What has arrived and is not yet a whole message.
+struct Inbox {
+    deframer: Deframer,
+}
+
+impl Inbox {
+    fn new() -> Self {
+        Self {
+            deframer: Deframer::new(HANDSHAKE_MESSAGE_LEN),
+        }
+    }
+
+    async fn receive(
+        &mut self,
+        socket: &Socket,
+        due: &'static str,
+    ) -> Result<(Header, Message), Error> {
+        loop {
+            if let Some(message) = self.deframer.next_message()? {
+                return Ok(message);
+            }
+            // One message at a time: what comes behind it is the session's, or carries descriptors.
+            let missing = match self.deframer.wanted() {
+                0 => crate::wire::HEADER_LEN - self.deframer.buffered().min(7),
+                wanted => wanted,
+            };
+            let space = &mut self.deframer.space(missing)[..missing];
+            let (received, descriptors) = socket
+                .try_receive_with_descriptors(space)
+                .map_err(|error| Error::os("receive in a handshake", error))?;
+            if !descriptors.is_empty() {
+                let got = descriptors.len();
+                return Err(HandshakeError::Descriptors { got, expected: 0 }.into());
+            }
+            match received {
+                Received::Bytes(count) => self.deframer.commit(count),
+                Received::Nothing => socket.readable().await?,
+                Received::End => return Err(HandshakeError::Closed { waiting_for: due }.into()),
+            }
+        }
+    }
+
+    /// The descriptors of the buffer memory and of the queue memory, in this order.
+    async fn receive_descriptors(&mut self, socket: &Socket) -> Result<[OwnedFd; 2], Error> {
+        if !self.deframer.is_empty() {
+            return Err(HandshakeError::StrayBytes.into());
+        }
+        loop {
+            let mut byte = [0];
+            let (received, descriptors) = socket
+                .try_receive_with_descriptors(&mut byte)
+                .map_err(|error| Error::os("receive descriptors", error))?;
+            match received {
+                Received::Bytes(_) => {
+                    return <[OwnedFd; 2]>::try_from(descriptors).map_err(|descriptors| {
+                        let got = descriptors.len();
+                        HandshakeError::Descriptors { got, expected: 2 }.into()
+                    });
+                }
+                Received::Nothing => socket.readable().await?,
+                Received::End => {
+                    return Err(HandshakeError::Closed {
+                        waiting_for: "descriptors",
+                    }
+                    .into());
+                }
+            }
+        }
+    }
+}
+
+async fn send_all(socket: &Socket, mut bytes: &[u8]) -> Result<(), Error> {
+    let failed = |error| Error::os("send in a handshake", error);
+    let sent = socket.try_send(bytes).map_err(failed)?;
+    bytes = &bytes[sent..];
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    let mut sender = socket.sender()?;
+    while !bytes.is_empty() {
+        let sent = futures_lite::future::poll_fn(|context| sender.poll_send(context, bytes));
+        bytes = &bytes[sent.await.map_err(failed)?..];
+    }
+    Ok(())
+}
+
+async fn send_descriptors(socket: &Socket, buffer: &OwnedFd, queue: &OwnedFd) -> Result<(), Error> {
+    // The peer has read all that was sent before and answered it, so there is room, unless it fills
+    // our side with nonsense; then the handshake's time runs out.
+    while !socket
+        .try_send_descriptors(&[buffer.as_fd(), queue.as_fd()])
+        .map_err(|error| Error::os("send descriptors", error))?
+    {
+        glommio::timer::sleep(std::time::Duration::from_millis(1)).await;
+    }
+    Ok(())
+}
+
+thread_local! {
+    static SESSIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Names for a session's two memories that no other session has, on this host or in another
+/// container that shares its `/dev/shm`: shmipc-go and the crate `shmipc` know a buffer memory by
+/// its name even when they get a descriptor, and would take two of the same name for one.
+fn new_paths(prefix: &Path) -> MemoryPaths {
+    let number = SESSIONS.replace(SESSIONS.get() + 1);
+    // The standard library's own source of randomness, seeded by the system per thread.
+    let random = RandomState::new().build_hasher().finish();
+    let process = std::process::id();
+    let name = |suffix: &str| {
+        let mut path = prefix.as_os_str().to_owned();
+        path.push(format!("_{process}_{random:016x}_{number}_{suffix}"));
+        PathBuf::from(path)
+    };
+    debug_assert!(name("buffer").as_os_str().as_bytes().len() < 255);
+    MemoryPaths {
+        queue: name("queue"),
+        buffer: name("buffer"),
+    }
+}
+
+type Descriptors = Option<[OwnedFd; 2]>;
+
+fn create_memory(
+    paths: &MemoryPaths,
+    config: &Config,
+) -> Result<(SessionMemory, Descriptors), Error> {
+    let queue_len = queue::queues_len(config.queue_capacity);
+    let buffer_len = config.buffer_size as usize;
+    let mut files = Vec::new();
+    let (buffer, queue, descriptors) = match config.memory {
+        MemoryKind::Memfd => {
+            let (buffer, buffer_fd) = Region::create_memfd(&paths.buffer, buffer_len)?;
+            let (queue, queue_fd) = Region::create_memfd(&paths.queue, queue_len)?;
+            (buffer, queue, Some([buffer_fd, queue_fd]))
+        }
+        MemoryKind::File => {
+            let (buffer, buffer_file) = Region::create_file(&paths.buffer, buffer_len)?;
+            files.push(buffer_file);
+            let (queue, queue_file) = Region::create_file(&paths.queue, queue_len)?;
+            files.push(queue_file);
+            (buffer, queue, None)
+        }
+    };
+    let manager = BufferManager::create(&Rc::new(buffer), &config.slice_classes)?;
+    let layout = QueueLayout::for_version(config.protocol);
+    let (producer, consumer) = queue::create(&Rc::new(queue), config.queue_capacity, layout);
+    Ok((
+        SessionMemory {
+            producer,
+            consumer,
+            manager,
+            files,
+        },
+        descriptors,
+    ))
+}
+
+fn map_descriptors(
+    buffer: OwnedFd,
+    queue: OwnedFd,
+    config: &Config,
+) -> Result<SessionMemory, Error> {
+    let limit = config.limits.mapped_bytes;
+    let buffer = Region::map_descriptor(buffer, "buffer", limit)?;
+    let queue = Region::map_descriptor(queue, "queue", limit)?;
+    map_memory(buffer, queue, Vec::new())
+}
+
+fn map_files(paths: &MemoryPaths, config: &Config) -> Result<SessionMemory, Error> {
+    let limit = config.limits.mapped_bytes;
+    let directory = config.path_prefix.parent().unwrap_or(Path::new("/"));
+    for path in [&paths.queue, &paths.buffer] {
+        let climbs = path.components().any(|part| part == Component::ParentDir);
+        if climbs || !path.starts_with(directory) {
+            let problem = "not below the directory of the configured prefix";
+            let error = io::Error::new(io::ErrorKind::PermissionDenied, problem);
+            return Err(Error::os("open the peer's shared-memory file", error));
+        }
+    }
+    let (queue, queue_file) = Region::map_file(&paths.queue, "queue", limit)?;
+    let (buffer, buffer_file) = Region::map_file(&paths.buffer, "buffer", limit)?;
+    map_memory(buffer, queue, vec![queue_file, buffer_file])
+}
+
+fn map_memory(
+    buffer: Region,
+    queue: Region,
+    files: Vec<SharedFile>,
+) -> Result<SessionMemory, Error> {
+    // Versions 2 and 3 have the same layout.
+    let layout = QueueLayout::for_version(ProtocolVersion::V3);
+    let (producer, consumer) = queue::map(&Rc::new(queue), layout, Side::Server)?;
+    let manager = BufferManager::map(&Rc::new(buffer))?;
+    Ok(SessionMemory {
+        producer,
+        consumer,
+        manager,
+        files,
+    })
+}

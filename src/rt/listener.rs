@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Where peers connect to.
+//!
+//! A task accepts connections and starts one more task for each handshake, so a peer that dawdles, or
+//! breaks the protocol, delays nobody. How many handshakes run at the same time is bounded.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::fs;
+use std::future::poll_fn;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::rc::{Rc, Weak};
+use std::task::Poll;
+use std::time::Duration;
+
+use futures_lite::future::or;
+use glommio::sync::Semaphore;
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
+
+use super::handshake;
+use super::session::Session;
+use super::socket::{ListenerSocket, Socket};
+use super::wakers::WakerList;
+use crate::config::Config;
+use crate::error::{Error, HandshakeError, Result};
+
+/// How long accepting pauses when the process has no descriptor left for another connection.
+const OUT_OF_DESCRIPTORS_PAUSE: Duration = Duration::from_millis(20);
+
+type OnRefused = Box<dyn Fn(&Error)>;
+
+/// Accepts sessions on a Unix socket, or over TCP on loopback.
+///
+/// Sessions live on the executor that the listener was made on. A peer that breaks the handshake, or
+/// does not finish it in time, is dropped, and [told about](Self::on_refused) if asked; the listener
+/// goes on.
+///
+/// ```no_run
+/// use futures_lite::io::copy;
+/// use shmipc_glommio::{Config, Listener};
+///
+/// # async fn example() -> shmipc_glommio::Result<()> {
+/// let listener = Listener::bind("/run/echo.sock", Config::default())?;
+/// loop {
+///     let session = listener.accept().await?;
+///     glommio::spawn_local(async move {
+///         while let Ok(stream) = session.accept().await {
+///             glommio::spawn_local(async move {
+///                 let (reader, writer) = futures_lite::io::split(stream);
+///                 let _ = copy(reader, writer).await;
+///             })
+///             .detach();
+///         }
+///     })
+///     .detach();
+/// }
+/// # }
+/// ```
+pub struct Listener {
+    shared: Rc<Shared>,
+    address: Option<SocketAddr>,
+    /// Dropped first to last: no connection is accepted once the socket's path is gone.
+    _accepting: glommio::Task<()>,
+    _path: Option<SocketPath>,
+}
+
+struct Shared {
+    config: Rc<Config>,
+    ready: RefCell<VecDeque<Session>>,
+    failed: RefCell<Option<Error>>,
+    waiting: WakerList,
+    on_refused: RefCell<Option<OnRefused>>,
+}
+
+impl Listener {
+    /// Listens on a Unix socket that only this user can connect to (mode 0600).
+    ///
+    /// A socket file that a dead listener left is replaced. The file is removed when the listener is
+    /// dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Os`], with `AddrInUse` when somebody listens there.
+    pub fn bind(path: impl AsRef<Path>, config: Config) -> Result<Self> {
+        let path = path.as_ref();
+        let fd = bind_unix(path).map_err(|error| Error::os("listen on a Unix socket", error))?;
+        let socket = ListenerSocket::new(fd, false);
+        Ok(Self::start(
+            socket,
+            None,
+            Some(SocketPath(path.to_owned())),
+            config,
+        ))
+    }
+
+    /// Listens over TCP. Only loopback makes sense, since the memory is shared on one host, and only
+    /// file memory can be handed over.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Os`], with `InvalidInput` when the address is not one of loopback.
+    pub fn bind_tcp(address: SocketAddr, config: Config) -> Result<Self> {
+        let failed = |error| Error::os("listen over TCP", error);
+        if !address.ip().is_loopback() {
+            let error = io::Error::new(io::ErrorKind::InvalidInput, "not a loopback address");
+            return Err(failed(error));
+        }
+        let listener = TcpListener::bind(address).map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        let socket = ListenerSocket::new(listener.into(), true);
+        Ok(Self::start(socket, Some(address), None, config))
+    }
+
+    fn start(
+        socket: ListenerSocket,
+        address: Option<SocketAddr>,
+        path: Option<SocketPath>,
+        config: Config,
+    ) -> Self {
+        let shared = Rc::new(Shared {
+            config: Rc::new(config),
+            ready: RefCell::default(),
+            failed: RefCell::default(),
+            waiting: WakerList::default(),
+            on_refused: RefCell::default(),
+        });
+        let accepting = glommio::spawn_local(accept_connections(socket, Rc::downgrade(&shared)));
+        Self {
+            shared,
+            address,
+            _accepting: accepting,
+            _path: path,
+        }
+    }
+
+    /// The address that a TCP listener got.
+    pub fn tcp_address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+
+    /// Calls `tell` for every peer that was dropped before it became a session, with the reason.
+    pub fn on_refused(&self, tell: impl Fn(&Error) + 'static) {
+        *self.shared.on_refused.borrow_mut() = Some(Box::new(tell));
+    }
+
+    /// Waits for the next session. Its handshake is done.
+    ///
+    /// Cancel-safe: no session is lost when the future is dropped.
+    ///
+    /// # Errors
+    ///
+    /// The listening socket itself failed; no more sessions will come.
+    pub async fn accept(&self) -> Result<Session> {
+        let shared = &self.shared;
+        poll_fn(|context| {
+            if let Some(session) = shared.ready.borrow_mut().pop_front() {
+                return Poll::Ready(Ok(session));
+            }
+            if let Some(error) = &*shared.failed.borrow() {
+                return Poll::Ready(Err(error.clone()));
+            }
+            shared.waiting.register(context, None);
+            Poll::Pending
+        })
+        .await
+    }
+}
+
+impl Shared {
+    fn refuse(&self, error: &Error) {
+        tracing::debug!(%error, "peer refused");
+        if let Some(tell) = &*self.on_refused.borrow() {
+            tell(error);
+        }
+    }
+}
+
+async fn accept_connections(socket: ListenerSocket, shared: Weak<Shared>) {
+    let limit = match shared.upgrade() {
+        Some(shared) => shared.config.limits.handshakes,
+        None => return,
+    };
+    let places = Rc::new(Semaphore::new(limit as u64));
+    loop {
+        // The semaphore is never closed, so there is a place sooner or later.
+        let Ok(place) = places.acquire_static_permit(1).await else {
+            return;
+        };
+        let connection = socket.accept().await;
+        let Some(shared) = shared.upgrade() else {
+            return;
+        };
+        match connection {
+            Ok(connection) => {
+                let task = shake_hands(connection, Rc::downgrade(&shared));
+                glommio::spawn_local(async move {
+                    task.await;
+                    drop(place);
+                })
+                .detach();
+            }
+            Err(error) if is_passing(&error) => {
+                shared.refuse(&error);
+                drop(shared);
+                glommio::timer::sleep(OUT_OF_DESCRIPTORS_PAUSE).await;
+            }
+            Err(error) => {
+                *shared.failed.borrow_mut() = Some(error);
+                shared.waiting.wake_all();
+                return;
+            }
+        }
+    }
+}
+
+/// Whether accepting can work again later.
+fn is_passing(error: &Error) -> bool {
+    let Error::Os { source, .. } = error else {
+        return false;
+    };
+    let errno = source.raw_os_error().map(Errno::from_raw);
+    matches!(
+        errno,
+        Some(
+            Errno::EMFILE
+                | Errno::ENFILE
+                | Errno::ENOMEM
+                | Errno::ENOBUFS
+                | Errno::ECONNABORTED
+                | Errno::EINTR
+                | Errno::EAGAIN
+                | Errno::EPROTO
+        )
+    )
+}
+
+async fn shake_hands(connection: Socket, shared: Weak<Shared>) {
+    let Some(config) = shared.upgrade().map(|shared| Rc::clone(&shared.config)) else {
+        return;
+    };
+    let result = within(&config, handshake::accept(connection, &config)).await;
+    // The listener may have gone meanwhile; then nobody wants the session.
+    let Some(shared) = shared.upgrade() else {
+        return;
+    };
+    match result {
+        Ok(established) => {
+            let session = Session::start(established, &config);
+            shared.ready.borrow_mut().push_back(session);
+            shared.waiting.wake_all();
+        }
+        Err(error) => shared.refuse(&error),
+    }
+}
+
+/// Gives a handshake its time.
+pub(super) async fn within<T>(
+    config: &Config,
+    handshake: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let timeout = config.limits.handshake_timeout;
+    let too_late = async {
+        glommio::timer::sleep(timeout).await;
+        Err(HandshakeError::Timeout(timeout).into())
+    };
+    or(handshake, too_late).await
+}
+
+/// A Unix socket's entry in the file system.
+struct SocketPath(PathBuf);
+
+impl Drop for SocketPath {
+    fn drop(&mut self) {
+        // It may be gone, or somebody else's by now; neither is worth a word.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
+    let address = UnixAddr::new(path)?;
+    let fd = nix::sys::socket::socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    if let Err(errno) = nix::sys::socket::bind(fd.as_raw_fd(), &address) {
+        if errno != Errno::EADDRINUSE || !is_left_over(path) {
+            return Err(errno.into());
+        }
+        fs::remove_file(path)?;
+        nix::sys::socket::bind(fd.as_raw_fd(), &address)?;
+    }
+    // Before it listens, nobody can connect, whatever the mode was for a moment.
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    nix::sys::socket::listen(&fd, Backlog::new(1024)?)?;
+    Ok(fd)
+}
+
+/// Whether `path` is a socket that nobody listens on.
+fn is_left_over(path: &Path) -> bool {
+    let is_socket =
+        fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
+    let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
+    is_socket && UnixStream::connect(path).is_err_and(refused)
+}

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What waits for the socket to take it, in order.
+//!
+//! A message goes out at once when the socket takes it. Only what the socket does not take is kept,
+//! and a task waits for the socket; it exists only while something is kept.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::io;
+use std::rc::Rc;
+
+use bytes::{Buf, Bytes};
+use futures_lite::future::poll_fn;
+
+use super::session::SessionInner;
+use super::socket::Socket;
+use super::wakers::WakerList;
+
+/// Payload waits until less than this is kept, so that a slow peer costs a bounded amount of memory.
+const KEEP_AT_MOST: usize = 256 << 10;
+
+/// The outbound half of a session's socket.
+#[derive(Default)]
+pub(super) struct Outbox {
+    kept: RefCell<VecDeque<Bytes>>,
+    kept_bytes: Cell<usize>,
+    /// Whether the task that waits for the socket runs.
+    has_task: Cell<bool>,
+    waiting: WakerList,
+}
+
+impl Outbox {
+    /// Sends a message, or keeps it behind those that were kept. Gives whether a task must be
+    /// started to send the rest.
+    pub(super) fn send(&self, socket: &Socket, message: &[u8]) -> io::Result<bool> {
+        let sent = if self.is_empty() {
+            socket.try_send(message)?
+        } else {
+            0
+        };
+        if sent < message.len() {
+            self.kept
+                .borrow_mut()
+                .push_back(Bytes::copy_from_slice(&message[sent..]));
+            self.kept_bytes
+                .set(self.kept_bytes.get() + message.len() - sent);
+            return Ok(!self.has_task.replace(true));
+        }
+        Ok(false)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.kept_bytes.get() == 0
+    }
+
+    /// Whether payload should wait.
+    pub(super) fn is_full(&self) -> bool {
+        self.kept_bytes.get() >= KEEP_AT_MOST
+    }
+
+    /// Tasks that wait until the outbox is no longer full, or empty.
+    pub(super) fn waiting(&self) -> &WakerList {
+        &self.waiting
+    }
+
+    /// Forgets everything: the socket is gone.
+    pub(super) fn clear(&self) {
+        self.kept.borrow_mut().clear();
+        self.kept_bytes.set(0);
+        self.waiting.wake_all();
+    }
+
+    fn drop_front(&self, sent: usize) {
+        let mut kept = self.kept.borrow_mut();
+        let Some(front) = kept.front_mut() else {
+            return;
+        };
+        if sent >= front.len() {
+            kept.pop_front();
+        } else {
+            front.advance(sent);
+        }
+        self.kept_bytes
+            .set(self.kept_bytes.get().saturating_sub(sent));
+    }
+}
+
+/// Sends what was kept until nothing is.
+pub(super) async fn send_kept(session: Rc<SessionInner>) {
+    let result = send_until_empty(&session).await;
+    session.outbox().has_task.set(false);
+    if let Err(error) = result {
+        session.fail(error);
+    }
+}
+
+async fn send_until_empty(session: &SessionInner) -> Result<(), crate::Error> {
+    let mut sender = session.socket().sender()?;
+    let outbox = session.outbox();
+    while !outbox.is_empty() {
+        let sent = poll_fn(|context| {
+            let kept = outbox.kept.borrow();
+            match kept.front() {
+                Some(front) => sender.poll_send(context, front),
+                // Cleared, since the session ended meanwhile.
+                None => std::task::Poll::Ready(Ok(0)),
+            }
+        })
+        .await
+        .map_err(|error| crate::Error::os("send to the peer", error))?;
+        outbox.drop_front(sent);
+        outbox.waiting.wake_all();
+    }
+    Ok(())
+}

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The one task per core that polls the IO queues of its active sessions.
+//!
+//! A pass gives every active session a turn and then yields the whole task queue, so that the tasks
+//! it woke run. Sessions whose spin budget is over leave the list; the socket's reader, or the next
+//! send, brings them back. When the list is empty the task sleeps, and costs nothing.
+//!
+//! A task that is always runnable starves io_uring: glommio looks at its rings only when a timer of
+//! 100 ms fires. So while the poller spins it makes that happen itself, at a fixed small interval,
+//! by a byte through a socket pair of its own: what completes on glommio's latency ring preempts.
+
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use futures_lite::future::{or, poll_fn};
+use glommio::{Latency, Shares, TaskQueueHandle};
+
+use super::driver::Stay;
+use super::session::SessionInner;
+use super::socket::{Received, Socket};
+use super::wakers::WakerSlot;
+
+/// How long io_uring goes unlooked at while a session is busy.
+const REACTOR_INTERVAL: Duration = Duration::from_micros(250);
+/// How often queues are looked at when tasks wait for a peer that has not moved for a while.
+const WAITING_INTERVAL: Duration = Duration::from_micros(100);
+
+thread_local! {
+    static CURRENT: RefCell<Option<Rc<Poller>>> = const { RefCell::new(None) };
+}
+
+/// The poller of one executor.
+pub(super) struct Poller {
+    executor: usize,
+    queue: TaskQueueHandle,
+    active: RefCell<Vec<Rc<SessionInner>>>,
+    task: WakerSlot,
+    last_reactor_pass: Cell<Option<Instant>>,
+}
+
+impl Poller {
+    /// The poller of the executor that runs this task; started if need be.
+    pub(super) fn current() -> Rc<Self> {
+        let executor = glommio::executor().id();
+        let current = CURRENT.with_borrow(Clone::clone);
+        if let Some(poller) = current.filter(|poller| poller.executor == executor) {
+            return poller;
+        }
+        let queue = glommio::executor().create_task_queue(
+            Shares::default(),
+            Latency::Matters(REACTOR_INTERVAL),
+            "shmipc",
+        );
+        let poller = Rc::new(Self {
+            executor,
+            queue,
+            active: RefCell::default(),
+            task: WakerSlot::default(),
+            last_reactor_pass: Cell::new(None),
+        });
+        CURRENT.set(Some(Rc::clone(&poller)));
+        poller.spawn(run(Rc::clone(&poller)));
+        poller
+    }
+
+    /// Starts a task beside the poller's, in its task queue.
+    pub(super) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        glommio::spawn_local_into(task, self.queue)
+            .expect("the poller's queue lives as long as its executor")
+            .detach();
+    }
+
+    /// Puts a session among the active ones.
+    pub(super) fn activate(&self, session: &Rc<SessionInner>) {
+        if !session.activity.is_active.replace(true) {
+            session.lanes.consumer.borrow().set_working();
+            session.activity.last_traffic.set(Instant::now());
+            self.active.borrow_mut().push(Rc::clone(session));
+            self.task.wake();
+        }
+    }
+
+    /// Gives every active session a turn. What the most wakeful of them wants.
+    fn pass(&self, now: Instant) -> Stay {
+        let mut pace = Stay::Asleep;
+        let mut sessions = std::mem::take(&mut *self.active.borrow_mut());
+        sessions.retain(|session| {
+            let stay = session.turn(now);
+            match (stay, pace) {
+                (Stay::Asleep, _) => session.activity.is_active.set(false),
+                (Stay::Busy, _) => pace = Stay::Busy,
+                (Stay::Waiting, Stay::Asleep) => pace = Stay::Waiting,
+                (Stay::Waiting, _) => {}
+            }
+            stay != Stay::Asleep
+        });
+        // Sessions that became active during the pass are in the new list.
+        let mut active = self.active.borrow_mut();
+        if !active.is_empty() {
+            pace = Stay::Busy;
+        }
+        sessions.append(&mut active);
+        *active = sessions;
+        pace
+    }
+
+    /// Waits until a session becomes active.
+    async fn activated(&self) {
+        let before = self.active.borrow().len();
+        poll_fn(|context| {
+            if self.active.borrow().len() > before {
+                return Poll::Ready(());
+            }
+            self.task.register(context);
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
+/// The poller's task.
+async fn run(poller: Rc<Poller>) {
+    // When the executor goes, its sessions go too, although they know the poller and it them.
+    let _cleanup = Cleanup(Rc::clone(&poller));
+    let kick = Kick::new(&poller);
+    loop {
+        let now = Instant::now();
+        match poller.pass(now) {
+            Stay::Busy => {
+                kick.after_pass(&poller, now);
+                glommio::executor().yield_task_queue_now().await;
+            }
+            Stay::Waiting => {
+                let pause = async {
+                    glommio::timer::sleep(WAITING_INTERVAL).await;
+                };
+                or(poller.activated(), pause).await;
+                poller.last_reactor_pass.set(None);
+            }
+            Stay::Asleep => {
+                poller.activated().await;
+                poller.last_reactor_pass.set(None);
+            }
+        }
+    }
+}
+
+struct Cleanup(Rc<Poller>);
+
+impl Drop for Cleanup {
+    fn drop(&mut self) {
+        let sessions = std::mem::take(&mut *self.0.active.borrow_mut());
+        drop(sessions);
+        CURRENT.with_borrow_mut(|current| {
+            if current
+                .as_ref()
+                .is_some_and(|poller| Rc::ptr_eq(poller, &self.0))
+            {
+                *current = None;
+            }
+        });
+    }
+}
+
+/// Makes glommio look at its rings.
+struct Kick {
+    socket: Option<Rc<Socket>>,
+}
+
+impl Kick {
+    fn new(poller: &Poller) -> Self {
+        let Ok((near, far)) = UnixStream::pair() else {
+            // Out of descriptors. Sessions work without; sockets and timers beside them are later.
+            tracing::warn!("no socket pair: io_uring is looked at less often while sessions spin");
+            return Self { socket: None };
+        };
+        let far = Socket::connected(OwnedFd::from(far));
+        poller.spawn(async move {
+            while far.readable().await.is_ok() {
+                match far.try_receive(&mut [0; 64]) {
+                    Ok(Received::Bytes(_) | Received::Nothing) => {}
+                    Ok(Received::End) | Err(_) => break,
+                }
+            }
+        });
+        Self {
+            socket: Some(Rc::new(Socket::connected(OwnedFd::from(near)))),
+        }
+    }
+
+    fn after_pass(&self, poller: &Poller, now: Instant) {
+        let Some(last) = poller.last_reactor_pass.get() else {
+            poller.last_reactor_pass.set(Some(now));
+            return;
+        };
+        if now.saturating_duration_since(last) >= REACTOR_INTERVAL {
+            poller.last_reactor_pass.set(Some(now));
+            if let Some(socket) = &self.socket {
+                // A full pair means that a pass is due anyway.
+                let _ = socket.try_send(&[0]);
+            }
+        }
+    }
+}

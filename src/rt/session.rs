@@ -1,0 +1,368 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A session: one connection, its shared memory, and its streams (spec chapters 2 and 6).
+//!
+//! [`SessionInner`] is the state; what happens to it when something arrives or is sent is in
+//! [`driver`](super::driver). The handles that users hold, [`Session`] and
+//! [`Stream`](super::Stream), keep a [`SessionGuard`]; when the last of them goes, the session ends.
+//! Tasks and the stream table hold the inner state only, so no circle keeps a session alive.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use super::driver;
+use super::handshake::{Established, SessionMemory};
+use super::outbox::Outbox;
+use super::poller::Poller;
+use super::socket::Socket;
+use super::stream::{Stream, StreamInner};
+use super::wakers::WakerList;
+use crate::config::{Config, ProtocolVersion};
+use crate::error::{Error, Result};
+use crate::proto::session::{Role, StreamTable};
+use crate::shm::manager::BufferManager;
+use crate::shm::queue::{Consumer, Producer};
+use crate::shm::region::{Region, SharedFile};
+use crate::stats::{Counters, PoolUsage, SessionStats};
+use crate::wire::Deframer;
+
+/// Everything that both handles and tasks of a session share.
+pub(super) struct SessionInner {
+    pub(super) role: Role,
+    pub(super) version: ProtocolVersion,
+    pub(super) config: Rc<Config>,
+    pub(super) lanes: Lanes,
+    pub(super) streams: RefCell<StreamTable<Rc<StreamInner>>>,
+    pub(super) accepts: Accepts,
+    pub(super) activity: Activity,
+    pub(super) counters: Counters,
+    pub(super) inbox: Inbox,
+    pub(super) poller: Rc<Poller>,
+    socket: Socket,
+    outbox: Outbox,
+    ending: Ending,
+}
+
+/// The shared memory of a session.
+pub(super) struct Lanes {
+    pub(super) producer: RefCell<Producer<Region>>,
+    pub(super) consumer: RefCell<Consumer<Region>>,
+    pub(super) manager: Rc<BufferManager>,
+    /// Tasks that wait for room in the send queue.
+    pub(super) queue_waiting: WakerList,
+    /// Tasks that wait for free slices.
+    pub(super) pool_waiting: WakerList,
+    /// Whether something was published since the peer's working flag was last looked at.
+    pub(super) must_look: Cell<bool>,
+}
+
+/// Streams that the peer opened and nobody has taken yet.
+#[derive(Default)]
+pub(super) struct Accepts {
+    pub(super) ready: RefCell<VecDeque<Rc<StreamInner>>>,
+    pub(super) waiting: WakerList,
+}
+
+/// Whether the core's poller looks at this session, and since when it found nothing.
+pub(super) struct Activity {
+    pub(super) is_active: Cell<bool>,
+    pub(super) last_traffic: Cell<Instant>,
+}
+
+/// What came over the socket and is not yet handled.
+pub(super) struct Inbox {
+    pub(super) deframer: RefCell<Deframer>,
+    /// Streams whose close came by the queue, while data of them may still be in the socket.
+    pub(super) closing: RefCell<Vec<u32>>,
+    /// Bytes that came over the socket and wait in streams.
+    pub(super) unread_bytes: Cell<usize>,
+    /// The reader, while it waits for streams to be read.
+    pub(super) paused: WakerList,
+}
+
+/// Why and whether the session is over.
+#[derive(Default)]
+struct Ending {
+    error: RefCell<Option<Error>>,
+    waiting: WakerList,
+    files: RefCell<Vec<SharedFile>>,
+}
+
+impl SessionInner {
+    pub(super) fn socket(&self) -> &Socket {
+        &self.socket
+    }
+
+    pub(super) fn outbox(&self) -> &Outbox {
+        &self.outbox
+    }
+
+    /// Why the session is over, if it is.
+    pub(super) fn ended(&self) -> Option<Error> {
+        self.ending.error.borrow().clone()
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.ending.error.borrow().is_some()
+    }
+
+    /// Ends the session: every stream, every waiting task and the peer get to know. The first reason
+    /// stays.
+    pub(super) fn fail(&self, error: Error) {
+        if self.is_over() {
+            return;
+        }
+        if error.is_peer_fault() {
+            tracing::warn!(%error, "session ends");
+        } else {
+            tracing::debug!(%error, "session ends");
+        }
+        *self.ending.error.borrow_mut() = Some(error);
+        for stream in self.streams.borrow().all() {
+            stream.wake();
+        }
+        self.lanes.queue_waiting.wake_all();
+        self.lanes.pool_waiting.wake_all();
+        self.accepts.waiting.wake_all();
+        self.inbox.paused.wake_all();
+        self.ending.waiting.wake_all();
+        self.outbox.clear();
+        self.lanes.manager.give_back_magazines();
+        // Wakes the reader, and tells the peer.
+        self.socket.shut_down();
+        self.ending.files.borrow_mut().clear();
+    }
+
+    /// The version byte of this session's messages.
+    pub(super) fn version_byte(&self) -> u8 {
+        self.version.as_u8()
+    }
+
+    fn poll_accept(&self, context: &Context<'_>) -> Poll<Result<Rc<StreamInner>>> {
+        if let Some(stream) = self.accepts.ready.borrow_mut().pop_front() {
+            return Poll::Ready(Ok(stream));
+        }
+        if let Some(error) = self.ended() {
+            return Poll::Ready(Err(error));
+        }
+        self.accepts.waiting.register(context, None);
+        Poll::Pending
+    }
+
+    pub(super) fn poll_flushed(&self, context: &Context<'_>) -> Poll<Result<()>> {
+        if self.outbox.is_empty() {
+            return Poll::Ready(Ok(()));
+        }
+        if let Some(error) = self.ended() {
+            return Poll::Ready(Err(error));
+        }
+        self.outbox.waiting().register(context, None);
+        Poll::Pending
+    }
+}
+
+/// Ends the session when the last handle of a user goes.
+pub(super) struct SessionGuard {
+    inner: Rc<SessionInner>,
+}
+
+impl SessionGuard {
+    pub(super) fn inner(&self) -> &Rc<SessionInner> {
+        &self.inner
+    }
+}
+
+impl Drop for SessionGuard {
+    fn drop(&mut self) {
+        self.inner.flush_queue();
+        self.inner.fail(Error::SessionClosed);
+    }
+}
+
+/// A connection to one peer, over which any number of streams run.
+///
+/// A session lives on the executor that made it. Cloning gives another handle on the same session;
+/// it ends when it is [closed](Self::close), when the peer goes away or breaks the protocol, and when
+/// the last handle on it and on its streams is dropped.
+///
+/// ```no_run
+/// use futures_lite::{AsyncReadExt, AsyncWriteExt};
+/// use shmipc_glommio::{Config, Connector};
+///
+/// # async fn example() -> shmipc_glommio::Result<()> {
+/// let session = Connector::new(Config::default()).connect("/run/store.sock").await?;
+/// let mut stream = session.open_stream()?;
+/// stream.write_all(b"hello").await.expect("the store reads");
+/// let mut answer = [0; 5];
+/// stream.read_exact(&mut answer).await.expect("the store answers");
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Session {
+    guard: Rc<SessionGuard>,
+}
+
+impl Session {
+    /// Starts the session: from here on it reacts to the peer.
+    pub(super) fn start(established: Established, config: &Rc<Config>) -> Self {
+        let Established {
+            role,
+            socket,
+            version,
+            memory,
+        } = established;
+        let SessionMemory {
+            producer,
+            consumer,
+            manager,
+            files,
+        } = memory;
+        let inner = Rc::new(SessionInner {
+            role,
+            version,
+            config: Rc::clone(config),
+            lanes: Lanes {
+                producer: RefCell::new(producer),
+                consumer: RefCell::new(consumer),
+                manager,
+                queue_waiting: WakerList::default(),
+                pool_waiting: WakerList::default(),
+                must_look: Cell::new(false),
+            },
+            streams: RefCell::new(StreamTable::new(role, config.limits.streams)),
+            accepts: Accepts::default(),
+            activity: Activity {
+                is_active: Cell::new(false),
+                last_traffic: Cell::new(Instant::now()),
+            },
+            counters: Counters::default(),
+            inbox: Inbox {
+                deframer: RefCell::new(Deframer::new(config.limits.message_len)),
+                closing: RefCell::default(),
+                unread_bytes: Cell::new(0),
+                paused: WakerList::default(),
+            },
+            poller: Poller::current(),
+            socket,
+            outbox: Outbox::default(),
+            ending: Ending {
+                files: RefCell::new(files),
+                ..Ending::default()
+            },
+        });
+        inner.poller.spawn(driver::read_socket(Rc::clone(&inner)));
+        // Events may be there already: a client of version 2 does not wait for an answer.
+        inner.activate();
+        Self {
+            guard: Rc::new(SessionGuard { inner }),
+        }
+    }
+
+    fn inner(&self) -> &Rc<SessionInner> {
+        self.guard.inner()
+    }
+
+    /// Opens a stream. The peer learns of it with the first bytes that are sent on it.
+    ///
+    /// Only the client of a session can open streams (spec 6.2).
+    ///
+    /// # Errors
+    ///
+    /// The session is over, [`Error::TooManyStreams`], or [`Error::NotClient`] on a server.
+    pub fn open_stream(&self) -> Result<Stream> {
+        let inner = self.inner();
+        if let Some(error) = inner.ended() {
+            return Err(error);
+        }
+        if inner.role == Role::Server {
+            return Err(Error::NotClient);
+        }
+        let mut streams = inner.streams.borrow_mut();
+        let opened = streams.open(|id| Rc::new(StreamInner::new(id)));
+        let stream = opened.ok_or(Error::TooManyStreams(inner.config.limits.streams))?;
+        Ok(Stream::new(Rc::clone(&self.guard), stream))
+    }
+
+    /// Waits for the next stream that the peer opens.
+    ///
+    /// Streams that came before the session ended are still handed out. Cancel-safe: no stream is
+    /// lost when the future is dropped.
+    ///
+    /// # Errors
+    ///
+    /// The session is over: [`Error::PeerClosed`] in the ordinary case.
+    pub async fn accept(&self) -> Result<Stream> {
+        let inner = self.inner();
+        let stream = poll_fn(|context| inner.poll_accept(context)).await?;
+        Ok(Stream::new(Rc::clone(&self.guard), stream))
+    }
+
+    /// Waits until the session is over and says why. Cancel-safe.
+    pub async fn closed(&self) -> Error {
+        let inner = self.inner();
+        poll_fn(|context| match inner.ended() {
+            Some(error) => Poll::Ready(error),
+            None => {
+                inner.ending.waiting.register(context, None);
+                Poll::Pending
+            }
+        })
+        .await
+    }
+
+    /// Why the session is over, if it is.
+    pub fn end_reason(&self) -> Option<Error> {
+        self.inner().ended()
+    }
+
+    /// Sends what waits for the socket, then ends the session.
+    ///
+    /// Its streams end with [`Error::SessionClosed`]. Not needed for anything but the wait: dropping
+    /// every handle ends the session too. Cancel-safe: a session that is not ended goes on.
+    pub async fn close(&self) {
+        let inner = self.inner();
+        inner.flush_queue();
+        // An error means that it is over already.
+        let _ = poll_fn(|context| inner.poll_flushed(context)).await;
+        inner.fail(Error::SessionClosed);
+    }
+
+    /// The protocol version that both sides agreed on.
+    pub fn protocol(&self) -> ProtocolVersion {
+        self.inner().version
+    }
+
+    /// How many streams are open.
+    pub fn stream_count(&self) -> usize {
+        self.inner().streams.borrow().len()
+    }
+
+    /// The session's counters at this moment.
+    pub fn stats(&self) -> SessionStats {
+        self.inner().counters.get()
+    }
+
+    /// How many slices of the buffer memory are free at this moment.
+    pub fn pool_usage(&self) -> PoolUsage {
+        let manager = &self.inner().lanes.manager;
+        PoolUsage {
+            lists: manager.usage(),
+            held: manager.held(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Session")
+            .field("protocol", &self.protocol())
+            .field("streams", &self.stream_count())
+            .field("ended", &self.end_reason())
+            .finish_non_exhaustive()
+    }
+}

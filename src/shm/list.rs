@@ -1,0 +1,381 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A list of free buffer slices of one size, shared by two processes (WIRE chapter 4; spec 5.2).
+//!
+//! Both sides take from the head and give to the tail of the same list, without locks. The last slice
+//! is never handed out, so takers and givers touch different slices. Here both work in batches: a
+//! take walks `n` links and moves the head over all of them with one compare-and-swap; a give links
+//! `n` slices in private and hangs them behind the tail with one swap.
+//!
+//! # What can go wrong, and what is done about it
+//!
+//! The list carries no version. A taker that stalls between its look at the head and its
+//! compare-and-swap, while the other side takes those slices and gives them back so that the same
+//! slice is the head again, moves the head to where its links pointed *then* (ABA). After the swap
+//! the links are read again: slices that went through the other side's hands have other links, and
+//! the list is reported broken. The manager's ledger catches the rest as far as it can be caught: a
+//! slice that this side still holds can never be taken again.
+//!
+//! Whom it trusts: nobody. Where the list stands and how large its slices are is private. Every
+//! offset read from shared memory is checked against the grid of slices before it is followed; every
+//! loop has a bound.
+
+use std::sync::atomic::Ordering;
+
+use super::access::Memory;
+use crate::error::MemoryError;
+use crate::wire::layout::{
+    FLAG_HAS_NEXT, LIST_CAPACITY_OFFSET, LIST_HEAD_OFFSET, LIST_HEADER_LEN, LIST_SIZE_OFFSET,
+    LIST_SLICE_CAPACITY_OFFSET, LIST_TAIL_OFFSET, SLICE_CAPACITY_OFFSET, SLICE_FLAGS_OFFSET,
+    SLICE_HEADER_LEN, SLICE_NEXT_OFFSET, SLICE_SIZE_OFFSET, SLICE_START_OFFSET, list_len,
+};
+
+/// The most slices that one batch moves.
+pub(crate) const MAX_BATCH: usize = 32;
+
+/// How often a take starts over before it says that the list is busy. A start-over needs the peer to
+/// have moved in between, so an honest peer does not come near.
+const TAKE_TRIES: usize = 256;
+
+/// Where a list stands and what it holds, in private memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BufferList {
+    /// Offset of the list header.
+    header: usize,
+    /// Number of slices.
+    capacity: u32,
+    /// Bytes of payload in each slice.
+    slice_capacity: u32,
+}
+
+/// Up to [`MAX_BATCH`] slices, by their places in the list.
+pub(crate) struct Batch {
+    places: [u32; MAX_BATCH],
+    len: usize,
+}
+
+impl Batch {
+    const EMPTY: Self = Self {
+        places: [0; MAX_BATCH],
+        len: 0,
+    };
+
+    pub(crate) fn places(&self) -> &[u32] {
+        &self.places[..self.len]
+    }
+}
+
+impl BufferList {
+    /// Lays out a full list at `header`. The caller has made sure that the memory holds it.
+    pub(crate) fn create<M: Memory>(
+        memory: &M,
+        header: usize,
+        capacity: u32,
+        slice_capacity: u32,
+    ) -> Self {
+        let list = Self {
+            header,
+            capacity,
+            slice_capacity,
+        };
+        // Relaxed throughout: the peer sees none of this before the handshake, whose socket orders
+        // it. The counters behind the slice capacity stay 0.
+        let store = |at, value| memory.store_u32(at, value, Ordering::Relaxed);
+        store(header + LIST_SIZE_OFFSET, capacity);
+        store(header + LIST_CAPACITY_OFFSET, capacity);
+        store(header + LIST_HEAD_OFFSET, 0);
+        store(header + LIST_TAIL_OFFSET, list.relative(capacity - 1));
+        store(header + LIST_SLICE_CAPACITY_OFFSET, slice_capacity);
+        for place in 0..capacity {
+            let slice = list.slice(place);
+            let has_next = place + 1 < capacity;
+            store(slice + SLICE_CAPACITY_OFFSET, slice_capacity);
+            store(slice + SLICE_SIZE_OFFSET, 0);
+            store(slice + SLICE_START_OFFSET, 0);
+            store(
+                slice + SLICE_NEXT_OFFSET,
+                if has_next {
+                    list.relative(place + 1)
+                } else {
+                    0
+                },
+            );
+            let flags = if has_next { FLAG_HAS_NEXT } else { 0 };
+            store(slice + SLICE_FLAGS_OFFSET, u32::from(flags).to_le());
+        }
+        list
+    }
+
+    /// Checks a list that the peer laid out at `header`; it must end at or before `end`.
+    pub(crate) fn map<M: Memory>(
+        memory: &M,
+        header: usize,
+        end: usize,
+    ) -> Result<Self, MemoryError> {
+        let too_small = |needed: u64| MemoryError::TooSmall {
+            what: "a buffer list",
+            needed,
+            have: end as u64,
+        };
+        let slices = header as u64 + LIST_HEADER_LEN as u64;
+        if slices > end as u64 {
+            return Err(too_small(slices));
+        }
+        let capacity = memory.load_u32(header + LIST_CAPACITY_OFFSET, Ordering::Acquire);
+        let slice_capacity =
+            memory.load_u32(header + LIST_SLICE_CAPACITY_OFFSET, Ordering::Acquire);
+        let field = |what, value: u32, problem| {
+            Err(MemoryError::Field {
+                what,
+                value: u64::from(value),
+                problem,
+            })
+        };
+        if capacity == 0 {
+            return field("list capacity", capacity, "a list must hold slices");
+        }
+        if slice_capacity == 0 || !slice_capacity.is_multiple_of(4) {
+            let problem = "headers behind such slices would be misaligned";
+            return field("slice capacity", slice_capacity, problem);
+        }
+        let needed = header as u64 + list_len(capacity, slice_capacity);
+        if needed > end as u64 {
+            return Err(too_small(needed));
+        }
+        let list = Self {
+            header,
+            capacity,
+            slice_capacity,
+        };
+        let head = memory.load_u32(header + LIST_HEAD_OFFSET, Ordering::Acquire);
+        let tail = memory.load_u32(header + LIST_TAIL_OFFSET, Ordering::Acquire);
+        if list.place(head).is_none() {
+            return field("list head", head, "no slice starts there");
+        }
+        if list.place(tail).is_none() {
+            return field("list tail", tail, "no slice starts there");
+        }
+        Ok(list)
+    }
+
+    pub(crate) fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    pub(crate) fn slice_capacity(&self) -> u32 {
+        self.slice_capacity
+    }
+
+    /// Offset of the first byte behind the list.
+    pub(crate) fn end(&self) -> usize {
+        self.slice(self.capacity)
+    }
+
+    fn stride(&self) -> u32 {
+        self.slice_capacity + SLICE_HEADER_LEN as u32
+    }
+
+    /// Offset of the slice at `place`, from the start of the memory.
+    #[inline]
+    pub(crate) fn slice(&self, place: u32) -> usize {
+        self.header + LIST_HEADER_LEN + place as usize * self.stride() as usize
+    }
+
+    /// Offset of the slice at `place`, from the end of the list header. Fits: the whole list does.
+    #[inline]
+    fn relative(&self, place: u32) -> u32 {
+        place * self.stride()
+    }
+
+    /// The place that an offset from the end of the list header names, if a slice starts there.
+    #[inline]
+    fn place(&self, relative: u32) -> Option<u32> {
+        let place = relative / self.stride();
+        (place < self.capacity && place * self.stride() == relative).then_some(place)
+    }
+
+    /// The place that an offset from the start of the memory names, if a slice starts there.
+    #[inline]
+    pub(crate) fn place_of_slice(&self, offset: u32) -> Option<u32> {
+        let slices = self.header + LIST_HEADER_LEN;
+        let relative = (offset as usize).checked_sub(slices)?;
+        self.place(u32::try_from(relative).ok()?)
+    }
+
+    #[inline]
+    fn checked_place(&self, what: &'static str, relative: u32) -> Result<u32, MemoryError> {
+        self.place(relative).ok_or(MemoryError::Field {
+            what,
+            value: u64::from(relative),
+            problem: "no slice starts there",
+        })
+    }
+
+    /// How many slices the list says are free. The peer can write what it likes here.
+    #[inline]
+    pub(crate) fn free<M: Memory>(&self, memory: &M) -> i32 {
+        memory
+            .load_u32(self.header + LIST_SIZE_OFFSET, Ordering::Acquire)
+            .cast_signed()
+    }
+
+    fn add_to_size<M: Memory>(&self, memory: &M, count: u32) -> i32 {
+        // Acquire and release: `size` counts slices whose links are written before it grows (in
+        // `give`) and taken after it shrank (in `take`).
+        memory
+            .fetch_add_u32(self.header + LIST_SIZE_OFFSET, count, Ordering::AcqRel)
+            .cast_signed()
+    }
+
+    /// Takes up to `want` slices. An empty batch: nothing that could be handed out.
+    ///
+    /// # Errors
+    ///
+    /// [`MemoryError`] when the list does not hold together; the session is over then.
+    pub(crate) fn take<M: Memory>(&self, memory: &M, want: usize) -> Result<Batch, MemoryError> {
+        let Some(want) = self.reserve(memory, want) else {
+            return Ok(Batch::EMPTY);
+        };
+        let taken = self.take_reserved(memory, want as usize);
+        let got = taken.as_ref().map_or(0, |batch| batch.len as u32);
+        if got < want {
+            self.add_to_size(memory, want - got);
+        }
+        taken
+    }
+
+    /// Takes up to `want` slices out of `size`, and leaves at least one in.
+    fn reserve<M: Memory>(&self, memory: &M, want: usize) -> Option<u32> {
+        // The peer can only be faster a few times in a row before nothing is left anyway.
+        for _ in 0..4 {
+            let free = self.free(memory);
+            if free <= 1 {
+                return None;
+            }
+            // A size that the peer made absurd buys nothing: the walk finds what is really there.
+            let spare = free.unsigned_abs() - 1;
+            let want = (want.min(MAX_BATCH) as u32).min(spare).min(self.capacity);
+            if self.add_to_size(memory, want.wrapping_neg()) > want.cast_signed() {
+                return Some(want);
+            }
+            self.add_to_size(memory, want);
+        }
+        None
+    }
+
+    fn take_reserved<M: Memory>(&self, memory: &M, want: usize) -> Result<Batch, MemoryError> {
+        let head_at = self.header + LIST_HEAD_OFFSET;
+        let mut batch = Batch::EMPTY;
+        for _ in 0..TAKE_TRIES {
+            // Acquire, pairs with the compare-and-swap of another taker.
+            let head = memory.load_u32(head_at, Ordering::Acquire);
+            batch.len = 0;
+            let mut relative = head;
+            while batch.len < want {
+                let place = self.checked_place("list head or link", relative)?;
+                let slice = self.slice(place);
+                // Acquire, pairs with the release store of the flag in `give`: `next` is written.
+                if memory.load_u8(slice + SLICE_FLAGS_OFFSET, Ordering::Acquire) & FLAG_HAS_NEXT
+                    == 0
+                {
+                    break;
+                }
+                batch.places[batch.len] = place;
+                batch.len += 1;
+                relative = memory.load_u32(slice + SLICE_NEXT_OFFSET, Ordering::Acquire);
+            }
+            if batch.len > 0 {
+                self.checked_place("link of a free slice", relative)?;
+                if memory.compare_exchange_u32(head_at, head, relative).is_ok() {
+                    self.check_taken(memory, &batch, relative)?;
+                    return Ok(batch);
+                }
+            }
+            // Either the peer took in between, or it has swapped the tail and not yet linked.
+            std::hint::spin_loop();
+        }
+        batch.len = 0;
+        Ok(batch)
+    }
+
+    /// Checks that the links of the batch are still those that were walked, and that the headers are
+    /// those of free slices of this list.
+    fn check_taken<M: Memory>(
+        &self,
+        memory: &M,
+        batch: &Batch,
+        last_link: u32,
+    ) -> Result<(), MemoryError> {
+        for (index, &place) in batch.places().iter().enumerate() {
+            let slice = self.slice(place);
+            let expected = match batch.places().get(index + 1) {
+                Some(&next) => self.relative(next),
+                None => last_link,
+            };
+            let poison = |what, value, limit| {
+                // An offset always fits: the whole memory is below 4 GiB.
+                Err(MemoryError::SliceHeader {
+                    offset: slice as u32,
+                    what,
+                    value,
+                    limit,
+                })
+            };
+            let next = memory.load_u32(slice + SLICE_NEXT_OFFSET, Ordering::Acquire);
+            let flags = memory.load_u8(slice + SLICE_FLAGS_OFFSET, Ordering::Acquire);
+            let capacity = memory.load_u32(slice + SLICE_CAPACITY_OFFSET, Ordering::Relaxed);
+            if flags & FLAG_HAS_NEXT == 0 {
+                return poison("flags of a free slice", u32::from(flags), 1);
+            }
+            if next != expected {
+                return poison("next of a free slice", next, expected);
+            }
+            if capacity != self.slice_capacity {
+                return poison("capacity", capacity, self.slice_capacity);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives slices back. This side holds every one of them.
+    ///
+    /// # Errors
+    ///
+    /// [`MemoryError`] when the list's tail names no slice; the session is over then.
+    pub(crate) fn give<M: Memory>(&self, memory: &M, places: &[u32]) -> Result<(), MemoryError> {
+        let (Some(&first), Some(&last)) = (places.first(), places.last()) else {
+            return Ok(());
+        };
+        for (index, &place) in places.iter().enumerate() {
+            let slice = self.slice(place);
+            // Relaxed: these slices are nobody else's until the link below is released.
+            memory.store_u32(slice + SLICE_SIZE_OFFSET, 0, Ordering::Relaxed);
+            memory.store_u32(slice + SLICE_START_OFFSET, 0, Ordering::Relaxed);
+            match places.get(index + 1) {
+                Some(&next) => {
+                    memory.store_u32(
+                        slice + SLICE_NEXT_OFFSET,
+                        self.relative(next),
+                        Ordering::Relaxed,
+                    );
+                    memory.store_u8(slice + SLICE_FLAGS_OFFSET, FLAG_HAS_NEXT, Ordering::Relaxed);
+                }
+                None => memory.store_u8(slice + SLICE_FLAGS_OFFSET, 0, Ordering::Relaxed),
+            }
+        }
+        // Acquire and release: whoever swaps next links behind a slice whose header is reset, and
+        // this side links behind one that its giver has reset.
+        let tail_at = self.header + LIST_TAIL_OFFSET;
+        let old = memory.swap_u32(tail_at, self.relative(last), Ordering::AcqRel);
+        let old = self.slice(self.checked_place("list tail", old)?);
+        memory.store_u32(
+            old + SLICE_NEXT_OFFSET,
+            self.relative(first),
+            Ordering::Relaxed,
+        );
+        // Release, pairs with the acquire load of the flag in `take`.
+        memory.store_u8(old + SLICE_FLAGS_OFFSET, FLAG_HAS_NEXT, Ordering::Release);
+        // At most the capacity, since this side holds that many.
+        self.add_to_size(memory, places.len() as u32);
+        Ok(())
+    }
+}

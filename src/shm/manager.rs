@@ -1,0 +1,507 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! All free lists of one buffer memory, and the private ledger of what this side holds
+//! (WIRE chapter 4; spec chapter 5).
+//!
+//! # The ledger
+//!
+//! For each slice of the memory one private entry says whether this side holds it, and if so which
+//! slice comes next in its chain and which bytes of it count. Shared headers are read once, when a
+//! slice arrives, and written once, when it is sent; in between nothing depends on memory that the
+//! peer can write. The ledger is also what finds a slice with two owners: one that arrives, or comes
+//! out of a list, while this side holds it ends the session by name. Walking a cycle is the same
+//! case, so every walk ends.
+//!
+//! # Magazines
+//!
+//! A short private stack per list. Freed slices go there first and are the first to be taken again,
+//! while their lines are still near; the shared list is visited in batches. A magazine holds at most
+//! an eighth of its list, so it cannot starve the peer, and [`give_back_magazines`] empties all of
+//! them when the session goes idle or ends.
+//!
+//! [`give_back_magazines`]: BufferManager::give_back_magazines
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+
+use super::access::Memory;
+use super::chain::Chain;
+use super::list::{BufferList, MAX_BATCH};
+use super::region::Region;
+use crate::config::SliceClass;
+use crate::error::MemoryError;
+use crate::wire::layout::{
+    FLAG_HAS_NEXT, FLAG_IN_USE, LIST_HEADER_LEN, MANAGER_HEADER_LEN, MANAGER_LIST_COUNT_OFFSET,
+    MANAGER_USED_LEN_OFFSET, SLICE_CAPACITY_OFFSET, SLICE_FLAGS_OFFSET, SLICE_HEADER_LEN,
+    SLICE_NEXT_OFFSET, SLICE_SIZE_OFFSET, SLICE_START_OFFSET, list_len,
+};
+
+/// The most lists that this side maps.
+const MAX_LISTS: usize = 32;
+/// The most slices that this side keeps a ledger for: 64 MiB of ledger.
+const MAX_SLICES: u64 = 4 << 20;
+/// The most slices in a magazine.
+const MAX_MAGAZINE: usize = 2 * MAX_BATCH;
+
+/// A slice, counted through all lists of its memory.
+pub(super) type SliceId = u32;
+/// No slice: the end of a chain.
+pub(super) const NO_SLICE: SliceId = u32::MAX;
+
+/// What the ledger says about one slice.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Entry {
+    /// Offset of the slice from the start of the memory; 0 while this side has it neither in a
+    /// chain nor in a magazine. No slice starts at 0, where the header of the memory stands.
+    offset: u32,
+    /// The next slice of the chain, or [`NO_SLICE`].
+    pub(super) next: SliceId,
+    /// Where the bytes that count start, behind the slice header.
+    pub(super) start: u32,
+    /// How many bytes count.
+    pub(super) len: u32,
+}
+
+impl Entry {
+    fn of(offset: u32) -> Self {
+        Self {
+            offset,
+            next: NO_SLICE,
+            start: 0,
+            len: 0,
+        }
+    }
+
+    /// Offset of the first byte that counts, from the start of the memory.
+    pub(super) fn data(&self) -> usize {
+        self.offset as usize + SLICE_HEADER_LEN + self.start as usize
+    }
+}
+
+struct Class {
+    list: BufferList,
+    /// The ledger index of the list's first slice.
+    first: SliceId,
+    /// The private stack, the hottest slice last.
+    magazine: RefCell<Vec<SliceId>>,
+    magazine_limit: usize,
+}
+
+/// The buffer memory of one session, as one side sees it.
+pub(crate) struct BufferManager<M = Region> {
+    memory: Rc<M>,
+    /// Smallest slices first.
+    classes: Vec<Class>,
+    ledger: RefCell<Vec<Entry>>,
+    /// What was found broken where nobody could be told, in a `Drop`.
+    broken: RefCell<Option<MemoryError>>,
+    /// Slices that this side holds, magazines not counted.
+    held: Cell<u32>,
+}
+
+/// How many slices of one list are free, and how many there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SliceUsage {
+    /// Bytes of payload in each slice.
+    pub slice_capacity: u32,
+    /// Slices in the list's free chain, by the list's own count, which the peer can write.
+    pub free: i32,
+    /// Slices in this side's magazine, free too.
+    pub magazine: u32,
+    /// All slices of the list.
+    pub total: u32,
+}
+
+impl<M: Memory> BufferManager<M> {
+    /// Lays out the memory: every class gets its share of what the headers leave.
+    pub(crate) fn create(memory: &Rc<M>, classes: &[SliceClass]) -> Result<Rc<Self>, MemoryError> {
+        let have = memory.len() as u64;
+        let headers = (MANAGER_HEADER_LEN + LIST_HEADER_LEN * classes.len()) as u64;
+        let room = have.saturating_sub(headers);
+        let mut lists = Vec::with_capacity(classes.len());
+        let mut at = MANAGER_HEADER_LEN;
+        for class in classes {
+            let stride = u64::from(class.capacity) + SLICE_HEADER_LEN as u64;
+            let count = room * u64::from(class.percent) / 100 / stride;
+            let needed = at as u64 + list_len(count as u32, class.capacity);
+            if count == 0 || needed > have {
+                return Err(MemoryError::TooSmall {
+                    what: "a buffer list",
+                    needed,
+                    have,
+                });
+            }
+            // Fits: the whole memory is below 4 GiB (checked by the configuration).
+            let list = BufferList::create(&**memory, at, count as u32, class.capacity);
+            at = list.end();
+            lists.push(list);
+        }
+        // Relaxed: the handshake's socket orders it.
+        let used = (at - MANAGER_HEADER_LEN) as u32;
+        memory.store_u32(
+            MANAGER_LIST_COUNT_OFFSET,
+            (lists.len() as u32).to_le(),
+            Ordering::Relaxed,
+        );
+        memory.store_u32(MANAGER_USED_LEN_OFFSET, used, Ordering::Relaxed);
+        Self::with_lists(memory, &lists)
+    }
+
+    /// Checks a memory that the peer laid out.
+    pub(crate) fn map(memory: &Rc<M>) -> Result<Rc<Self>, MemoryError> {
+        let have = memory.len() as u64;
+        if have < MANAGER_HEADER_LEN as u64 {
+            let needed = MANAGER_HEADER_LEN as u64;
+            return Err(MemoryError::TooSmall {
+                what: "the buffer header",
+                needed,
+                have,
+            });
+        }
+        if have > u64::from(u32::MAX) {
+            let limit = u64::from(u32::MAX);
+            return Err(MemoryError::TooLarge {
+                what: "buffer memory",
+                have,
+                limit,
+            });
+        }
+        // Two bytes of count, two unused.
+        let first_word = memory
+            .load_u32(MANAGER_LIST_COUNT_OFFSET, Ordering::Acquire)
+            .to_le();
+        let count = (first_word & 0xffff) as usize;
+        if !(1..=MAX_LISTS).contains(&count) {
+            return Err(MemoryError::Field {
+                what: "list count",
+                value: count as u64,
+                problem: "expected 1 to 32",
+            });
+        }
+        let used = u64::from(memory.load_u32(MANAGER_USED_LEN_OFFSET, Ordering::Acquire));
+        let end = MANAGER_HEADER_LEN as u64 + used;
+        if end > have {
+            return Err(MemoryError::TooSmall {
+                what: "the lists",
+                needed: end,
+                have,
+            });
+        }
+        let mut lists: Vec<BufferList> = Vec::with_capacity(count);
+        let mut at = MANAGER_HEADER_LEN;
+        for _ in 0..count {
+            let list = BufferList::map(&**memory, at, end as usize)?;
+            if lists
+                .last()
+                .is_some_and(|last| last.slice_capacity() >= list.slice_capacity())
+            {
+                return Err(MemoryError::Field {
+                    what: "slice capacity",
+                    value: u64::from(list.slice_capacity()),
+                    problem: "lists go from small slices to large",
+                });
+            }
+            at = list.end();
+            lists.push(list);
+        }
+        Self::with_lists(memory, &lists)
+    }
+
+    fn with_lists(memory: &Rc<M>, lists: &[BufferList]) -> Result<Rc<Self>, MemoryError> {
+        let total: u64 = lists.iter().map(|list| u64::from(list.capacity())).sum();
+        if total > MAX_SLICES {
+            return Err(MemoryError::Field {
+                what: "number of slices",
+                value: total,
+                problem: "more than 4 194 304",
+            });
+        }
+        let mut first = 0;
+        let mut classes = Vec::with_capacity(lists.len());
+        for &list in lists {
+            let magazine_limit = (list.capacity() as usize / 8).min(MAX_MAGAZINE);
+            let magazine = RefCell::new(Vec::with_capacity(magazine_limit + 1));
+            classes.push(Class {
+                list,
+                first,
+                magazine,
+                magazine_limit,
+            });
+            first += list.capacity();
+        }
+        Ok(Rc::new(Self {
+            memory: Rc::clone(memory),
+            classes,
+            ledger: RefCell::new(vec![Entry::default(); total as usize]),
+            broken: RefCell::new(None),
+            held: Cell::new(0),
+        }))
+    }
+
+    pub(super) fn memory(&self) -> &M {
+        &self.memory
+    }
+
+    /// The payload of the largest slice.
+    pub(crate) fn largest_slice(&self) -> usize {
+        self.classes
+            .last()
+            .map_or(0, |class| class.list.slice_capacity() as usize)
+    }
+
+    /// What was found broken in a `Drop`, once.
+    pub(crate) fn take_broken(&self) -> Option<MemoryError> {
+        self.broken.borrow_mut().take()
+    }
+
+    fn note_broken(&self, error: MemoryError) {
+        self.broken.borrow_mut().get_or_insert(error);
+    }
+
+    /// Slices that chains of this side hold.
+    pub(crate) fn held(&self) -> u32 {
+        self.held.get()
+    }
+
+    /// The state of every list, smallest slices first.
+    pub(crate) fn usage(&self) -> Vec<SliceUsage> {
+        let usage = |class: &Class| SliceUsage {
+            slice_capacity: class.list.slice_capacity(),
+            free: class.list.free(&*self.memory),
+            magazine: class.magazine.borrow().len() as u32,
+            total: class.list.capacity(),
+        };
+        self.classes.iter().map(usage).collect()
+    }
+
+    /// A writable chain that holds `len` bytes, or as much of it as there is when `partial`.
+    ///
+    /// One slice when one is large enough, of the smallest class that has one; otherwise a chain from
+    /// the largest class down. `None`: there is not enough, or nothing at all.
+    pub(crate) fn allocate(
+        self: &Rc<Self>,
+        len: usize,
+        partial: bool,
+    ) -> Result<Option<Chain<M>>, MemoryError> {
+        let mut chain = Chain::empty(Rc::clone(self));
+        if let Some(id) = self.take_one_slice(len)? {
+            chain.push_back(id);
+            return Ok(Some(chain));
+        }
+        let mut missing = len;
+        for class in self.classes.iter().rev() {
+            while missing > 0 {
+                let Some(id) = self.take_from(class)? else {
+                    break;
+                };
+                missing = missing.saturating_sub(class.list.slice_capacity() as usize);
+                chain.push_back(id);
+            }
+        }
+        let enough = missing == 0 || (partial && chain.slices() > 0);
+        // What is not enough goes back here, by the chain's own drop.
+        Ok(enough.then_some(chain))
+    }
+
+    fn take_one_slice(&self, len: usize) -> Result<Option<SliceId>, MemoryError> {
+        for class in &self.classes {
+            if class.list.slice_capacity() as usize >= len
+                && let Some(id) = self.take_from(class)?
+            {
+                return Ok(Some(id));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether an allocation of `len` bytes has any chance now, without taking anything.
+    pub(crate) fn might_allocate(&self) -> bool {
+        self.classes
+            .iter()
+            .any(|class| !class.magazine.borrow().is_empty() || class.list.free(&*self.memory) > 1)
+    }
+
+    #[inline]
+    fn take_from(&self, class: &Class) -> Result<Option<SliceId>, MemoryError> {
+        let mut magazine = class.magazine.borrow_mut();
+        if magazine.is_empty() {
+            let want = (class.magazine_limit / 2).clamp(1, MAX_BATCH);
+            let batch = class.list.take(&*self.memory, want)?;
+            let mut ledger = self.ledger.borrow_mut();
+            // The first of the list is the last of the stack: taken in the list's order.
+            for &place in batch.places().iter().rev() {
+                let id = class.first + place;
+                // It fits 32 bits: the whole memory does.
+                let offset = class.list.slice(place) as u32;
+                if ledger[id as usize].offset != 0 {
+                    return Err(MemoryError::SharedTwice { offset });
+                }
+                ledger[id as usize] = Entry::of(offset);
+                magazine.push(id);
+            }
+        }
+        let id = magazine.pop();
+        self.held.set(self.held.get() + u32::from(id.is_some()));
+        Ok(id)
+    }
+
+    /// Takes over the chain that starts at `offset`, as an event of the peer names it.
+    ///
+    /// Reads every header once.
+    pub(crate) fn adopt(self: &Rc<Self>, offset: u32) -> Result<Chain<M>, MemoryError> {
+        let mut chain = Chain::empty(Rc::clone(self));
+        let mut at = offset;
+        // Ends: each turn takes one more slice into the ledger, and none twice.
+        loop {
+            let (id, next) = self.adopt_slice(at)?;
+            chain.push_back(id);
+            match next {
+                Some(next) => at = next,
+                None => return Ok(chain.complete()),
+            }
+        }
+    }
+
+    fn adopt_slice(&self, offset: u32) -> Result<(SliceId, Option<u32>), MemoryError> {
+        let (class, id) = self.locate(offset)?;
+        if self.ledger.borrow()[id as usize].offset != 0 {
+            return Err(MemoryError::SharedTwice { offset });
+        }
+        let at = offset as usize;
+        let memory = &*self.memory;
+        // Relaxed: the acquire load of the queue's tail ordered them, for an honest peer.
+        let capacity = memory.load_u32(at + SLICE_CAPACITY_OFFSET, Ordering::Relaxed);
+        let len = memory.load_u32(at + SLICE_SIZE_OFFSET, Ordering::Relaxed);
+        let start = memory.load_u32(at + SLICE_START_OFFSET, Ordering::Relaxed);
+        let next = memory.load_u32(at + SLICE_NEXT_OFFSET, Ordering::Relaxed);
+        let flags = memory.load_u8(at + SLICE_FLAGS_OFFSET, Ordering::Relaxed);
+        let limit = class.list.slice_capacity();
+        let wrong = |what, value, limit| MemoryError::SliceHeader {
+            offset,
+            what,
+            value,
+            limit,
+        };
+        if capacity != limit {
+            return Err(wrong("capacity", capacity, limit));
+        }
+        if start > limit {
+            return Err(wrong("start", start, limit));
+        }
+        if len > limit - start {
+            return Err(wrong("size", len, limit - start));
+        }
+        self.ledger.borrow_mut()[id as usize] = Entry {
+            start,
+            len,
+            ..Entry::of(offset)
+        };
+        self.held.set(self.held.get() + 1);
+        Ok((id, (flags & FLAG_HAS_NEXT != 0).then_some(next)))
+    }
+
+    fn locate(&self, offset: u32) -> Result<(&Class, SliceId), MemoryError> {
+        let class = self
+            .classes
+            .iter()
+            .find(|class| (offset as usize) < class.list.end());
+        let place = class.and_then(|class| Some((class, class.list.place_of_slice(offset)?)));
+        match place {
+            Some((class, place)) => Ok((class, class.first + place)),
+            None => Err(MemoryError::Offset { offset }),
+        }
+    }
+
+    fn class_of(&self, id: SliceId) -> &Class {
+        let next = self.classes.partition_point(|class| class.first <= id);
+        &self.classes[next - 1]
+    }
+
+    /// Bytes of payload that the slice can hold.
+    pub(super) fn capacity_of(&self, id: SliceId) -> u32 {
+        self.class_of(id).list.slice_capacity()
+    }
+
+    pub(super) fn entry(&self, id: SliceId) -> Entry {
+        self.ledger.borrow()[id as usize]
+    }
+
+    pub(super) fn update<T>(&self, id: SliceId, change: impl FnOnce(&mut Entry) -> T) -> T {
+        change(&mut self.ledger.borrow_mut()[id as usize])
+    }
+
+    /// Writes the header of a held slice for the peer to read, in one go.
+    pub(super) fn write_header(&self, id: SliceId) -> u32 {
+        let ledger = self.ledger.borrow();
+        let entry = ledger[id as usize];
+        let at = entry.offset as usize;
+        let memory = &*self.memory;
+        // Relaxed: the release store of the queue's tail publishes them. The capacity stands there
+        // since the memory was laid out; a peer that relies on it finds its own.
+        memory.store_u32(at + SLICE_SIZE_OFFSET, entry.len, Ordering::Relaxed);
+        memory.store_u32(at + SLICE_START_OFFSET, entry.start, Ordering::Relaxed);
+        let mut flags = FLAG_IN_USE;
+        if entry.next != NO_SLICE {
+            flags |= FLAG_HAS_NEXT;
+            let next = ledger[entry.next as usize].offset;
+            memory.store_u32(at + SLICE_NEXT_OFFSET, next, Ordering::Relaxed);
+        }
+        memory.store_u8(at + SLICE_FLAGS_OFFSET, flags, Ordering::Relaxed);
+        entry.offset
+    }
+
+    /// Strikes a slice out of the ledger: it was sent, and is the peer's.
+    pub(super) fn forget(&self, id: SliceId) -> SliceId {
+        self.held.set(self.held.get() - 1);
+        std::mem::take(&mut self.ledger.borrow_mut()[id as usize]).next
+    }
+
+    /// Puts a held slice among the free. Gives the next of its chain.
+    pub(super) fn release(&self, id: SliceId) -> SliceId {
+        self.held.set(self.held.get() - 1);
+        let next = self.update(id, |entry| {
+            let next = entry.next;
+            *entry = Entry::of(entry.offset);
+            next
+        });
+        let class = self.class_of(id);
+        let mut magazine = class.magazine.borrow_mut();
+        magazine.push(id);
+        if magazine.len() > class.magazine_limit {
+            // The coldest half goes, in one batch; the hot end of the stack stays.
+            let count = magazine.len().div_ceil(2);
+            self.give_from(class, &mut magazine, count);
+        }
+        next
+    }
+
+    /// Puts the `count` coldest slices of a magazine back into its list, [`MAX_BATCH`] at the most.
+    fn give_from(&self, class: &Class, magazine: &mut Vec<SliceId>, count: usize) {
+        let count = count.min(MAX_BATCH).min(magazine.len());
+        let mut places = [0; MAX_BATCH];
+        let mut ledger = self.ledger.borrow_mut();
+        for (place, id) in places.iter_mut().zip(magazine.drain(..count)) {
+            ledger[id as usize] = Entry::default();
+            *place = id - class.first;
+        }
+        if let Err(error) = class.list.give(&*self.memory, &places[..count]) {
+            self.note_broken(error);
+        }
+    }
+
+    /// Puts every slice of every magazine back into its shared list.
+    pub(crate) fn give_back_magazines(&self) {
+        for class in &self.classes {
+            let mut magazine = class.magazine.borrow_mut();
+            while !magazine.is_empty() {
+                self.give_from(class, &mut magazine, MAX_BATCH);
+            }
+        }
+    }
+}
+
+impl<M> Drop for BufferManager<M> {
+    fn drop(&mut self) {
+        debug_assert_eq!(self.held.get(), 0, "a chain outlived its memory");
+    }
+}

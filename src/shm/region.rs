@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Shared memory as a whole: created or mapped, and given back.
+//!
+//! Invariants: a [`Region`] is mapped, readable and writable from creation to drop, and starts at a
+//! multiple of 64. Its length is what `fstat` said once, checked against a limit; nothing that the
+//! peer writes changes it. A memfd that this side creates is sealed against shrinking and growing.
+
+use std::alloc::Layout;
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
+use std::sync::{Mutex, PoisonError};
+
+use memmap2::{MmapOptions, MmapRaw};
+use nix::fcntl::{FcntlArg, SealFlag};
+use nix::sys::memfd::MFdFlags;
+
+use crate::error::{Error, HandshakeError, MemoryError};
+
+/// Memory that another party may read and write at any time.
+pub(crate) struct Region {
+    base: NonNull<u8>,
+    len: usize,
+    backing: Backing,
+}
+
+enum Backing {
+    Mapping(#[allow(dead_code, reason = "held for its drop, which unmaps")] MmapRaw),
+    Heap(Layout),
+}
+
+impl Region {
+    pub(super) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Zeroed memory on the heap, for tests and models that need no peer.
+    #[cfg_attr(not(test), allow(dead_code))]
+    pub(crate) fn heap(len: usize) -> Self {
+        let layout = Layout::from_size_align(len.max(1), 4096).expect("a length below isize::MAX");
+        // SAFETY: the layout has a length above zero.
+        let base = unsafe { std::alloc::alloc_zeroed(layout) };
+        let Some(base) = NonNull::new(base) else {
+            std::alloc::handle_alloc_error(layout)
+        };
+        Self {
+            base,
+            len,
+            backing: Backing::Heap(layout),
+        }
+    }
+
+    /// An anonymous memory of `len` zero bytes, and its descriptor to pass on.
+    pub(crate) fn create_memfd(name: &Path, len: usize) -> Result<(Self, OwnedFd), Error> {
+        let failed = |error| Error::os("create a memfd", error);
+        // The kernel takes up to 249 bytes of name and shows them in /proc; they decide nothing.
+        let bytes = name.as_os_str().as_bytes();
+        let name = CString::new(&bytes[bytes.len().saturating_sub(249)..])
+            .map_err(|error| failed(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
+        let fd = nix::sys::memfd::memfd_create(
+            name.as_c_str(),
+            MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
+        )
+        .map_err(|error| failed(error.into()))?;
+        let file = File::from(fd);
+        file.set_len(len as u64).map_err(failed)?;
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        nix::fcntl::fcntl(&file, FcntlArg::F_ADD_SEALS(seals))
+            .map_err(|error| failed(error.into()))?;
+        let region = Self::map(&file, len)?;
+        Ok((region, file.into()))
+    }
+
+    /// A new file of `len` zero bytes that only this user can open, and its entry in the file
+    /// system, which goes away with the returned [`SharedFile`].
+    pub(crate) fn create_file(path: &Path, len: usize) -> Result<(Self, SharedFile), Error> {
+        let failed = |error| Error::os("create a shared-memory file", error);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_CLOEXEC)
+            .open(path)
+            .map_err(failed)?;
+        let entry = SharedFile::new(path);
+        // A file system that cannot hold the file says so by a signal at the first touch of a page;
+        // asking first turns the common case into an error.
+        let space = nix::sys::statvfs::fstatvfs(&file).map_err(|error| failed(error.into()))?;
+        if space
+            .blocks_available()
+            .saturating_mul(space.fragment_size())
+            < len as u64
+        {
+            return Err(failed(io::ErrorKind::StorageFull.into()));
+        }
+        file.set_len(len as u64).map_err(failed)?;
+        Ok((Self::map(&file, len)?, entry))
+    }
+
+    /// Maps what a peer passed as a descriptor. `role` names the memory in errors.
+    pub(crate) fn map_descriptor(
+        fd: OwnedFd,
+        role: &'static str,
+        limit: u64,
+    ) -> Result<Self, Error> {
+        Self::map_given(&File::from(fd), role, limit)
+    }
+
+    /// Maps what a peer named by a path. The second value removes the file's entry when dropped, as
+    /// both sides do at the end of a session (WIRE chapter 6).
+    pub(crate) fn map_file(
+        path: &Path,
+        role: &'static str,
+        limit: u64,
+    ) -> Result<(Self, SharedFile), Error> {
+        // Not blocking, since the path may name a pipe; not following, since it may name a link.
+        let flags = nix::libc::O_NOFOLLOW | nix::libc::O_CLOEXEC | nix::libc::O_NONBLOCK;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(flags)
+            .open(path)
+            .map_err(|error| Error::os("open the peer's shared-memory file", error))?;
+        let region = Self::map_given(&file, role, limit)?;
+        Ok((region, SharedFile::new(path)))
+    }
+
+    fn map_given(file: &File, role: &'static str, limit: u64) -> Result<Self, Error> {
+        let stat = file
+            .metadata()
+            .map_err(|error| Error::os("stat the peer's shared memory", error))?;
+        let kind = stat.file_type();
+        if !kind.is_file() {
+            let kind = match () {
+                () if kind.is_dir() => "a directory",
+                () if kind.is_socket() => "a socket",
+                () if kind.is_fifo() => "a pipe",
+                () if kind.is_char_device() || kind.is_block_device() => "a device",
+                () => "of another kind",
+            };
+            return Err(HandshakeError::DescriptorKind { role, kind }.into());
+        }
+        let have = stat.size();
+        if have > limit {
+            return Err(MemoryError::TooLarge {
+                what: role,
+                have,
+                limit,
+            }
+            .into());
+        }
+        if have == 0 {
+            return Err(MemoryError::TooSmall {
+                what: role,
+                needed: 1,
+                have,
+            }
+            .into());
+        }
+        let len = usize::try_from(have).map_err(|_| MemoryError::TooLarge {
+            what: role,
+            have,
+            limit: usize::MAX as u64,
+        })?;
+        Self::map(file, len)
+    }
+
+    fn map(file: &File, len: usize) -> Result<Self, Error> {
+        let mapping = MmapOptions::new()
+            .len(len)
+            .map_raw(&file.as_fd())
+            .map_err(|error| Error::os("map shared memory", error))?;
+        let base = NonNull::new(mapping.as_mut_ptr()).expect("mmap gives no null pointer");
+        Ok(Self {
+            base,
+            len,
+            backing: Backing::Mapping(mapping),
+        })
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        match self.backing {
+            Backing::Mapping(_) => {}
+            // SAFETY: `base` came from `alloc_zeroed` with this very layout, in `heap`.
+            Backing::Heap(layout) => unsafe { std::alloc::dealloc(self.base.as_ptr(), layout) },
+        }
+    }
+}
+
+/// A shared-memory file's entry in the file system. Dropping the last one of a path in this process
+/// removes the entry.
+///
+/// The last one: all sessions of a shmipc-go client name the same buffer file, and a later session of
+/// it must still find the file when an earlier one ends. Mappings stay valid. A missing entry is no
+/// error, since the other side removes it too.
+pub(crate) struct SharedFile {
+    path: PathBuf,
+}
+
+/// How many [`SharedFile`]s each path has. Touched when sessions come and go, never in between.
+static ENTRIES: Mutex<BTreeMap<PathBuf, usize>> = Mutex::new(BTreeMap::new());
+
+impl SharedFile {
+    fn new(path: &Path) -> Self {
+        let mut entries = ENTRIES.lock().unwrap_or_else(PoisonError::into_inner);
+        *entries.entry(path.to_owned()).or_default() += 1;
+        Self {
+            path: path.to_owned(),
+        }
+    }
+}
+
+impl Drop for SharedFile {
+    fn drop(&mut self) {
+        // Held while the file is removed, so that no session of this process maps it meanwhile and
+        // counts on its name.
+        let mut entries = ENTRIES.lock().unwrap_or_else(PoisonError::into_inner);
+        match entries.get_mut(&self.path) {
+            Some(count) if *count > 1 => {
+                *count -= 1;
+                return;
+            }
+            _ => entries.remove(&self.path),
+        };
+        match fs::remove_file(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %self.path.display(), %error, "cannot remove");
+            }
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use super::super::access::Memory;
+    use super::*;
+
+    fn path(name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("shmipc-region-{}-{name}", std::process::id()))
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore)]
+    fn two_mappings_of_a_memfd_see_each_other() {
+        let (ours, fd) = Region::create_memfd(Path::new("/dev/shm/x_buffer"), 8192).unwrap();
+        let theirs = Region::map_descriptor(fd, "buffer", 1 << 20).unwrap();
+        ours.store_u32(4096, 77, Ordering::Release);
+        assert_eq!(theirs.load_u32(4096, Ordering::Acquire), 77);
+        theirs.store_i64(4, -9);
+        assert_eq!(ours.load_i64(4), -9);
+        ours.copy_in(8000, b"hello");
+        let mut bytes = [0; 5];
+        theirs.copy_out(8000, &mut bytes);
+        assert_eq!(&bytes, b"hello");
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore)]
+    fn a_created_memfd_is_sealed_and_close_on_exec() {
+        let (_region, fd) = Region::create_memfd(Path::new("x"), 4096).unwrap();
+        let flags = nix::fcntl::fcntl(&fd, FcntlArg::F_GETFD).unwrap();
+        assert_eq!(flags & nix::libc::FD_CLOEXEC, nix::libc::FD_CLOEXEC);
+        let file = File::from(fd);
+        for len in [0, 4095, 8192] {
+            assert!(file.set_len(len).is_err(), "{len}");
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore)]
+    fn a_created_file_is_private_exclusive_and_removed() {
+        let path = path("created");
+        let (_region, entry) = Region::create_file(&path, 4096).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        assert!(matches!(
+            Region::create_file(&path, 4096),
+            Err(Error::Os { .. })
+        ));
+        let (_mapped, other) = Region::map_file(&path, "queue", 1 << 20).unwrap();
+        drop(entry);
+        assert!(path.exists(), "another session of this process has it");
+        drop(other);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore)]
+    fn what_is_no_memory_is_refused_by_name() {
+        let (read, _write) = nix::unistd::pipe().unwrap();
+        let refused = |result: Result<Region, Error>| result.err().unwrap().to_string();
+        assert!(refused(Region::map_descriptor(read, "buffer", 100)).contains("a pipe"));
+        let directory = File::open("/tmp").unwrap();
+        let text = refused(Region::map_descriptor(directory.into(), "queue", 100));
+        assert!(text.contains("queue memory is a directory"), "{text}");
+        let (_region, fd) = Region::create_memfd(Path::new("x"), 4096).unwrap();
+        assert!(refused(Region::map_descriptor(fd, "buffer", 4095)).contains("limit is 4095"));
+
+        let target = path("target");
+        let link = path("link");
+        fs::write(&target, [0; 64]).unwrap();
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        let text = refused(Region::map_file(&link, "queue", 100).map(|pair| pair.0));
+        assert!(text.contains("open the peer's"), "{text}");
+        assert!(target.exists(), "a refused file is not removed");
+        fs::remove_file(&target).unwrap();
+        fs::remove_file(&link).unwrap();
+    }
+
+    #[test]
+    #[should_panic(expected = "outside the shared memory")]
+    fn an_access_past_the_end_is_stopped() {
+        Region::heap(64).store_u32(64, 1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a session counted.
+//!
+//! Counters are plain integers owned by the session's core; reading them costs nothing but a copy.
+
+use std::cell::Cell;
+
+use crate::shm::manager::SliceUsage;
+
+/// A session's counters at one moment. All of them only grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct SessionStats {
+    /// Events put into the send queue: flushes and closes.
+    pub events_sent: u64,
+    /// Events taken from the receive queue.
+    pub events_received: u64,
+    /// Payload bytes sent through shared memory.
+    pub bytes_sent: u64,
+    /// Payload bytes received through shared memory.
+    pub bytes_received: u64,
+    /// SyncEvents sent, one for each time the peer had to be woken.
+    pub sync_events_sent: u64,
+    /// SyncEvents received.
+    pub sync_events_received: u64,
+    /// FallbackData messages sent, because the pool had run empty.
+    pub fallback_sent: u64,
+    /// FallbackData messages received.
+    pub fallback_received: u64,
+    /// Times that a sender found the send queue full and waited.
+    pub queue_full: u64,
+    /// Times that a sender found no free slice and waited.
+    pub pool_empty: u64,
+    /// Times that this side's polling found nothing for the whole spin budget and went to sleep.
+    pub sleeps: u64,
+}
+
+/// The free slices of a session's buffer memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PoolUsage {
+    /// One entry per list, smallest slices first.
+    pub lists: Vec<SliceUsage>,
+    /// Slices that received or half-written messages of this side hold.
+    pub held: u32,
+}
+
+impl PoolUsage {
+    /// Whether every slice of every list is free, in the list itself or in this side's magazine.
+    pub fn is_full(&self) -> bool {
+        self.held == 0
+            && self.lists.iter().all(|list| {
+                i64::from(list.free) + i64::from(list.magazine) == i64::from(list.total)
+            })
+    }
+}
+
+/// The counters themselves.
+#[derive(Default)]
+pub(crate) struct Counters {
+    stats: Cell<SessionStats>,
+}
+
+impl Counters {
+    pub(crate) fn get(&self) -> SessionStats {
+        self.stats.get()
+    }
+
+    #[inline]
+    pub(crate) fn count(&self, change: impl FnOnce(&mut SessionStats)) {
+        let mut stats = self.stats.get();
+        change(&mut stats);
+        self.stats.set(stats);
+    }
+}
