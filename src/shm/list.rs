@@ -379,3 +379,265 @@ impl BufferList {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{HashSet, VecDeque};
+    use std::path::Path;
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU32;
+
+    use proptest::prelude::*;
+
+    use super::super::region::Region;
+    use super::*;
+
+    const SLICE: u32 = 64;
+
+    fn list_of(capacity: u32) -> (Region, BufferList) {
+        let memory = Region::heap(list_len(capacity, SLICE) as usize + 8);
+        let list = BufferList::create(&memory, 8, capacity, SLICE);
+        (memory, list)
+    }
+
+    #[test]
+    fn a_mapped_list_is_the_created_one() {
+        let (memory, created) = list_of(5);
+        let mapped = BufferList::map(&memory, 8, memory.len()).unwrap();
+        assert_eq!(format!("{created:?}"), format!("{mapped:?}"));
+        assert_eq!(mapped.end(), memory.len());
+    }
+
+    #[test]
+    fn slices_come_in_order_and_the_last_one_stays() {
+        let (memory, list) = list_of(5);
+        assert_eq!(list.take(&memory, 3).unwrap().places(), [0, 1, 2]);
+        assert_eq!(list.free(&memory), 2);
+        assert_eq!(list.take(&memory, 3).unwrap().places(), [3]);
+        assert_eq!(list.take(&memory, 3).unwrap().places(), [0; 0]);
+        list.give(&memory, &[2, 0]).unwrap();
+        assert_eq!(list.free(&memory), 3);
+        assert_eq!(list.take(&memory, 3).unwrap().places(), [4, 2]);
+        assert_eq!(list.take(&memory, 3).unwrap().places(), [0; 0]);
+    }
+
+    #[test]
+    fn a_list_cut_by_a_giver_that_stalled_gives_what_it_can_and_ends() {
+        let (memory, list) = list_of(4);
+        list.take(&memory, 2).unwrap();
+        // What `give` does up to the swap, by a peer that then stops.
+        let tail = 8 + LIST_TAIL_OFFSET;
+        memory.store_u8(list.slice(0) + SLICE_FLAGS_OFFSET, 0, Ordering::Relaxed);
+        memory.swap_u32(tail, list.relative(0), Ordering::AcqRel);
+        // And one that came behind it and finished.
+        list.give(&memory, &[1]).unwrap();
+        assert_eq!(list.free(&memory), 3);
+        assert_eq!(list.take(&memory, 2).unwrap().places(), [2]);
+        assert_eq!(
+            list.take(&memory, 2).unwrap().places(),
+            [0; 0],
+            "3 is cut off from 0"
+        );
+        assert_eq!(
+            list.free(&memory),
+            2,
+            "what could not be taken is counted again"
+        );
+    }
+
+    #[test]
+    fn offsets_off_the_grid_are_found_before_they_are_followed() {
+        for (at, what) in [
+            (LIST_HEAD_OFFSET, "list head"),
+            (LIST_TAIL_OFFSET, "list tail"),
+        ] {
+            for bad in [
+                1,
+                4,
+                SLICE + 19,
+                SLICE + 21,
+                4 * (SLICE + 20),
+                u32::MAX,
+                0x8000_0000,
+            ] {
+                let (memory, list) = list_of(4);
+                memory.store_u32(8 + at, bad, Ordering::Relaxed);
+                let mapped = BufferList::map(&memory, 8, memory.len()).map(drop);
+                assert!(
+                    matches!(mapped, Err(MemoryError::Field { .. })),
+                    "{what} {bad}"
+                );
+                let result = match at {
+                    LIST_HEAD_OFFSET => list.take(&memory, 1).map(drop),
+                    _ => list.give(&memory, &[3]),
+                };
+                let error = result.unwrap_err();
+                assert!(error.to_string().contains(what), "{error}");
+            }
+        }
+        let (memory, list) = list_of(4);
+        memory.store_u32(list.slice(1) + SLICE_NEXT_OFFSET, 7, Ordering::Relaxed);
+        assert!(matches!(
+            list.take(&memory, 3),
+            Err(MemoryError::Field { value: 7, .. })
+        ));
+    }
+
+    #[test]
+    fn headers_that_no_list_could_have_are_refused() {
+        let stride = SLICE + 20;
+        let cases = [
+            (LIST_CAPACITY_OFFSET, 0, "list capacity"),
+            (LIST_CAPACITY_OFFSET, 5, "a buffer list"),
+            (LIST_CAPACITY_OFFSET, u32::MAX, "a buffer list"),
+            // In 32 bits this many slices would come out at the right length again.
+            (LIST_CAPACITY_OFFSET, u32::MAX / stride + 2, "a buffer list"),
+            (LIST_SLICE_CAPACITY_OFFSET, 0, "slice capacity"),
+            (LIST_SLICE_CAPACITY_OFFSET, 63, "slice capacity"),
+            (LIST_SLICE_CAPACITY_OFFSET, u32::MAX - 3, "a buffer list"),
+            (LIST_SLICE_CAPACITY_OFFSET, u32::MAX - 19, "a buffer list"),
+        ];
+        for (at, value, names) in cases {
+            let (memory, _) = list_of(4);
+            memory.store_u32(8 + at, value, Ordering::Relaxed);
+            let error = BufferList::map(&memory, 8, memory.len())
+                .map(drop)
+                .unwrap_err();
+            assert!(error.to_string().contains(names), "{value}: {error}");
+        }
+        let (memory, _) = list_of(4);
+        assert!(BufferList::map(&memory, memory.len() - 35, memory.len()).is_err());
+    }
+
+    #[test]
+    fn a_cycle_of_free_slices_ends() {
+        let (memory, list) = list_of(4);
+        memory.store_u32(list.slice(1) + SLICE_NEXT_OFFSET, 0, Ordering::Relaxed);
+        // The size says four; the walk goes round and takes no more than it was asked for.
+        let taken = list.take(&memory, 3).unwrap();
+        assert_eq!(
+            taken.places(),
+            [0, 1, 0],
+            "the manager's ledger finds what comes twice"
+        );
+    }
+
+    #[test]
+    fn a_size_that_lies_hands_out_nothing_twice() {
+        for size in [i32::MAX, i32::MIN, 0, -5, 1000] {
+            let (memory, list) = list_of(4);
+            memory.store_u32(
+                8 + LIST_SIZE_OFFSET,
+                size.cast_unsigned(),
+                Ordering::Relaxed,
+            );
+            let mut seen = HashSet::new();
+            for _ in 0..10 {
+                for &place in list.take(&memory, 2).unwrap().places() {
+                    assert!(seen.insert(place), "{size}");
+                }
+            }
+            assert!(seen.len() <= 3, "{size}");
+        }
+    }
+
+    #[test]
+    fn links_that_changed_under_a_take_are_reported() {
+        let (memory, list) = list_of(6);
+        let head_at = 8 + LIST_HEAD_OFFSET;
+        // What another process does between our walk and our swap: 0 and 1 go once round.
+        let batch = Batch {
+            places: [0; MAX_BATCH],
+            len: 1,
+        };
+        let taken = list.take(&memory, 2).unwrap();
+        assert_eq!(taken.places(), [0, 1]);
+        list.give(&memory, &[0]).unwrap();
+        memory.store_u32(head_at, 0, Ordering::Relaxed);
+        let error = list
+            .check_taken(&memory, &batch, list.relative(1))
+            .unwrap_err();
+        assert!(matches!(error, MemoryError::SliceHeader { .. }), "{error}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 256 }))]
+        #[test]
+        fn agrees_with_a_queue(
+            capacity in 1u32..50,
+            actions in prop::collection::vec((any::<bool>(), 1usize..40), 0..200),
+        ) {
+            let (memory, list) = list_of(capacity);
+            let mut model: VecDeque<u32> = (0..capacity).collect();
+            let mut held: Vec<u32> = Vec::new();
+            for (takes, count) in actions {
+                if takes {
+                    let expected = count.min(MAX_BATCH).min(model.len().saturating_sub(1));
+                    let expected: Vec<_> = model.drain(..expected).collect();
+                    let batch = list.take(&memory, count).unwrap();
+                    prop_assert_eq!(batch.places(), &expected[..]);
+                    held.extend(expected);
+                } else {
+                    let rest = held.split_off(held.len().saturating_sub(count));
+                    list.give(&memory, &rest).unwrap();
+                    model.extend(rest);
+                }
+                prop_assert_eq!(list.free(&memory) as usize, model.len());
+            }
+        }
+    }
+
+    /// Two takers and givers with mappings of their own; a slice marks its owner in its payload.
+    #[test]
+    #[cfg_attr(miri, ignore)]
+    fn two_threads_never_hold_the_same_slice() {
+        const CAPACITY: u32 = 512;
+        const ROUNDS: u32 = 30_000;
+        let len = list_len(CAPACITY, SLICE) as usize + 8;
+        let (memory, fd) = Region::create_memfd(Path::new("list-test"), len).unwrap();
+        let list = BufferList::create(&memory, 8, CAPACITY, SLICE);
+        let owners: Arc<Vec<AtomicU32>> =
+            Arc::new((0..CAPACITY).map(|_| AtomicU32::new(0)).collect());
+        let work = move |memory: Region, owner: u32, owners: Arc<Vec<AtomicU32>>| {
+            let mut held = VecDeque::new();
+            for round in 0..ROUNDS {
+                let want = 1 + (round.wrapping_mul(owner + 7) % 9) as usize;
+                for &place in list.take(&memory, want).unwrap().places() {
+                    let before = owners[place as usize].swap(owner, Ordering::Relaxed);
+                    assert_eq!(before, 0, "slice {place} has two owners");
+                    held.push_back(place);
+                }
+                if held.len() > 60 || round % 3 == 0 {
+                    let count = held.len().min(MAX_BATCH / 2);
+                    let places: Vec<u32> = held.drain(..count).collect();
+                    for &place in &places {
+                        owners[place as usize].store(0, Ordering::Relaxed);
+                    }
+                    list.give(&memory, &places).unwrap();
+                }
+                if round % 64 == 0 {
+                    std::thread::yield_now();
+                }
+            }
+            let rest: Vec<u32> = held.into();
+            for &place in &rest {
+                owners[place as usize].store(0, Ordering::Relaxed);
+            }
+            list.give(&memory, &rest).unwrap();
+        };
+        let other = {
+            let owners = Arc::clone(&owners);
+            std::thread::spawn(move || {
+                let memory = Region::map_descriptor(fd, "buffer", 1 << 30).unwrap();
+                work(memory, 2, owners);
+            })
+        };
+        work(memory, 1, Arc::clone(&owners));
+        other.join().unwrap();
+        assert!(
+            owners
+                .iter()
+                .all(|owner| owner.load(Ordering::Relaxed) == 0)
+        );
+    }
+}

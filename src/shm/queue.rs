@@ -385,3 +385,321 @@ impl<M: Memory> Consumer<M> {
         Ok(true)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::path::Path;
+    use std::sync::mpsc;
+
+    use proptest::prelude::*;
+
+    use super::super::region::Region;
+    use super::*;
+
+    const LAYOUTS: [QueueLayout; 2] = if cfg!(all(target_arch = "x86_64", not(miri))) {
+        [QueueLayout::PackedX86, QueueLayout::Aligned]
+    } else {
+        [QueueLayout::Aligned; 2]
+    };
+
+    type Ends = (Producer<Region>, Consumer<Region>);
+
+    /// The client's and the server's ends of two queues on the heap.
+    fn pair(capacity: u32, layout: QueueLayout) -> (Rc<Region>, Ends, Ends) {
+        let memory = Rc::new(Region::heap(queues_len(capacity)));
+        let client = create(&memory, capacity, layout);
+        let server = map(&memory, layout, Side::Server).unwrap();
+        (memory, client, server)
+    }
+
+    fn event(number: u32) -> Event {
+        Event {
+            stream_id: number,
+            offset: !number,
+            status: number << 8,
+        }
+    }
+
+    #[test]
+    fn both_directions_carry_events_in_order_and_apart() {
+        for layout in LAYOUTS {
+            let (_memory, mut client, mut server) = pair(16, layout);
+            for number in 0..3 {
+                assert!(client.0.push(event(number)).unwrap());
+                assert!(server.0.push(event(100 + number)).unwrap());
+            }
+            client.0.publish();
+            server.0.publish();
+            for number in 0..3 {
+                assert_eq!(server.1.pop().unwrap(), Some(event(number)));
+                assert_eq!(client.1.pop().unwrap(), Some(event(100 + number)));
+            }
+            assert_eq!(server.1.pop().unwrap(), None);
+            assert_eq!(client.1.pop().unwrap(), None);
+        }
+    }
+
+    #[test]
+    fn what_is_not_published_is_not_seen() {
+        for layout in LAYOUTS {
+            let (_memory, mut client, mut server) = pair(16, layout);
+            client.0.push(event(1)).unwrap();
+            assert!(client.0.has_unpublished());
+            assert_eq!(server.1.pop().unwrap(), None);
+            client.0.publish();
+            assert_eq!(server.1.pop().unwrap(), Some(event(1)));
+            assert_eq!(client.0.in_flight().unwrap(), 1);
+            server.1.publish();
+            assert_eq!(client.0.in_flight().unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn a_full_queue_says_so_until_the_consumer_publishes() {
+        for layout in LAYOUTS {
+            let (_memory, mut client, mut server) = pair(16, layout);
+            for number in 0..16 {
+                assert!(client.0.push(event(number)).unwrap());
+            }
+            client.0.publish();
+            assert!(!client.0.push(event(16)).unwrap());
+            assert_eq!(server.1.pop().unwrap(), Some(event(0)));
+            assert!(!client.0.push(event(16)).unwrap(), "not yet given back");
+            server.1.publish();
+            assert!(client.0.push(event(16)).unwrap());
+            assert!(!client.0.push(event(17)).unwrap());
+        }
+    }
+
+    #[test]
+    fn half_a_queue_is_given_back_within_a_batch() {
+        let (_memory, mut client, mut server) = pair(16, LAYOUTS[0]);
+        for number in 0..16 {
+            client.0.push(event(number)).unwrap();
+        }
+        client.0.publish();
+        for _ in 0..8 {
+            server.1.pop().unwrap();
+        }
+        assert_eq!(client.0.in_flight().unwrap(), 8);
+    }
+
+    #[test]
+    fn the_flag_asks_for_one_wake_up_per_sleep() {
+        for layout in LAYOUTS {
+            let (_memory, mut client, mut server) = pair(16, layout);
+            client.0.push(event(1)).unwrap();
+            client.0.publish();
+            assert!(client.0.must_ring(), "the consumer has never been awake");
+            assert!(!client.0.must_ring(), "it has been rung");
+            assert!(!server.1.try_sleep().unwrap(), "there is an event");
+            assert!(!client.0.must_ring(), "it stays awake");
+            server.1.pop().unwrap();
+            assert!(server.1.try_sleep().unwrap());
+            assert!(client.0.must_ring());
+        }
+    }
+
+    #[test]
+    fn indices_that_no_honest_peer_writes_end_it() {
+        for layout in LAYOUTS {
+            let (memory, mut client, mut server) = pair(16, layout);
+            for number in 0..4 {
+                client.0.push(event(number)).unwrap();
+            }
+            client.0.publish();
+            server.1.pop().unwrap();
+            server.1.pop().unwrap();
+            server.1.publish();
+            let (head, tail) = (layout.head_offset(), layout.tail_offset());
+            for value in [3, 0, -1, 19, i64::MAX, i64::MIN] {
+                let mut fresh = map(&memory, layout, Side::Server).unwrap();
+                memory.store_i64(tail, value);
+                let error = loop {
+                    match fresh.1.pop() {
+                        Ok(Some(_)) => {}
+                        Ok(None) => panic!("a tail of {value} was believed"),
+                        Err(error) => break error,
+                    }
+                };
+                assert!(
+                    matches!(error, MemoryError::QueueIndex { index: "tail", .. }),
+                    "{error:?}"
+                );
+                memory.store_i64(tail, 4);
+            }
+            assert_eq!(client.0.in_flight().unwrap(), 2);
+            for value in [1, 5, -1, i64::MAX, i64::MIN] {
+                memory.store_i64(head, value);
+                let error = client.0.in_flight().unwrap_err();
+                assert!(
+                    matches!(error, MemoryError::QueueIndex { index: "head", .. }),
+                    "{value}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn memory_that_holds_no_queues_is_refused() {
+        let layout = LAYOUTS[0];
+        let refused = |len: usize, change: &dyn Fn(&Region)| {
+            let memory = Rc::new(Region::heap(len));
+            if len >= queues_len(16) {
+                create(&memory, 16, layout);
+            }
+            change(&memory);
+            map(&memory, layout, Side::Server).map(drop).unwrap_err()
+        };
+        for len in [1, 24, 47, 49, 50] {
+            assert!(
+                matches!(refused(len, &|_| {}), MemoryError::TooSmall { .. }),
+                "{len}"
+            );
+        }
+        let len = queues_len(16);
+        let half = len / 2;
+        for at in [0, half] {
+            for capacity in [0, 17, u32::MAX] {
+                let change = |memory: &Region| memory.store_u32(at, capacity, Ordering::Relaxed);
+                let error = refused(len, &change);
+                assert!(
+                    matches!(error, MemoryError::Field { .. }),
+                    "{at} {capacity}"
+                );
+            }
+            for (head, tail) in [(1, 0), (0, 17), (-1, 0), (i64::MAX, i64::MAX)] {
+                let change = |memory: &Region| {
+                    memory.store_i64(at + layout.head_offset(), head);
+                    memory.store_i64(at + layout.tail_offset(), tail);
+                };
+                let error = refused(len, &change);
+                assert!(
+                    matches!(error, MemoryError::QueueIndex { .. }),
+                    "{at} {head} {tail}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    fn a_capacity_that_tears_an_index_is_refused() {
+        // The second queue starts at 24 + 12 * capacity; there, a head at 60 or a tail at 60 of a
+        // cache line is in two lines.
+        for capacity in [8u32, 2, 24, 18] {
+            let memory = Rc::new(Region::heap(queues_len(capacity)));
+            for base in [0, queues_len(capacity) / 2] {
+                memory.store_u32(base, capacity, Ordering::Relaxed);
+            }
+            let mapped = map(&memory, QueueLayout::PackedX86, Side::Server).map(drop);
+            let error = mapped.unwrap_err();
+            assert!(error.to_string().contains("cross a cache line"), "{error}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 256 }))]
+        #[test]
+        fn agrees_with_a_model(
+            capacity in prop_oneof![Just(16u32), Just(32)],
+            actions in prop::collection::vec(0..6u8, 0..400),
+        ) {
+            for layout in LAYOUTS {
+                let (_memory, mut client, mut server) = pair(capacity, layout);
+                let mut unpublished = VecDeque::new();
+                let mut visible = VecDeque::new();
+                // Slots that are taken: pushed, and not yet given back.
+                let (mut taken, mut owed) = (0, 0);
+                for (number, &action) in actions.iter().enumerate() {
+                    match action {
+                        0..3 => {
+                            let fits = client.0.push(event(number as u32)).unwrap();
+                            prop_assert_eq!(fits, taken < capacity);
+                            if fits {
+                                unpublished.push_back(event(number as u32));
+                                taken += 1;
+                            }
+                        }
+                        3 => {
+                            client.0.publish();
+                            visible.append(&mut unpublished);
+                        }
+                        4 => {
+                            let popped = server.1.pop().unwrap();
+                            prop_assert_eq!(popped, visible.pop_front());
+                            owed += u32::from(popped.is_some());
+                            if owed >= capacity / 2 {
+                                taken -= std::mem::take(&mut owed);
+                            }
+                        }
+                        _ => {
+                            server.1.publish();
+                            taken -= std::mem::take(&mut owed);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Two threads with mappings of their own; the consumer sleeps for real whenever it may.
+    #[test]
+    #[cfg_attr(miri, ignore)]
+    fn two_threads_lose_no_event_and_no_wake_up() {
+        const EVENTS: u32 = 200_000;
+        for layout in LAYOUTS {
+            let (memory, fd) =
+                Region::create_memfd(Path::new("queue-test"), queues_len(64)).unwrap();
+            let memory = Rc::new(memory);
+            let (mut producer, _) = create(&memory, 64, layout);
+            let (ring, doorbell) = mpsc::channel::<()>();
+            let consumer = std::thread::spawn(move || {
+                let memory = Rc::new(Region::map_descriptor(fd, "queue", 1 << 20).unwrap());
+                let (_, mut consumer) = map(&memory, layout, Side::Server).unwrap();
+                let (mut expected, mut sleeps) = (0, 0);
+                while expected < EVENTS {
+                    while let Some(got) = consumer.pop().unwrap() {
+                        assert_eq!(got, event(expected));
+                        expected += 1;
+                    }
+                    consumer.publish();
+                    if consumer.try_sleep().unwrap() {
+                        sleeps += 1;
+                        if expected < EVENTS {
+                            doorbell.recv().expect("the producer rings before it ends");
+                        }
+                    }
+                }
+                sleeps
+            });
+            let mut rings = 0;
+            for number in 0..EVENTS {
+                while !producer.push(event(number)).unwrap() {
+                    std::thread::yield_now();
+                }
+                // Batches of changing length, so that both sides meet in every state.
+                if number % 7 == 0 || number % 3 == 0 || number + 1 == EVENTS {
+                    producer.publish();
+                    if producer.must_ring() {
+                        rings += 1;
+                        // The consumer may have ended, with everything it was to get.
+                        let _ = ring.send(());
+                    }
+                }
+                if number % 50 == 0 {
+                    producer.publish();
+                    if producer.must_ring() {
+                        rings += 1;
+                        let _ = ring.send(());
+                    }
+                    std::thread::yield_now();
+                }
+            }
+            drop(ring);
+            let sleeps = consumer.join().unwrap();
+            assert!(rings <= sleeps + 1, "{rings} rings for {sleeps} sleeps");
+        }
+    }
+}
