@@ -3,7 +3,8 @@
 //!
 //! - [`WireError`]: the peer sent bytes on the socket that are not a message.
 //! - [`HandshakeError`]: the peer sent a message that has no place where it stands.
-//! - [`MemoryError`]: the shared memory that the peer gave us, or writes to, does not hold together.
+//! - [`MemoryError`]: the shared memory that the peer gave us, or writes to, does not hold
+//!   together.
 //! - [`ConfigError`]: the caller asked for something that cannot be.
 //! - [`Error`]: all of these, the operating system, and the ends of sessions and streams.
 //!
@@ -107,7 +108,8 @@ pub enum HandshakeError {
         /// What it is instead.
         kind: &'static str,
     },
-    /// The byte that carries the descriptors has something behind or before it that does not belong.
+    /// The byte that carries the descriptors has something behind or before it that does not
+    /// belong.
     #[error("bytes came where descriptors were due")]
     StrayBytes,
     /// The peer went away in the middle.

@@ -2,9 +2,9 @@
 //! Shared-memory IPC for thread-per-core programs: the shmipc protocol on glommio.
 //!
 //! Two programs on one Linux host exchange bytes through memory that both map. Descriptors of
-//! messages go through a pair of IO queues in that memory, so that one wake-up harvests many; a Unix
-//! or TCP connection carries the handshake, the wake-ups, and the data that finds no free memory.
-//! The crate talks to shmipc-go and to the crate `shmipc`, in both roles.
+//! messages go through a pair of IO queues in that memory, so that one wake-up harvests many; a
+//! Unix or TCP connection carries the handshake, the wake-ups, and the data that finds no free
+//! memory. The crate talks to shmipc-go and to the crate `shmipc`, in both roles.
 //!
 //! A session belongs to the executor that made it, and nothing of it ever crosses to another core.
 //!
@@ -50,8 +50,8 @@
 //!
 //! The peer may be buggy or hostile: it may write anything, anywhere in the shared memory, at any
 //! time, send any bytes, stop, or die. It can end its session that way, and scramble its own data.
-//! It cannot crash this process, make it loop or allocate without bound, or reach memory or sessions
-//! of others.
+//! It cannot crash this process, make it loop or allocate without bound, or reach memory or
+//! sessions of others.
 //!
 //! # Rooms
 //!

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Which streams a session has, and which it has had (WIRE chapter 5).
 //!
-//! Streams are numbered by the client, upwards from 2; the server learns of one with the first event
-//! that names it. An event for a number that is not in the table is therefore either a new stream or
-//! data that was under way when this side closed an old one, and the two must not be confused: the
-//! first is accepted, the second is given back. Numbers are compared as serial numbers, so a session
-//! may wrap around.
+//! Streams are numbered by the client, upwards from 2; the server learns of one with the first
+//! event that names it. An event for a number that is not in the table is therefore either a new
+//! stream or data that was under way when this side closed an old one, and the two must not be
+//! confused: the first is accepted, the second is given back. Numbers are compared as serial
+//! numbers, so a session may wrap around.
 //!
 //! Whom it trusts: nobody. A peer can open streams up to the limit, and can leave gaps in its
 //! numbers up to [`MAX_GAPS`]; neither costs more than a table entry.

@@ -8,8 +8,8 @@
 //!
 //! - What comes over the socket was sent after every event that was published before it. So the
 //!   queue is drained before a FallbackData or StreamClose is handled.
-//! - A close that comes by the queue may overtake data in the socket: shmipc-go closes that way even
-//!   when its last data went over the socket. So such a close counts only when the socket has
+//! - A close that comes by the queue may overtake data in the socket: shmipc-go closes that way
+//!   even when its last data went over the socket. So such a close counts only when the socket has
 //!   nothing more to give.
 
 use std::io;
@@ -88,7 +88,7 @@ impl SessionInner {
         let result = self.lanes.consumer.borrow_mut().try_sleep();
         match result {
             Ok(true) => {
-                self.lanes.manager.give_back_magazines();
+                self.lanes.manager.set_resting(true);
                 self.counters.count(|stats| stats.sleeps += 1);
                 Stay::Asleep
             }

@@ -18,7 +18,7 @@ use crate::proto::handshake_client::{ClientHandshake, ClientStep};
 use crate::proto::handshake_server::{ServerHandshake, ServerStep};
 use crate::proto::session::Role;
 use crate::shm::manager::BufferManager;
-use crate::shm::queue::{self, Consumer, Producer, Side};
+use crate::shm::queue::{self, Consumer, Producer};
 use crate::shm::region::{Region, SharedFile};
 use crate::wire::layout::QueueLayout;
 use crate::wire::{Deframer, Header, MemoryPaths, Message};
@@ -293,7 +293,7 @@ fn map_descriptors(
     let limit = config.limits.mapped_bytes;
     let buffer = Region::map_descriptor(buffer, "buffer", limit)?;
     let queue = Region::map_descriptor(queue, "queue", limit)?;
-    map_memory(buffer, queue, Vec::new())
+    map_memory(buffer, queue)
 }
 
 fn map_files(paths: &MemoryPaths, config: &Config) -> Result<SessionMemory, Error> {
@@ -307,24 +307,26 @@ fn map_files(paths: &MemoryPaths, config: &Config) -> Result<SessionMemory, Erro
             return Err(Error::os("open the peer's shared-memory file", error));
         }
     }
-    let (queue, queue_file) = Region::map_file(&paths.queue, "queue", limit)?;
-    let (buffer, buffer_file) = Region::map_file(&paths.buffer, "buffer", limit)?;
-    map_memory(buffer, queue, vec![queue_file, buffer_file])
+    let queue = Region::map_file(&paths.queue, "queue", limit)?;
+    let buffer = Region::map_file(&paths.buffer, "buffer", limit)?;
+    let mut memory = map_memory(buffer, queue)?;
+    // Only now: a file that turned out to be something else is not this session's to remove.
+    memory.files = vec![
+        SharedFile::new(&paths.queue),
+        SharedFile::new(&paths.buffer),
+    ];
+    Ok(memory)
 }
 
-fn map_memory(
-    buffer: Region,
-    queue: Region,
-    files: Vec<SharedFile>,
-) -> Result<SessionMemory, Error> {
+fn map_memory(buffer: Region, queue: Region) -> Result<SessionMemory, Error> {
     // Versions 2 and 3 have the same layout.
     let layout = QueueLayout::for_version(ProtocolVersion::V3);
-    let (producer, consumer) = queue::map(&Rc::new(queue), layout, Side::Server)?;
+    let (producer, consumer) = queue::map(&Rc::new(queue), layout)?;
     let manager = BufferManager::map(&Rc::new(buffer))?;
     Ok(SessionMemory {
         producer,
         consumer,
         manager,
-        files,
+        files: Vec::new(),
     })
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Where peers connect to.
 //!
-//! A task accepts connections and starts one more task for each handshake, so a peer that dawdles, or
-//! breaks the protocol, delays nobody. How many handshakes run at the same time is bounded.
+//! A task accepts connections and starts one more task for each handshake, so a peer that dawdles,
+//! or breaks the protocol, delays nobody. How many handshakes run at the same time is bounded.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -37,9 +37,9 @@ type OnRefused = Box<dyn Fn(&Error)>;
 
 /// Accepts sessions on a Unix socket, or over TCP on loopback.
 ///
-/// Sessions live on the executor that the listener was made on. A peer that breaks the handshake, or
-/// does not finish it in time, is dropped, and [told about](Self::on_refused) if asked; the listener
-/// goes on.
+/// Sessions live on the executor that the listener was made on. A peer that breaks the handshake,
+/// or does not finish it in time, is dropped, and [told about](Self::on_refused) if asked; the
+/// listener goes on.
 ///
 /// ```no_run
 /// use futures_lite::io::copy;
@@ -81,8 +81,8 @@ struct Shared {
 impl Listener {
     /// Listens on a Unix socket that only this user can connect to (mode 0600).
     ///
-    /// A socket file that a dead listener left is replaced. The file is removed when the listener is
-    /// dropped.
+    /// A socket file that a dead listener left is replaced. The file is removed when the listener
+    /// is dropped.
     ///
     /// # Errors
     ///
@@ -99,8 +99,8 @@ impl Listener {
         ))
     }
 
-    /// Listens over TCP. Only loopback makes sense, since the memory is shared on one host, and only
-    /// file memory can be handed over.
+    /// Listens over TCP. Only loopback makes sense, since the memory is shared on one host, and
+    /// only file memory can be handed over.
     ///
     /// # Errors
     ///

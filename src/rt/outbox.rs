@@ -16,7 +16,8 @@ use super::session::SessionInner;
 use super::socket::Socket;
 use super::wakers::WakerList;
 
-/// Payload waits until less than this is kept, so that a slow peer costs a bounded amount of memory.
+/// Payload waits until less than this is kept, so that a slow peer costs a bounded amount of
+/// memory.
 const KEEP_AT_MOST: usize = 256 << 10;
 
 /// The outbound half of a session's socket.

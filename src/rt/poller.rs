@@ -79,6 +79,7 @@ impl Poller {
     pub(super) fn activate(&self, session: &Rc<SessionInner>) {
         if !session.activity.is_active.replace(true) {
             session.lanes.consumer.borrow().set_working();
+            session.lanes.manager.set_resting(false);
             session.activity.last_traffic.set(Instant::now());
             self.active.borrow_mut().push(Rc::clone(session));
             self.task.wake();

@@ -3,8 +3,8 @@
 //!
 //! [`SessionInner`] is the state; what happens to it when something arrives or is sent is in
 //! [`driver`](super::driver). The handles that users hold, [`Session`] and
-//! [`Stream`](super::Stream), keep a [`SessionGuard`]; when the last of them goes, the session ends.
-//! Tasks and the stream table hold the inner state only, so no circle keeps a session alive.
+//! [`Stream`](super::Stream), keep a [`SessionGuard`]; when the last of them goes, the session
+//! ends. Tasks and the stream table hold the inner state only, so no circle keeps a session alive.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -109,8 +109,8 @@ impl SessionInner {
         self.ending.error.borrow().is_some()
     }
 
-    /// Ends the session: every stream, every waiting task and the peer get to know. The first reason
-    /// stays.
+    /// Ends the session: every stream, every waiting task and the peer get to know. The first
+    /// reason stays.
     pub(super) fn fail(&self, error: Error) {
         if self.is_over() {
             return;
@@ -130,7 +130,7 @@ impl SessionInner {
         self.inbox.paused.wake_all();
         self.ending.waiting.wake_all();
         self.outbox.clear();
-        self.lanes.manager.give_back_magazines();
+        self.lanes.manager.set_resting(true);
         // Wakes the reader, and tells the peer.
         self.socket.shut_down();
         self.ending.files.borrow_mut().clear();
@@ -185,8 +185,8 @@ impl Drop for SessionGuard {
 /// A connection to one peer, over which any number of streams run.
 ///
 /// A session lives on the executor that made it. Cloning gives another handle on the same session;
-/// it ends when it is [closed](Self::close), when the peer goes away or breaks the protocol, and when
-/// the last handle on it and on its streams is dropped.
+/// it ends when it is [closed](Self::close), when the peer goes away or breaks the protocol, and
+/// when the last handle on it and on its streams is dropped.
 ///
 /// ```no_run
 /// use futures_lite::{AsyncReadExt, AsyncWriteExt};
@@ -321,8 +321,9 @@ impl Session {
 
     /// Sends what waits for the socket, then ends the session.
     ///
-    /// Its streams end with [`Error::SessionClosed`]. Not needed for anything but the wait: dropping
-    /// every handle ends the session too. Cancel-safe: a session that is not ended goes on.
+    /// Its streams end with [`Error::SessionClosed`]. Not needed for anything but the wait:
+    /// dropping every handle ends the session too. Cancel-safe: a session that is not ended goes
+    /// on.
     pub async fn close(&self) {
         let inner = self.inner();
         inner.flush_queue();

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A connected socket of a session, Unix or TCP.
 //!
-//! glommio's types stand for the kind of socket in their names only: its TCP stream and listener do
-//! nothing that a Unix socket could not, and unlike its Unix types they show their descriptor, which
-//! passing memory needs. So both kinds of socket are held in them here, and the few calls that
-//! glommio does not make are made on the descriptor, none of which waits.
+//! glommio's types stand for the kind of socket in their names only: its TCP stream and listener
+//! do nothing that a Unix socket could not, and unlike its Unix types they show their descriptor,
+//! which passing memory needs. So both kinds of socket are held in them here, and the few calls
+//! that glommio does not make are made on the descriptor, none of which waits.
 //!
 //! `unsafe` here: taking over descriptors that were made, or received, a line before.
 

@@ -93,9 +93,9 @@ impl StreamInner {
 /// A stream of bytes to and from the peer.
 ///
 /// Reading and writing copy, as with a socket, through [`AsyncRead`], [`AsyncBufRead`] and
-/// [`AsyncWrite`]. A write is on its way when it returns; [`flush`] waits only for data that had to
-/// go over the socket. Dropping a stream closes it, gives all its memory back, and loses nothing that
-/// was written.
+/// [`AsyncWrite`]. A write is on its way when it returns; [`flush`] waits only for data that had
+/// to go over the socket. Dropping a stream closes it, gives all its memory back, and loses
+/// nothing that was written.
 ///
 /// A stream is closed as a whole (the protocol has no half-close that all peers know): after
 /// [`close`](Self::close) nothing more can be read, and a peer that has closed reads nothing more.
@@ -105,8 +105,8 @@ impl StreamInner {
 pub struct Stream {
     session: Rc<SessionGuard>,
     inner: Rc<StreamInner>,
-    /// What [`AsyncBufRead`] shows: a private copy, since the peer could change shared memory under a
-    /// reference.
+    /// What [`AsyncBufRead`] shows: a private copy, since the peer could change shared memory
+    /// under a reference.
     lent: Lent,
     /// Until when this write waits for free slices.
     pool_deadline: Option<Instant>,
@@ -156,8 +156,8 @@ impl Stream {
 
     /// Closes the stream and waits until what was written has left this process.
     ///
-    /// Not needed for anything but the wait: dropping the stream closes it too. Unread data is thrown
-    /// away. Cancel-safe: the stream is closed at the first poll.
+    /// Not needed for anything but the wait: dropping the stream closes it too. Unread data is
+    /// thrown away. Cancel-safe: the stream is closed at the first poll.
     ///
     /// # Errors
     ///
@@ -235,10 +235,11 @@ impl Stream {
         bytes: &[u8],
     ) -> Poll<Result<Option<usize>>> {
         let session = self.session.inner();
+        // Before any slice is taken: only an active session comes to rest again and gives back.
+        session.activate();
         if session.lanes.producer.borrow_mut().is_full()? {
             session.counters.count(|stats| stats.queue_full += 1);
             session.lanes.queue_waiting.register(context, None);
-            session.activate();
             return Poll::Pending;
         }
         let want = bytes.len().min(WRITE_AT_MOST);
@@ -275,7 +276,6 @@ impl Stream {
         });
         if now < deadline {
             session.lanes.pool_waiting.register(context, Some(deadline));
-            session.activate();
             return Poll::Pending;
         }
         self.pool_deadline = None;
@@ -336,8 +336,8 @@ impl AsyncRead for Stream {
 
 /// Reads through a private buffer of up to 16 KiB.
 ///
-/// The buffer is a copy: the peer can write shared memory at any time, and a reference to memory that
-/// changes under it would be undefined behaviour.
+/// The buffer is a copy: the peer can write shared memory at any time, and a reference to memory
+/// that changes under it would be undefined behaviour.
 impl AsyncBufRead for Stream {
     fn poll_fill_buf(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<&[u8]>> {
         let this = self.get_mut();
@@ -365,8 +365,8 @@ impl AsyncBufRead for Stream {
 ///
 /// # Errors
 ///
-/// `BrokenPipe` when the peer has closed the stream, `NotConnected` when this side has, otherwise the
-/// end of the session. Cancel-safe: a write that is dropped has sent nothing, or returned.
+/// `BrokenPipe` when the peer has closed the stream, `NotConnected` when this side has, otherwise
+/// the end of the session. Cancel-safe: a write that is dropped has sent nothing, or returned.
 impl AsyncWrite for Stream {
     fn poll_write(
         self: Pin<&mut Self>,

@@ -5,10 +5,10 @@
 //! offset that comes from the peer is checked by the caller, who can name what was wrong with it;
 //! the bounds checks here are the second line and panic only on a mistake of this crate.
 //!
-//! Data races. The fields of headers are read and written as relaxed or stronger atomics, so a peer
-//! that writes at the same time gives a stale or a fresh value, never undefined behaviour. Payload is
-//! copied byte-wise between private memory and the region; a peer that rewrites payload under the
-//! copy scrambles its own bytes, and no invariant of this process rests on them.
+//! Data races. The fields of headers are read and written as relaxed or stronger atomics, so a
+//! peer that writes at the same time gives a stale or a fresh value, never undefined behaviour.
+//! Payload is copied byte-wise between private memory and the region; a peer that rewrites payload
+//! under the copy scrambles its own bytes, and no invariant of this process rests on them.
 
 use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU32, Ordering};
 
@@ -40,12 +40,10 @@ pub(crate) trait Memory {
 
     fn copy_in(&self, at: usize, from: &[u8]);
     fn copy_out(&self, at: usize, to: &mut [u8]);
-    /// Brings the line at `at` near before it is needed. No effect on what is read.
-    fn prefetch(&self, at: usize);
 }
 
-/// Everything unsafe in this file rests on the promise of [`Region`]: its bytes stay mapped, readable
-/// and writable as long as it lives, and nobody forms a reference to them.
+/// Everything unsafe in this file rests on the promise of [`Region`]: its bytes stay mapped,
+/// readable and writable as long as it lives, and nobody forms a reference to them.
 impl Region {
     /// A pointer to `len` bytes at `at`, all of them inside.
     #[inline(always)]
@@ -170,18 +168,6 @@ impl Memory for Region {
         unsafe {
             std::ptr::copy_nonoverlapping(self.pointer(at, to.len()), to.as_mut_ptr(), to.len());
         }
-    }
-
-    #[inline(always)]
-    fn prefetch(&self, at: usize) {
-        #[cfg(all(target_arch = "x86_64", not(miri)))]
-        if at < Self::len(self) {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: a prefetch reads nothing and cannot fault; the address is inside anyway.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.base().as_ptr().add(at).cast()) };
-        }
-        #[cfg(not(all(target_arch = "x86_64", not(miri))))]
-        let _ = at;
     }
 }
 

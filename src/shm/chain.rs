@@ -2,8 +2,8 @@
 //! Slices that belong together: one message, on its way out or in.
 //!
 //! A [`Chain`] owns its slices; whatever happens to it, they go somewhere: on to the peer
-//! ([`Chain::into_event_offset`]), or back among the free (when read, or dropped). Its links live in
-//! the manager's private ledger, so a chain of any length is a few words and no allocation, and
+//! ([`Chain::into_event_offset`]), or back among the free (when read, or dropped). Its links live
+//! in the manager's private ledger, so a chain of any length is a few words and no allocation, and
 //! nothing that the peer writes can redirect it.
 
 use std::rc::Rc;
@@ -59,10 +59,6 @@ impl<M: Memory> Chain<M> {
         self.len
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
     pub(crate) fn slices(&self) -> u32 {
         self.slices
     }
@@ -96,7 +92,8 @@ impl<M: Memory> Chain<M> {
         written
     }
 
-    /// Copies the first bytes out, as many as `to` holds, and gives their slices back as they empty.
+    /// Copies the first bytes out, as many as `to` holds, and gives their slices back as they
+    /// empty.
     pub(crate) fn read(&mut self, to: &mut [u8]) -> usize {
         let count = self.copy_out(to);
         self.consume(count);

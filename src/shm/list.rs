@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A list of free buffer slices of one size, shared by two processes (WIRE chapter 4; spec 5.2).
 //!
-//! Both sides take from the head and give to the tail of the same list, without locks. The last slice
-//! is never handed out, so takers and givers touch different slices. Here both work in batches: a
-//! take walks `n` links and moves the head over all of them with one compare-and-swap; a give links
-//! `n` slices in private and hangs them behind the tail with one swap.
+//! Both sides take from the head and give to the tail of the same list, without locks. The last
+//! slice is never handed out, so takers and givers touch different slices. Here both work in
+//! batches: a take walks `n` links and moves the head over all of them with one compare-and-swap;
+//! a give links `n` slices in private and hangs them behind the tail with one swap.
 //!
 //! # What can go wrong, and what is done about it
 //!
@@ -16,8 +16,8 @@
 //! slice that this side still holds can never be taken again.
 //!
 //! Whom it trusts: nobody. Where the list stands and how large its slices are is private. Every
-//! offset read from shared memory is checked against the grid of slices before it is followed; every
-//! loop has a bound.
+//! offset read from shared memory is checked against the grid of slices before it is followed;
+//! every loop has a bound.
 
 use std::sync::atomic::Ordering;
 
@@ -32,8 +32,8 @@ use crate::wire::layout::{
 /// The most slices that one batch moves.
 pub(crate) const MAX_BATCH: usize = 32;
 
-/// How often a take starts over before it says that the list is busy. A start-over needs the peer to
-/// have moved in between, so an honest peer does not come near.
+/// How often a take starts over before it says that the list is busy. A start-over needs the peer
+/// to have moved in between, so an honest peer does not come near.
 const TAKE_TRIES: usize = 256;
 
 /// Where a list stands and what it holds, in private memory.
@@ -297,8 +297,8 @@ impl BufferList {
         Ok(batch)
     }
 
-    /// Checks that the links of the batch are still those that were walked, and that the headers are
-    /// those of free slices of this list.
+    /// Checks that the links of the batch are still those that were walked, and that the headers
+    /// are those of free slices of this list.
     fn check_taken<M: Memory>(
         &self,
         memory: &M,

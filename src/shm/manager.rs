@@ -7,18 +7,18 @@
 //! For each slice of the memory one private entry says whether this side holds it, and if so which
 //! slice comes next in its chain and which bytes of it count. Shared headers are read once, when a
 //! slice arrives, and written once, when it is sent; in between nothing depends on memory that the
-//! peer can write. The ledger is also what finds a slice with two owners: one that arrives, or comes
-//! out of a list, while this side holds it ends the session by name. Walking a cycle is the same
-//! case, so every walk ends.
+//! peer can write. The ledger is also what finds a slice with two owners: one that arrives, or
+//! comes out of a list, while this side holds it ends the session by name. Walking a cycle is the
+//! same case, so every walk ends.
 //!
 //! # Magazines
 //!
-//! A short private stack per list. Freed slices go there first and are the first to be taken again,
-//! while their lines are still near; the shared list is visited in batches. A magazine holds at most
-//! an eighth of its list, so it cannot starve the peer, and [`give_back_magazines`] empties all of
-//! them when the session goes idle or ends.
+//! A short private stack per list. Freed slices go there first and are the first to be taken
+//! again, while their lines are still near; the shared list is visited in batches. A magazine
+//! holds at most an eighth of its list, so it cannot starve the peer. While a session [rests] they
+//! are empty: nobody would come back to give their slices to the peer.
 //!
-//! [`give_back_magazines`]: BufferManager::give_back_magazines
+//! [rests]: BufferManager::set_resting
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -97,6 +97,8 @@ pub(crate) struct BufferManager<M = Region> {
     broken: RefCell<Option<MemoryError>>,
     /// Slices that this side holds, magazines not counted.
     held: Cell<u32>,
+    /// Whether slices go past the magazines.
+    is_resting: Cell<bool>,
 }
 
 /// How many slices of one list are free, and how many there are.
@@ -235,18 +237,12 @@ impl<M: Memory> BufferManager<M> {
             ledger: RefCell::new(vec![Entry::default(); total as usize]),
             broken: RefCell::new(None),
             held: Cell::new(0),
+            is_resting: Cell::new(false),
         }))
     }
 
     pub(super) fn memory(&self) -> &M {
         &self.memory
-    }
-
-    /// The payload of the largest slice.
-    pub(crate) fn largest_slice(&self) -> usize {
-        self.classes
-            .last()
-            .map_or(0, |class| class.list.slice_capacity() as usize)
     }
 
     /// What was found broken in a `Drop`, once.
@@ -276,8 +272,8 @@ impl<M: Memory> BufferManager<M> {
 
     /// A writable chain that holds `len` bytes, or as much of it as there is when `partial`.
     ///
-    /// One slice when one is large enough, of the smallest class that has one; otherwise a chain from
-    /// the largest class down. `None`: there is not enough, or nothing at all.
+    /// One slice when one is large enough, of the smallest class that has one; otherwise a chain
+    /// from the largest class down. `None`: there is not enough, or nothing at all.
     pub(crate) fn allocate(
         self: &Rc<Self>,
         len: usize,
@@ -325,7 +321,12 @@ impl<M: Memory> BufferManager<M> {
     fn take_from(&self, class: &Class) -> Result<Option<SliceId>, MemoryError> {
         let mut magazine = class.magazine.borrow_mut();
         if magazine.is_empty() {
-            let want = (class.magazine_limit / 2).clamp(1, MAX_BATCH);
+            let rests = self.is_resting.get();
+            let want = if rests {
+                1
+            } else {
+                (class.magazine_limit / 2).clamp(1, MAX_BATCH)
+            };
             let batch = class.list.take(&*self.memory, want)?;
             let mut ledger = self.ledger.borrow_mut();
             // The first of the list is the last of the stack: taken in the list's order.
@@ -467,7 +468,9 @@ impl<M: Memory> BufferManager<M> {
         let class = self.class_of(id);
         let mut magazine = class.magazine.borrow_mut();
         magazine.push(id);
-        if magazine.len() > class.magazine_limit {
+        if self.is_resting.get() {
+            self.give_from(class, &mut magazine, 1);
+        } else if magazine.len() > class.magazine_limit {
             // The coldest half goes, in one batch; the hot end of the stack stays.
             let count = magazine.len().div_ceil(2);
             self.give_from(class, &mut magazine, count);
@@ -489,8 +492,13 @@ impl<M: Memory> BufferManager<M> {
         }
     }
 
-    /// Puts every slice of every magazine back into its shared list.
-    pub(crate) fn give_back_magazines(&self) {
+    /// Says whether the session rests. When it does, every slice of every magazine goes back into
+    /// its shared list, and those that are freed later go there at once.
+    pub(crate) fn set_resting(&self, rests: bool) {
+        self.is_resting.set(rests);
+        if !rests {
+            return;
+        }
         for class in &self.classes {
             let mut magazine = class.magazine.borrow_mut();
             while !magazine.is_empty() {
@@ -595,7 +603,7 @@ mod tests {
             let chain = client.allocate(len, false).unwrap().unwrap();
             assert_eq!(chain.slices(), slices, "{len}");
         }
-        client.give_back_magazines();
+        client.set_resting(true);
         assert!(is_all_free(&client));
     }
 
@@ -618,8 +626,8 @@ mod tests {
             assert_eq!(chain.read(tail), len - len / 3);
             assert_eq!(copy, bytes, "{len}");
         }
-        client.give_back_magazines();
-        server.give_back_magazines();
+        client.set_resting(true);
+        server.set_resting(true);
         assert!(is_all_free(&client) && is_all_free(&server));
     }
 
@@ -640,7 +648,7 @@ mod tests {
         let (_memory, client, _) = pair(8 << 10);
         let everything = 1 << 20;
         assert!(client.allocate(everything, false).unwrap().is_none());
-        client.give_back_magazines();
+        client.set_resting(true);
         assert!(is_all_free(&client));
         let mut part = client.allocate(everything, true).unwrap().unwrap();
         let len = part.write(&vec![7; everything]);
@@ -649,7 +657,7 @@ mod tests {
         assert!(!client.might_allocate());
         drop(part);
         assert!(client.might_allocate());
-        client.give_back_magazines();
+        client.set_resting(true);
         assert!(is_all_free(&client));
     }
 
@@ -666,7 +674,7 @@ mod tests {
 
         // A free list that leads to a slice which this side holds.
         let held = message(&client, b"held");
-        client.give_back_magazines();
+        client.set_resting(true);
         let offset = client
             .ledger
             .borrow()
@@ -780,7 +788,7 @@ mod tests {
             "{missing} of {}",
             usage.total
         );
-        client.give_back_magazines();
+        client.set_resting(true);
         assert!(is_all_free(&server));
     }
 
@@ -792,7 +800,7 @@ mod tests {
         Read(usize),
         Drop,
         Abandon(usize),
-        GiveBack,
+        Rest(bool),
     }
 
     fn action() -> impl Strategy<Value = Action> {
@@ -801,7 +809,7 @@ mod tests {
             4 => (1usize..2000).prop_map(Action::Read),
             1 => Just(Action::Drop),
             1 => (0usize..3000).prop_map(Action::Abandon),
-            1 => Just(Action::GiveBack),
+            1 => any::<bool>().prop_map(Action::Rest),
         ]
     }
 
@@ -840,12 +848,12 @@ mod tests {
                     }
                     Action::Drop => drop(received[own].pop_front()),
                     Action::Abandon(len) => drop(sides[own].allocate(len, true).unwrap()),
-                    Action::GiveBack => sides[own].give_back_magazines(),
+                    Action::Rest(rests) => sides[own].set_resting(rests),
                 }
             }
             received.iter_mut().for_each(VecDeque::clear);
             for side in &sides {
-                side.give_back_magazines();
+                side.set_resting(true);
                 prop_assert_eq!(side.take_broken(), None);
             }
             prop_assert!(is_all_free(&sides[0]) && is_all_free(&sides[1]));

@@ -3,8 +3,8 @@
 //!
 //! Whom it trusts: nobody on the other side. A peer may write anything, anywhere in the memory, at
 //! any time. So a field that the peer can write is read once, into a local, checked, and only then
-//! used; everything that this side must be able to rely on (where lists stand, how large slices are,
-//! which slices this side holds, its own queue index) is kept in private memory.
+//! used; everything that this side must be able to rely on (where lists stand, how large slices
+//! are, which slices this side holds, its own queue index) is kept in private memory.
 //!
 //! - [`access`]: loads, stores and copies by offset, the one place with pointers to shared memory.
 //! - [`region`]: memory that is created or mapped, and its descriptors and files.
@@ -12,8 +12,9 @@
 //! - [`manager`]: all lists of one memory and the private ledger of slices that this side holds.
 //! - [`chain`]: slices that belong together, as owned values that give themselves back.
 //!
-//! `unsafe` stands in `access` and `region` only. The algorithms are generic over [`access::Memory`],
-//! so that tests run them on the heap and model checkers on memory of their own.
+//! `unsafe` stands in `access` and `region` only. The algorithms are generic over
+//! [`access::Memory`], so that tests run them on the heap and model checkers on memory of their
+//! own.
 
 pub(crate) mod access;
 pub(crate) mod chain;

@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The two IO queues of a session (WIRE chapter 3; spec 6.2 to 6.4).
 //!
-//! Each queue is a single-producer, single-consumer ring. The side that moves an index keeps its true
-//! value in private memory and never reads it back from shared memory; of the other side's index it
-//! keeps a copy that may be stale, in the safe direction only (the producer sees too little room, the
-//! consumer too few events), and reads the shared field when the copy says full or empty.
+//! Each queue is a single-producer, single-consumer ring. The side that moves an index keeps its
+//! true value in private memory and never reads it back from shared memory; of the other side's
+//! index it keeps a copy that may be stale, in the safe direction only (the producer sees too
+//! little room, the consumer too few events), and reads the shared field when the copy says full
+//! or empty.
 //!
 //! Events and indices are published apart: [`Producer::push`] and [`Consumer::pop`] work on private
 //! indices, `publish` stores them, so that a batch costs one store.
 //!
 //! # The working flag
 //!
-//! It belongs to the consumer, and means that somebody is draining. The argument that no wake-up is
-//! lost is Dekker's: the producer stores the tail, fences, loads the flag; the consumer stores 0 into
-//! the flag, fences, loads the tail. Whichever fence comes first, the other side's load comes after
-//! it and sees the store before it: either the producer sees 0 and rings, or the consumer sees the
-//! event and stays.
+//! It belongs to the consumer, and means that somebody is draining. The argument that no wake-up
+//! is lost is Dekker's: the producer stores the tail, fences, loads the flag; the consumer stores
+//! 0 into the flag, fences, loads the tail. Whichever fence comes first, the other side's load
+//! comes after it and sees the store before it: either the producer sees 0 and rings, or the
+//! consumer sees the event and stays.
 
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
@@ -25,8 +26,8 @@ use crate::error::MemoryError;
 use crate::wire::event::{EVENT_LEN, Event};
 use crate::wire::layout::{QUEUE_HEADER_LEN, QueueLayout, queue_len, queue_memory_len};
 
-/// Indices above this are refused: no honest session gets there in a thousand years, and below it no
-/// sum of an index and a capacity can wrap.
+/// Indices above this are refused: no honest session gets there in a thousand years, and below it
+/// no sum of an index and a capacity can wrap.
 const INDEX_LIMIT: i64 = 1 << 62;
 
 /// Bytes that the memory of both queues takes.
@@ -35,14 +36,8 @@ pub(crate) fn queues_len(capacity: u32) -> usize {
     queue_memory_len(capacity) as usize
 }
 
-/// Which half of the memory a side sends on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Side {
-    Client,
-    Server,
-}
-
-/// Lays out two empty queues. The client does this before it speaks.
+/// Lays out two empty queues, and takes the client's ends: it sends on the first. The client does
+/// this before it speaks.
 pub(crate) fn create<M: Memory>(
     memory: &Rc<M>,
     capacity: u32,
@@ -69,11 +64,10 @@ pub(crate) fn create<M: Memory>(
     )
 }
 
-/// Checks two queues that the peer laid out, and takes the other ends of them.
+/// Checks two queues that the client laid out, and takes the server's ends: it sends on the second.
 pub(crate) fn map<M: Memory>(
     memory: &Rc<M>,
     layout: QueueLayout,
-    side: Side,
 ) -> Result<(Producer<M>, Consumer<M>), MemoryError> {
     let have = memory.len();
     let half = have / 2;
@@ -84,12 +78,8 @@ pub(crate) fn map<M: Memory>(
             have: have as u64,
         });
     }
-    let (send, receive) = match side {
-        Side::Client => (0, half),
-        Side::Server => (half, 0),
-    };
-    let (producer, tail, head) = map_ring(memory, layout, send, half)?;
-    let (consumer, other_tail, own_head) = map_ring(memory, layout, receive, half)?;
+    let (producer, tail, head) = map_ring(memory, layout, half, half)?;
+    let (consumer, other_tail, own_head) = map_ring(memory, layout, 0, half)?;
     Ok((
         Producer::starting_at(producer, tail, head),
         Consumer::starting_at(consumer, own_head, other_tail),
@@ -409,7 +399,7 @@ mod tests {
     fn pair(capacity: u32, layout: QueueLayout) -> (Rc<Region>, Ends, Ends) {
         let memory = Rc::new(Region::heap(queues_len(capacity)));
         let client = create(&memory, capacity, layout);
-        let server = map(&memory, layout, Side::Server).unwrap();
+        let server = map(&memory, layout).unwrap();
         (memory, client, server)
     }
 
@@ -514,7 +504,7 @@ mod tests {
             server.1.publish();
             let (head, tail) = (layout.head_offset(), layout.tail_offset());
             for value in [3, 0, -1, 19, i64::MAX, i64::MIN] {
-                let mut fresh = map(&memory, layout, Side::Server).unwrap();
+                let mut fresh = map(&memory, layout).unwrap();
                 memory.store_i64(tail, value);
                 let error = loop {
                     match fresh.1.pop() {
@@ -550,7 +540,7 @@ mod tests {
                 create(&memory, 16, layout);
             }
             change(&memory);
-            map(&memory, layout, Side::Server).map(drop).unwrap_err()
+            map(&memory, layout).map(drop).unwrap_err()
         };
         for len in [1, 24, 47, 49, 50] {
             assert!(
@@ -593,7 +583,7 @@ mod tests {
             for base in [0, queues_len(capacity) / 2] {
                 memory.store_u32(base, capacity, Ordering::Relaxed);
             }
-            let mapped = map(&memory, QueueLayout::PackedX86, Side::Server).map(drop);
+            let mapped = map(&memory, QueueLayout::PackedX86).map(drop);
             let error = mapped.unwrap_err();
             assert!(error.to_string().contains("cross a cache line"), "{error}");
         }
@@ -657,7 +647,7 @@ mod tests {
             let (ring, doorbell) = mpsc::channel::<()>();
             let consumer = std::thread::spawn(move || {
                 let memory = Rc::new(Region::map_descriptor(fd, "queue", 1 << 20).unwrap());
-                let (_, mut consumer) = map(&memory, layout, Side::Server).unwrap();
+                let (_, mut consumer) = map(&memory, layout).unwrap();
                 let (mut expected, mut sleeps) = (0, 0);
                 while expected < EVENTS {
                     while let Some(got) = consumer.pop().unwrap() {

@@ -117,13 +117,8 @@ impl Region {
         Self::map_given(&File::from(fd), role, limit)
     }
 
-    /// Maps what a peer named by a path. The second value removes the file's entry when dropped, as
-    /// both sides do at the end of a session (WIRE chapter 6).
-    pub(crate) fn map_file(
-        path: &Path,
-        role: &'static str,
-        limit: u64,
-    ) -> Result<(Self, SharedFile), Error> {
+    /// Maps what a peer named by a path. `role` names the memory in errors.
+    pub(crate) fn map_file(path: &Path, role: &'static str, limit: u64) -> Result<Self, Error> {
         // Not blocking, since the path may name a pipe; not following, since it may name a link.
         let flags = nix::libc::O_NOFOLLOW | nix::libc::O_CLOEXEC | nix::libc::O_NONBLOCK;
         let file = OpenOptions::new()
@@ -132,8 +127,7 @@ impl Region {
             .custom_flags(flags)
             .open(path)
             .map_err(|error| Error::os("open the peer's shared-memory file", error))?;
-        let region = Self::map_given(&file, role, limit)?;
-        Ok((region, SharedFile::new(path)))
+        Self::map_given(&file, role, limit)
     }
 
     fn map_given(file: &File, role: &'static str, limit: u64) -> Result<Self, Error> {
@@ -203,9 +197,9 @@ impl Drop for Region {
 /// A shared-memory file's entry in the file system. Dropping the last one of a path in this process
 /// removes the entry.
 ///
-/// The last one: all sessions of a shmipc-go client name the same buffer file, and a later session of
-/// it must still find the file when an earlier one ends. Mappings stay valid. A missing entry is no
-/// error, since the other side removes it too.
+/// The last one: all sessions of a shmipc-go client name the same buffer file, and a later session
+/// of it must still find the file when an earlier one ends. Mappings stay valid. A missing entry
+/// is no error, since the other side removes it too.
 pub(crate) struct SharedFile {
     path: PathBuf,
 }
@@ -214,7 +208,8 @@ pub(crate) struct SharedFile {
 static ENTRIES: Mutex<BTreeMap<PathBuf, usize>> = Mutex::new(BTreeMap::new());
 
 impl SharedFile {
-    fn new(path: &Path) -> Self {
+    /// Takes part in the removal of a file that was mapped, and found to be shared memory.
+    pub(crate) fn new(path: &Path) -> Self {
         let mut entries = ENTRIES.lock().unwrap_or_else(PoisonError::into_inner);
         *entries.entry(path.to_owned()).or_default() += 1;
         Self {
@@ -292,7 +287,8 @@ mod tests {
             Region::create_file(&path, 4096),
             Err(Error::Os { .. })
         ));
-        let (_mapped, other) = Region::map_file(&path, "queue", 1 << 20).unwrap();
+        let _mapped = Region::map_file(&path, "queue", 1 << 20).unwrap();
+        let other = SharedFile::new(&path);
         drop(entry);
         assert!(path.exists(), "another session of this process has it");
         drop(other);
@@ -315,7 +311,7 @@ mod tests {
         let link = path("link");
         fs::write(&target, [0; 64]).unwrap();
         std::os::unix::fs::symlink(&target, &link).unwrap();
-        let text = refused(Region::map_file(&link, "queue", 100).map(|pair| pair.0));
+        let text = refused(Region::map_file(&link, "queue", 100));
         assert!(text.contains("open the peer's"), "{text}");
         assert!(target.exists(), "a refused file is not removed");
         fs::remove_file(&target).unwrap();
