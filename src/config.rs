@@ -151,10 +151,7 @@ impl Default for Config {
 impl Config {
     /// Starts from the defaults.
     pub fn builder() -> ConfigBuilder {
-        ConfigBuilder {
-            config: Self::default(),
-            buffer_size: 32 << 20,
-        }
+        ConfigBuilder { config: Self::default(), buffer_size: 32 << 20 }
     }
 
     /// The kind of memory that a client of this configuration creates.
@@ -300,10 +297,7 @@ impl ConfigBuilder {
     ///
     /// [`ConfigError`], one variant for each thing that cannot be.
     pub fn build(self) -> Result<Config, ConfigError> {
-        let Self {
-            mut config,
-            buffer_size,
-        } = self;
+        let Self { mut config, buffer_size } = self;
         let capacity = config.queue_capacity;
         if capacity % 16 != 0 || !(16..=1 << 24).contains(&capacity) {
             return Err(ConfigError::QueueCapacity(capacity));
@@ -318,11 +312,7 @@ impl ConfigBuilder {
         at_least("max_handshakes", limits.handshakes as u64, 1)?;
         at_least("max_streams", limits.streams as u64, 1)?;
         at_least("max_message_len", u64::from(limits.message_len), 4096)?;
-        at_least(
-            "max_unread_fallback_bytes",
-            limits.unread_fallback_bytes as u64,
-            4096,
-        )?;
+        at_least("max_unread_fallback_bytes", limits.unread_fallback_bytes as u64, 4096)?;
         Ok(config)
     }
 }
@@ -331,11 +321,7 @@ fn at_least(what: &'static str, value: u64, least: u64) -> Result<(), ConfigErro
     if value >= least {
         return Ok(());
     }
-    Err(ConfigError::Limit {
-        what,
-        value,
-        problem: "nothing would get through",
-    })
+    Err(ConfigError::Limit { what, value, problem: "nothing would get through" })
 }
 
 fn check_prefix(prefix: &Path) -> Result<(), ConfigError> {
@@ -351,23 +337,12 @@ fn check_prefix(prefix: &Path) -> Result<(), ConfigError> {
 fn check_buffers(size: u64, classes: &[SliceClass]) -> Result<u32, ConfigError> {
     let wrong = |text: String| ConfigError::SliceClasses(text);
     if classes.is_empty() || classes.len() > 32 {
-        return Err(wrong(format!(
-            "{} classes, expected 1 to 32",
-            classes.len()
-        )));
+        return Err(wrong(format!("{} classes, expected 1 to 32", classes.len())));
     }
-    if classes
-        .iter()
-        .map(|class| u64::from(class.percent))
-        .sum::<u64>()
-        > 100
-    {
+    if classes.iter().map(|class| u64::from(class.percent)).sum::<u64>() > 100 {
         return Err(wrong("the shares add up to more than 100 per cent".into()));
     }
-    if classes
-        .windows(2)
-        .any(|pair| pair[0].capacity == pair[1].capacity)
-    {
+    if classes.windows(2).any(|pair| pair[0].capacity == pair[1].capacity) {
         return Err(wrong("two classes have the same capacity".into()));
     }
     let too_small = |problem: String| ConfigError::BufferSize { size, problem };
@@ -377,16 +352,12 @@ fn check_buffers(size: u64, classes: &[SliceClass]) -> Result<u32, ConfigError> 
     for class in classes {
         let capacity = class.capacity;
         if capacity < 16 || capacity % 4 != 0 || capacity > 1 << 30 {
-            return Err(wrong(format!(
-                "capacity {capacity} is not a multiple of 4 from 16"
-            )));
+            return Err(wrong(format!("capacity {capacity} is not a multiple of 4 from 16")));
         }
         let stride = u64::from(capacity) + SLICE_OVERHEAD;
         if room * u64::from(class.percent) / 100 < stride {
             let percent = class.percent;
-            return Err(too_small(format!(
-                "{percent} per cent hold no slice of {capacity} bytes"
-            )));
+            return Err(too_small(format!("{percent} per cent hold no slice of {capacity} bytes")));
         }
     }
     Ok(fits)
@@ -407,34 +378,17 @@ mod tests {
     fn what_cannot_be_is_refused_by_name() {
         let refused = |builder: ConfigBuilder| builder.build().unwrap_err();
         let builder = Config::builder;
-        assert_eq!(
-            refused(builder().queue_capacity(24)),
-            ConfigError::QueueCapacity(24)
-        );
-        assert_eq!(
-            refused(builder().queue_capacity(0)),
-            ConfigError::QueueCapacity(0)
-        );
+        assert_eq!(refused(builder().queue_capacity(24)), ConfigError::QueueCapacity(24));
+        assert_eq!(refused(builder().queue_capacity(0)), ConfigError::QueueCapacity(0));
         assert_eq!(
             refused(builder().protocol(ProtocolVersion::V2)),
             ConfigError::MemfdNeedsVersion3
         );
         let classes = |list: &[(u32, u32)]| {
-            builder().slice_classes(
-                list.iter()
-                    .map(|&(size, share)| SliceClass::new(size, share)),
-            )
+            builder().slice_classes(list.iter().map(|&(size, share)| SliceClass::new(size, share)))
         };
-        for list in [
-            &[][..],
-            &[(64, 60), (128, 60)],
-            &[(64, 10), (64, 10)],
-            &[(66, 10)],
-        ] {
-            assert!(
-                matches!(refused(classes(list)), ConfigError::SliceClasses(_)),
-                "{list:?}"
-            );
+        for list in [&[][..], &[(64, 60), (128, 60)], &[(64, 10), (64, 10)], &[(66, 10)]] {
+            assert!(matches!(refused(classes(list)), ConfigError::SliceClasses(_)), "{list:?}");
         }
         for size in [0, 4096, 1 << 32, u64::MAX] {
             let error = refused(builder().buffer_size(size));
@@ -444,9 +398,6 @@ mod tests {
             let error = refused(builder().path_prefix(prefix));
             assert!(matches!(error, ConfigError::PathPrefix(_)), "{prefix}");
         }
-        assert!(matches!(
-            refused(builder().max_streams(0)),
-            ConfigError::Limit { .. }
-        ));
+        assert!(matches!(refused(builder().max_streams(0)), ConfigError::Limit { .. }));
     }
 }

@@ -294,10 +294,7 @@ pub enum Error {
 impl Error {
     /// An error of the operating system, with what was being done.
     pub(crate) fn os(operation: &'static str, source: impl Into<io::Error>) -> Self {
-        Self::Os {
-            operation,
-            source: Arc::new(source.into()),
-        }
+        Self::Os { operation, source: Arc::new(source.into()) }
     }
 
     /// Whether the peer is at fault, rather than this side or the machine.
@@ -339,10 +336,7 @@ mod tests {
         let error = io::Error::from(Error::from(MemoryError::Offset { offset: 7 }));
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
         let inner = error.get_ref().unwrap().downcast_ref::<Error>().unwrap();
-        assert!(matches!(
-            inner,
-            Error::Memory(MemoryError::Offset { offset: 7 })
-        ));
+        assert!(matches!(inner, Error::Memory(MemoryError::Offset { offset: 7 })));
         assert!(inner.is_peer_fault());
     }
 

@@ -55,21 +55,43 @@ impl PoolUsage {
     }
 }
 
-/// The counters themselves.
-#[derive(Default)]
-pub(crate) struct Counters {
-    stats: Cell<SessionStats>,
+macro_rules! counters {
+    ($($name:ident),* $(,)?) => {
+        /// The counters themselves.
+        #[derive(Default)]
+        pub(crate) struct Counters {
+            $(pub(crate) $name: Count,)*
+        }
+
+        impl Counters {
+            pub(crate) fn get(&self) -> SessionStats {
+                SessionStats { $($name: self.$name.0.get(),)* }
+            }
+        }
+    };
 }
 
-impl Counters {
-    pub(crate) fn get(&self) -> SessionStats {
-        self.stats.get()
-    }
+counters! {
+    events_sent,
+    events_received,
+    bytes_sent,
+    bytes_received,
+    sync_events_sent,
+    sync_events_received,
+    fallback_sent,
+    fallback_received,
+    queue_full,
+    pool_empty,
+    sleeps,
+}
 
+/// A number that only grows.
+#[derive(Default)]
+pub(crate) struct Count(Cell<u64>);
+
+impl Count {
     #[inline]
-    pub(crate) fn count(&self, change: impl FnOnce(&mut SessionStats)) {
-        let mut stats = self.stats.get();
-        change(&mut stats);
-        self.stats.set(stats);
+    pub(crate) fn add(&self, count: u64) {
+        self.0.set(self.0.get().wrapping_add(count));
     }
 }

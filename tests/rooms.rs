@@ -30,20 +30,12 @@ fn sources() -> Vec<(PathBuf, String)> {
 /// The code of a file: without its tests, comments and the text of strings.
 fn code(text: &str) -> String {
     let text = text.split("#[cfg(test)]\n").next().unwrap();
-    text.lines()
-        .map(|line| line.split("//").next().unwrap())
-        .collect::<Vec<_>>()
-        .join("\n")
+    text.lines().map(|line| line.split("//").next().unwrap()).collect::<Vec<_>>().join("\n")
 }
 
 /// The room that a path starts with: the directory, or the file's stem at the root.
 fn room(path: &Path) -> String {
-    let first = path
-        .components()
-        .next()
-        .unwrap()
-        .as_os_str()
-        .to_string_lossy();
+    let first = path.components().next().unwrap().as_os_str().to_string_lossy();
     first.trim_end_matches(".rs").to_owned()
 }
 
@@ -68,21 +60,15 @@ fn imports_go_down_only() {
             .find(|(name, _)| *name == room)
             .unwrap_or_else(|| panic!("{} is in no known room", path.display()));
         for part in code(&text).split("crate::").skip(1) {
-            let name: String = part
-                .chars()
-                .take_while(|c| c.is_alphanumeric() || *c == '_')
-                .collect();
+            let name: String =
+                part.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
             // What the crate's root exports belongs to `error` and `config`.
             let is_export = name.starts_with(char::is_uppercase);
             let is_fine = name == room || is_export || allowed.contains(&name.as_str());
             assert!(is_fine, "{} imports crate::{name}", path.display());
         }
         if room != "rt" {
-            assert!(
-                !code(&text).contains("glommio"),
-                "{} knows glommio",
-                path.display()
-            );
+            assert!(!code(&text).contains("glommio"), "{} knows glommio", path.display());
         }
     }
 }
@@ -95,16 +81,10 @@ fn unsafe_stands_in_its_rooms_and_is_explained() {
         let is_room = rooms.iter().any(|room| path == Path::new(room));
         for (number, line) in text.lines().enumerate() {
             let line = line.split("//").next().unwrap();
-            let has_unsafe = line
-                .split(|c: char| !c.is_alphanumeric() && c != '_')
-                .any(|word| word == "unsafe");
+            let has_unsafe =
+                line.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "unsafe");
             if has_unsafe {
-                assert!(
-                    is_room,
-                    "{}:{} has an unsafe block",
-                    path.display(),
-                    number + 1
-                );
+                assert!(is_room, "{}:{} has an unsafe block", path.display(), number + 1);
                 blocks += 1;
             }
         }
@@ -116,24 +96,11 @@ fn unsafe_stands_in_its_rooms_and_is_explained() {
 fn files_stay_readable() {
     for (path, text) in sources() {
         let lines = text.split("#[cfg(test)]\n").next().unwrap().lines().count();
-        assert!(
-            lines <= 560,
-            "{} has {lines} lines without its tests",
-            path.display()
-        );
+        assert!(lines <= 560, "{} has {lines} lines without its tests", path.display());
         for (number, line) in text.lines().enumerate() {
-            assert!(
-                line.chars().count() <= 100,
-                "{}:{} is long",
-                path.display(),
-                number + 1
-            );
+            assert!(line.chars().count() <= 100, "{}:{} is long", path.display(), number + 1);
         }
         let starts = text.trim_start_matches("// SPDX-License-Identifier: MIT OR Apache-2.0\n");
-        assert!(
-            starts.starts_with("//!"),
-            "{} does not say what it is for",
-            path.display()
-        );
+        assert!(starts.starts_with("//!"), "{} does not say what it is for", path.display());
     }
 }

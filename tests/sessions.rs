@@ -25,7 +25,7 @@ fn run<F: Future<Output = ()> + 'static>(test: impl FnOnce() -> F + Send + 'stat
     LocalExecutorBuilder::new(Placement::Unbound)
         .spawn(|| async move {
             let hangs = async {
-                glommio::timer::sleep(Duration::from_secs(20)).await;
+                glommio::timer::sleep(Duration::from_secs(60)).await;
                 panic!("the test hangs");
             };
             or(test(), hangs).await;
@@ -38,10 +38,7 @@ fn run<F: Future<Output = ()> + 'static>(test: impl FnOnce() -> F + Send + 'stat
 fn socket_path() -> PathBuf {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    std::env::temp_dir().join(format!(
-        "shmipc-sessions-{}-{number}.sock",
-        std::process::id()
-    ))
+    std::env::temp_dir().join(format!("shmipc-sessions-{}-{number}.sock", std::process::id()))
 }
 
 fn small() -> ConfigBuilder {
@@ -75,9 +72,7 @@ async fn default_pair() -> (Listener, Session, Session) {
 }
 
 fn pattern(seed: usize, len: usize) -> Vec<u8> {
-    (0..len)
-        .map(|index| (seed * 131 + index * 17 + (index >> 8) * 3) as u8)
-        .collect()
+    (0..len).map(|index| (seed * 131 + index * 17 + (index >> 8) * 3) as u8).collect()
 }
 
 /// Waits until something is so; the test's own time limit ends it otherwise.
@@ -142,11 +137,7 @@ async fn round_trip(stream: &mut Stream, message: &[u8]) {
         }
     })
     .await;
-    assert!(
-        answer == message,
-        "{} bytes came back changed",
-        message.len()
-    );
+    assert!(answer == message, "{} bytes came back changed", message.len());
 }
 
 /// Whether every slice is in its list or in the magazine of either side.
@@ -168,17 +159,10 @@ fn messages_of_all_sizes_come_back_by_every_kind_of_memory_and_every_way_to_wait
             (MemoryKind::File, ProtocolVersion::V3),
             (MemoryKind::File, ProtocolVersion::V2),
         ];
-        let spins = [
-            Spin::Never,
-            Spin::For(Duration::from_micros(50)),
-            Spin::Forever,
-        ];
+        let spins = [Spin::Never, Spin::For(Duration::from_micros(50)), Spin::Forever];
         for (memory, protocol) in kinds {
             for spin in spins {
-                let config = Config::builder()
-                    .memory(memory)
-                    .protocol(protocol)
-                    .spin(spin);
+                let config = Config::builder().memory(memory).protocol(protocol).spin(spin);
                 let config = config.build().unwrap();
                 let listener = listen(config.clone());
                 let (client, server) = pair_over(&listener, config).await;
@@ -211,10 +195,7 @@ fn two_executors_talk_over_tcp_with_file_memory() {
         .unwrap();
     let address = told.recv().unwrap();
     run(move || async move {
-        let refused = Connector::new(Config::default())
-            .connect_tcp(address)
-            .await
-            .unwrap_err();
+        let refused = Connector::new(Config::default()).connect_tcp(address).await.unwrap_err();
         assert!(matches!(refused, Error::Handshake(_)), "{refused}");
         let config = Config::builder().memory(MemoryKind::File).build().unwrap();
         let session = Connector::new(config).connect_tcp(address).await.unwrap();
@@ -320,10 +301,7 @@ fn the_last_handle_ends_the_session() {
 #[test]
 fn a_pool_that_runs_empty_sends_over_the_socket_in_order() {
     run(|| async {
-        let config = small()
-            .pool_wait(Duration::from_micros(200))
-            .build()
-            .unwrap();
+        let config = small().pool_wait(Duration::from_micros(200)).build().unwrap();
         let listener = listen(config.clone());
         let (client, server) = pair_over(&listener, config).await;
         let mut stream = client.open_stream().unwrap();
@@ -441,11 +419,7 @@ fn streams_beyond_the_limit_are_refused_and_cost_nothing() {
         }
         // Those that were refused end; the others stay open.
         until(|| streams[3].is_closed_by_peer() && streams[4].is_closed_by_peer()).await;
-        assert!(
-            streams[..3]
-                .iter()
-                .all(|stream| !stream.is_closed_by_peer())
-        );
+        assert!(streams[..3].iter().all(|stream| !stream.is_closed_by_peer()));
         assert_eq!(streams[4].read(&mut [0]).await.unwrap(), 0);
         assert_eq!(server.stream_count(), 3);
         drop(streams);
@@ -457,10 +431,7 @@ fn streams_beyond_the_limit_are_refused_and_cost_nothing() {
         let client_config = small().max_streams(2).build().unwrap();
         let (client, _server) = pair_over(&listener, client_config).await;
         let held = [client.open_stream().unwrap(), client.open_stream().unwrap()];
-        assert!(matches!(
-            client.open_stream(),
-            Err(Error::TooManyStreams(2))
-        ));
+        assert!(matches!(client.open_stream(), Err(Error::TooManyStreams(2))));
         drop(held);
         client.open_stream().unwrap();
     });
@@ -559,9 +530,7 @@ fn nothing_is_left_when_sessions_end() {
             link.is_ok_and(|link| link.is_ok_and(|link| link.to_string_lossy().contains(name)))
         });
         let files = std::fs::read_dir("/dev/shm").unwrap().filter(|entry| {
-            entry
-                .as_ref()
-                .is_ok_and(|entry| entry.file_name().to_string_lossy().contains(name))
+            entry.as_ref().is_ok_and(|entry| entry.file_name().to_string_lossy().contains(name))
         });
         mapped + open.count() + files.count()
     }
@@ -609,25 +578,18 @@ fn a_listener_is_private_replaces_dead_sockets_and_leaves_live_ones() {
         let listener = Listener::bind(&path, Config::default()).unwrap();
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
-        let error = Listener::bind(&path, Config::default())
-            .map(drop)
-            .unwrap_err();
+        let error = Listener::bind(&path, Config::default()).map(drop).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
         drop(listener);
         assert!(!path.exists());
 
         std::fs::write(&path, "no socket").unwrap();
-        let error = Listener::bind(&path, Config::default())
-            .map(drop)
-            .unwrap_err();
+        let error = Listener::bind(&path, Config::default()).map(drop).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
         assert_eq!(std::fs::read(&path).unwrap(), b"no socket");
         std::fs::remove_file(&path).unwrap();
         let error = Listener::bind_tcp("0.0.0.0:0".parse().unwrap(), Config::default());
-        assert_eq!(
-            error.map(drop).unwrap_err().kind(),
-            io::ErrorKind::InvalidInput
-        );
+        assert_eq!(error.map(drop).unwrap_err().kind(), io::ErrorKind::InvalidInput);
     });
 }
 
@@ -653,11 +615,7 @@ fn sleeping_sessions_do_not_keep_the_core_busy() {
             yield_now().await;
             glommio::timer::sleep(Duration::from_micros(200)).await;
         }
-        assert_eq!(
-            (client.stats(), server.stats()),
-            before,
-            "nobody looked at the queues"
-        );
+        assert_eq!((client.stats(), server.stats()), before, "nobody looked at the queues");
     });
 }
 

@@ -60,10 +60,7 @@ fn assert_is(capture: &[u8], expected: &[(u8, Message)]) {
 }
 
 fn paths(queue: &str, buffer: &str) -> MemoryPaths {
-    MemoryPaths {
-        queue: queue.into(),
-        buffer: buffer.into(),
-    }
+    MemoryPaths { queue: queue.into(), buffer: buffer.into() }
 }
 
 /// Bytes at an offset, as an array.
@@ -74,41 +71,22 @@ fn at<const N: usize>(memory: &[u8], offset: usize) -> &[u8; N] {
 
 #[test]
 fn handshake_of_version_2_with_files() {
-    let announcement = paths(
-        "/dev/shm/golab_0_29959_queue_0",
-        "/dev/shm/golab_0_29959_buffer",
-    );
+    let announcement = paths("/dev/shm/golab_0_29959_queue_0", "/dev/shm/golab_0_29959_buffer");
     let sync = || (2, Message::SyncEvent);
-    let client = [
-        (2, Message::ShareMemoryByFilePath(announcement)),
-        sync(),
-        sync(),
-        sync(),
-        sync(),
-    ];
+    let client =
+        [(2, Message::ShareMemoryByFilePath(announcement)), sync(), sync(), sync(), sync()];
     assert_is(vector!("handshake-v2-file.c2s.bin"), &client);
     assert_eq!(encoded(&client[..1]).len(), 71);
-    assert_is(
-        vector!("handshake-v2-file.s2c.bin"),
-        &[sync(), sync(), sync()],
-    );
+    assert_is(vector!("handshake-v2-file.s2c.bin"), &[sync(), sync(), sync()]);
 }
 
 #[test]
 fn handshake_of_version_3_with_files() {
-    let announcement = paths(
-        "/dev/shm/pyraw_v3file_queue_0",
-        "/dev/shm/pyraw_v3file_buffer",
-    );
+    let announcement = paths("/dev/shm/pyraw_v3file_queue_0", "/dev/shm/pyraw_v3file_buffer");
     let sync = || (3, Message::SyncEvent);
     let exchange = || (3, Message::ExchangeMetadata);
-    let client = [
-        exchange(),
-        (3, Message::ShareMemoryByFilePath(announcement)),
-        sync(),
-        sync(),
-        sync(),
-    ];
+    let client =
+        [exchange(), (3, Message::ShareMemoryByFilePath(announcement)), sync(), sync(), sync()];
     assert_is(vector!("handshake-v3-file.c2s.bin"), &client);
     assert_eq!(encoded(&client[..2]).len(), 77);
     let server = [exchange(), (3, Message::AckShareMemory), sync(), sync()];
@@ -117,43 +95,26 @@ fn handshake_of_version_3_with_files() {
 
 #[test]
 fn handshake_of_version_3_with_memfd() {
-    let announcement = paths(
-        "/dev/shm/golab_0_30924_queue_0",
-        "/dev/shm/golab_0_30924_buffer",
-    );
+    let announcement = paths("/dev/shm/golab_0_30924_queue_0", "/dev/shm/golab_0_30924_buffer");
     let sync = || (3, Message::SyncEvent);
     let exchange = || (3, Message::ExchangeMetadata);
     // One byte in the middle carries the descriptors and is part of no message.
     let capture = vector!("handshake-v3-memfd.c2s.bin");
     let (before, descriptors, after) = (&capture[..79], &capture[79..80], &capture[80..]);
-    assert_is(
-        before,
-        &[exchange(), (3, Message::ShareMemoryByMemfd(announcement))],
-    );
+    assert_is(before, &[exchange(), (3, Message::ShareMemoryByMemfd(announcement))]);
     assert_eq!(descriptors, [0]);
     assert_is(after, &[sync(), sync(), sync()]);
-    let server = [
-        exchange(),
-        (3, Message::AckReadyRecvFd),
-        (3, Message::AckShareMemory),
-        sync(),
-        sync(),
-    ];
+    let server =
+        [exchange(), (3, Message::AckReadyRecvFd), (3, Message::AckShareMemory), sync(), sync()];
     assert_is(vector!("handshake-v3-memfd.s2c.bin"), &server);
 }
 
 #[test]
 fn fallback_data_both_ways() {
     let data: Vec<u8> = (0..2000u32).map(|i| (i * 131 + (i >> 8)) as u8).collect();
-    let message = || Message::FallbackData {
-        stream_id: 2,
-        status: 0,
-        data: Bytes::from(data.clone()),
-    };
-    for capture in [
-        vector!("event-fallback-v3-c2s.bin"),
-        vector!("event-fallback-v3-s2c.bin"),
-    ] {
+    let message =
+        || Message::FallbackData { stream_id: 2, status: 0, data: Bytes::from(data.clone()) };
+    for capture in [vector!("event-fallback-v3-c2s.bin"), vector!("event-fallback-v3-s2c.bin")] {
         assert_eq!(capture.len(), 2016);
         assert_is(capture, &[(3, message())]);
         assert_eq!(fallback_header(3, 2, 0, 2000), capture[..16]);
@@ -162,10 +123,7 @@ fn fallback_data_both_ways() {
 
 #[test]
 fn hot_restart_and_its_answer() {
-    assert_is(
-        vector!("event-hotrestart-v3-s2c.bin"),
-        &[(3, Message::HotRestart { epoch: 7 })],
-    );
+    assert_is(vector!("event-hotrestart-v3-s2c.bin"), &[(3, Message::HotRestart { epoch: 7 })]);
     assert_is(
         vector!("event-hotrestartack-v3-c2s.bin"),
         &[(3, Message::HotRestartAck { epoch: 7 })],
@@ -178,10 +136,7 @@ fn sync_events_and_stream_close() {
     assert_is(vector!("event-polling-v3.bin"), &[(3, Message::SyncEvent)]);
     assert_eq!(sync_event(2), vector!("event-polling-v2.bin"));
     assert_eq!(sync_event(3), vector!("event-polling-v3.bin"));
-    assert_is(
-        vector!("event-streamclose-v3.bin"),
-        &[(3, Message::StreamClose { stream_id: 2 })],
-    );
+    assert_is(vector!("event-streamclose-v3.bin"), &[(3, Message::StreamClose { stream_id: 2 })]);
 }
 
 #[test]
@@ -195,10 +150,7 @@ fn a_capture_cut_short_is_waited_for_at_every_byte() {
         deframer.commit(end);
         assert_eq!(deframer.next_message(), Ok(None), "{end}");
         assert_eq!(deframer.buffered(), end);
-        assert_eq!(
-            deframer.wanted(),
-            if end < HEADER_LEN { 0 } else { 2016 - end }
-        );
+        assert_eq!(deframer.wanted(), if end < HEADER_LEN { 0 } else { 2016 - end });
     }
 }
 
@@ -219,11 +171,7 @@ fn queue(memory: &[u8], which: usize, capacity: u32) -> (QueueHeader, Vec<Event>
 }
 
 fn event(stream_id: u32, offset: u32, status: u32) -> Event {
-    Event {
-        stream_id,
-        offset,
-        status,
-    }
+    Event { stream_id, offset, status }
 }
 
 #[test]
@@ -240,59 +188,24 @@ fn a_fresh_queue() {
 fn a_queue_with_three_messages_in_flight() {
     let memory = vector!("queue-cap64-3inflight.bin");
     let (header, elements) = queue(memory, 0, 64);
-    assert_eq!(
-        header,
-        QueueHeader {
-            capacity: 64,
-            flag: 1,
-            head: 0,
-            tail: 3
-        }
-    );
-    assert_eq!(
-        elements[..3],
-        [event(2, 44, 0), event(2, 516_176, 0), event(2, 548_944, 0)]
-    );
-    assert!(
-        elements[..3]
-            .iter()
-            .all(|element| element.state() == EventState::Open)
-    );
-    assert!(
-        elements[3..]
-            .iter()
-            .all(|&element| element == event(0, 0, 0))
-    );
+    assert_eq!(header, QueueHeader { capacity: 64, flag: 1, head: 0, tail: 3 });
+    assert_eq!(elements[..3], [event(2, 44, 0), event(2, 516_176, 0), event(2, 548_944, 0)]);
+    assert!(elements[..3].iter().all(|element| element.state() == EventState::Open));
+    assert!(elements[3..].iter().all(|&element| element == event(0, 0, 0)));
 }
 
 #[test]
 fn a_queue_after_five_echoes_and_a_close() {
     let memory = vector!("queue-cap64-after-5-echoes.bin");
     let (header, elements) = queue(memory, 0, 64);
-    assert_eq!(
-        header,
-        QueueHeader {
-            capacity: 64,
-            flag: 0,
-            head: 6,
-            tail: 6
-        }
-    );
+    assert_eq!(header, QueueHeader { capacity: 64, flag: 0, head: 6, tail: 6 });
     assert_eq!(elements[5], event(2, 0, 1));
     assert_eq!(elements[5].state(), EventState::Closed);
     for element in &elements[..5] {
         assert_eq!((element.stream_id, element.state()), (2, EventState::Open));
     }
     let (header, elements) = queue(memory, 1, 64);
-    assert_eq!(
-        header,
-        QueueHeader {
-            capacity: 64,
-            flag: 0,
-            head: 5,
-            tail: 5
-        }
-    );
+    assert_eq!(header, QueueHeader { capacity: 64, flag: 0, head: 5, tail: 5 });
     for element in &elements[..5] {
         assert_eq!((element.stream_id, element.state()), (2, EventState::Open));
     }
@@ -303,13 +216,7 @@ fn lists(memory: &[u8]) -> Vec<(usize, ListHeader)> {
     let bytes = at::<MANAGER_HEADER_LEN>(memory, 0);
     let manager = BufferManagerHeader::decode(bytes);
     assert_eq!(manager.encode(), *bytes);
-    assert_eq!(
-        manager,
-        BufferManagerHeader {
-            list_count: 3,
-            used_len: 942_188
-        }
-    );
+    assert_eq!(manager, BufferManagerHeader { list_count: 3, used_len: 942_188 });
     let mut offset = MANAGER_HEADER_LEN;
     let mut lists = Vec::new();
     for _ in 0..manager.list_count {
@@ -354,14 +261,9 @@ fn free_slices(memory: &[u8], (offset, list): (usize, ListHeader)) -> Vec<u32> {
 fn a_fresh_buffer() {
     assert_eq!(FRESH_BUFFER.len(), 1 << 20);
     let lists = lists(FRESH_BUFFER);
-    let shape: Vec<_> = lists
-        .iter()
-        .map(|(at, list)| (*at, list.capacity, list.slice_capacity))
-        .collect();
-    assert_eq!(
-        shape,
-        [(8, 63, 8172), (516_140, 9, 32748), (811_088, 1, 131_052)]
-    );
+    let shape: Vec<_> =
+        lists.iter().map(|(at, list)| (*at, list.capacity, list.slice_capacity)).collect();
+    assert_eq!(shape, [(8, 63, 8172), (516_140, 9, 32748), (811_088, 1, 131_052)]);
     for (offset, list) in lists {
         let free = free_slices(FRESH_BUFFER, (offset, list));
         let step = SLICE_HEADER_LEN as u32 + list.slice_capacity;
@@ -389,41 +291,26 @@ fn chain(memory: &[u8], first: u32) -> (Vec<(u32, SliceHeader)>, Vec<u8>) {
 
 /// Message `m` of the lab, straight from its description; `m` counts from 0.
 fn pattern(m: u32, length: u32) -> Vec<u8> {
-    (0..length)
-        .map(|i| (i * 131 + m * 17 + (i >> 8) + (i >> 16) * 3) as u8)
-        .collect()
+    (0..length).map(|i| (i * 131 + m * 17 + (i >> 8) + (i >> 16) * 3) as u8).collect()
 }
 
 #[test]
 fn a_buffer_with_three_messages_in_flight() {
     let (_, elements) = queue(vector!("queue-cap64-3inflight.bin"), 0, 64);
-    let messages: Vec<_> = elements[..3]
-        .iter()
-        .map(|event| chain(BUSY_BUFFER, event.offset))
-        .collect();
+    let messages: Vec<_> =
+        elements[..3].iter().map(|event| chain(BUSY_BUFFER, event.offset)).collect();
     let shape = |message: usize| {
         let slices = messages[message].0.iter();
-        slices
-            .map(|(offset, header)| (*offset, header.size, header.flags))
-            .collect::<Vec<_>>()
+        slices.map(|(offset, header)| (*offset, header.size, header.flags)).collect::<Vec<_>>()
     };
     assert_eq!(shape(0), [(44, 100, 2)]);
     assert_eq!(shape(1), [(516_176, 20000, 2)]);
     assert_eq!(
         shape(2),
-        [
-            (548_944, 32748, 3),
-            (581_712, 32748, 3),
-            (614_480, 32748, 3),
-            (647_248, 1756, 2)
-        ]
+        [(548_944, 32748, 3), (581_712, 32748, 3), (614_480, 32748, 3), (647_248, 1756, 2)]
     );
     for (slices, _) in &messages {
-        assert!(
-            slices
-                .iter()
-                .all(|(_, header)| header.in_use() && header.start == 0)
-        );
+        assert!(slices.iter().all(|(_, header)| header.in_use() && header.start == 0));
     }
     // The last slice still has the next that it had in the free list, and must not be followed.
     let last = messages[2].0[3].1;
@@ -437,10 +324,7 @@ fn a_buffer_with_three_messages_in_flight() {
 #[test]
 fn what_is_in_flight_is_missing_from_the_free_lists() {
     let lists = lists(BUSY_BUFFER);
-    let sizes: Vec<_> = lists
-        .iter()
-        .map(|(_, list)| (list.capacity, list.size))
-        .collect();
+    let sizes: Vec<_> = lists.iter().map(|(_, list)| (list.capacity, list.size)).collect();
     assert_eq!(sizes, [(63, 62), (9, 4), (1, 1)]);
     let in_flight = [44, 516_176, 548_944, 581_712, 614_480, 647_248];
     for list in lists {

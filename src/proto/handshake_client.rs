@@ -94,11 +94,7 @@ impl ClientHandshake {
         };
         let mut announcement = Vec::new();
         message.encode(version.as_u8(), &mut announcement)?;
-        Ok(Self {
-            state,
-            kind,
-            announcement,
-        })
+        Ok(Self { state, kind, announcement })
     }
 
     /// What the driver has to do next.
@@ -186,14 +182,8 @@ impl ClientHandshake {
                 }
                 Ok(v2)
             }
-            MemoryKind::File => Err(HandshakeError::NoCommonVersion {
-                peer,
-                needed: v2.as_u8(),
-            }),
-            MemoryKind::Memfd => Err(HandshakeError::NoCommonVersion {
-                peer,
-                needed: v3.as_u8(),
-            }),
+            MemoryKind::File => Err(HandshakeError::NoCommonVersion { peer, needed: v2.as_u8() }),
+            MemoryKind::Memfd => Err(HandshakeError::NoCommonVersion { peer, needed: v3.as_u8() }),
         }
     }
 }
@@ -216,14 +206,7 @@ mod tests {
     ) -> Result<(), HandshakeError> {
         let kind = message.message_type();
         // The length is of no interest to a handshake.
-        client.receive(
-            &Header {
-                length: 8,
-                version,
-                message: kind,
-            },
-            message,
-        )
+        client.receive(&Header { length: 8, version, message: kind }, message)
     }
 
     /// What the next step is about, without the data.
@@ -240,11 +223,7 @@ mod tests {
     /// A client in every state, by name.
     fn in_every_state() -> Vec<(String, ClientHandshake, Allowed)> {
         use MessageType::{AckReadyRecvFd, AckShareMemory, ExchangeMetadata};
-        let v3_or_more = |low: u8| {
-            (low..=255)
-                .map(|v| (v, ExchangeMetadata))
-                .collect::<Vec<_>>()
-        };
+        let v3_or_more = |low: u8| (low..=255).map(|v| (v, ExchangeMetadata)).collect::<Vec<_>>();
         let mut all = Vec::new();
         let mut note = |client: &ClientHandshake, allowed: Allowed| {
             let name = format!("{:?} {}", client.kind, step(client));
@@ -324,10 +303,7 @@ mod tests {
                 for (header, message) in every_message() {
                     client.sent();
                     assert_eq!(client.receive(&header, &message), Err(error.clone()));
-                    assert_eq!(
-                        client.step(),
-                        ClientStep::AwaitMessage(NOTHING_AFTER_FAILURE)
-                    );
+                    assert_eq!(client.step(), ClientStep::AwaitMessage(NOTHING_AFTER_FAILURE));
                 }
             }
         }
@@ -343,10 +319,7 @@ mod tests {
         let mut fresh = client(ProtocolVersion::V3, MemoryKind::Memfd);
         assert_eq!(
             error(&mut fresh, 3, Message::AckShareMemory),
-            HandshakeError::Unexpected {
-                got: "AckShareMemory",
-                expected: NOT_YET
-            }
+            HandshakeError::Unexpected { got: "AckShareMemory", expected: NOT_YET }
         );
         let mut opened = client(ProtocolVersion::V3, MemoryKind::Memfd);
         opened.sent();
@@ -356,20 +329,13 @@ mod tests {
         );
         assert_eq!(
             error(&mut opened.clone(), 3, Message::AckReadyRecvFd),
-            HandshakeError::Unexpected {
-                got: "AckReadyRecvFd",
-                expected: "ExchangeMetadata"
-            }
+            HandshakeError::Unexpected { got: "AckReadyRecvFd", expected: "ExchangeMetadata" }
         );
         receive(&mut opened, 3, &Message::ExchangeMetadata).unwrap();
         opened.sent();
         assert_eq!(
             error(&mut opened, 2, Message::AckReadyRecvFd),
-            HandshakeError::VersionChanged {
-                message: "AckReadyRecvFd",
-                got: 2,
-                agreed: 3
-            }
+            HandshakeError::VersionChanged { message: "AckReadyRecvFd", got: 2, agreed: 3 }
         );
         let mut file = client(ProtocolVersion::V3, MemoryKind::File);
         file.sent();
@@ -381,10 +347,7 @@ mod tests {
         done.sent();
         assert_eq!(
             error(&mut done, 2, Message::AckShareMemory),
-            HandshakeError::Unexpected {
-                got: "AckShareMemory",
-                expected: NOTHING_MORE
-            }
+            HandshakeError::Unexpected { got: "AckShareMemory", expected: NOTHING_MORE }
         );
     }
 
@@ -393,9 +356,7 @@ mod tests {
         let mut client = client(ProtocolVersion::V3, MemoryKind::File);
         client.sent();
         receive(&mut client, 2, &Message::ExchangeMetadata).unwrap();
-        let ClientStep::Send(bytes) = client.step() else {
-            panic!("nothing to send")
-        };
+        let ClientStep::Send(bytes) = client.step() else { panic!("nothing to send") };
         assert_eq!(bytes[..7], FILE_V2);
         let payload = bytes::Bytes::copy_from_slice(&bytes[8..]);
         let header = Header::decode(bytes.first_chunk().unwrap()).unwrap();
@@ -409,10 +370,7 @@ mod tests {
     fn sent_without_anything_to_send_changes_nothing() {
         for (name, mut client, _) in in_every_state() {
             let before = client.state.clone();
-            let sends = matches!(
-                client.step(),
-                ClientStep::Send(_) | ClientStep::SendDescriptors
-            );
+            let sends = matches!(client.step(), ClientStep::Send(_) | ClientStep::SendDescriptors);
             client.sent();
             assert_eq!(client.state != before, sends, "{name}");
         }
@@ -421,10 +379,7 @@ mod tests {
     #[test]
     fn what_cannot_be_offered_is_refused_at_the_start() {
         let memfd = ClientHandshake::new(ProtocolVersion::V2, MemoryKind::Memfd, paths());
-        assert!(matches!(
-            memfd,
-            Err(Error::Config(ConfigError::MemfdNeedsVersion3))
-        ));
+        assert!(matches!(memfd, Err(Error::Config(ConfigError::MemfdNeedsVersion3))));
         let long = std::path::PathBuf::from("/".repeat(4096));
         for kind in [MemoryKind::File, MemoryKind::Memfd] {
             for (queue, buffer) in [("/q".into(), long.clone()), (long.clone(), "/b".into())] {

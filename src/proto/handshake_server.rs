@@ -83,9 +83,7 @@ pub(crate) struct ServerHandshake {
 impl ServerHandshake {
     /// A handshake of which nothing has happened yet.
     pub(crate) fn new() -> Self {
-        Self {
-            state: State::AwaitOpening,
-        }
+        Self { state: State::AwaitOpening }
     }
 
     /// What the driver has to do next.
@@ -166,10 +164,7 @@ impl ServerHandshake {
                 Ok(State::SendExchange)
             }
             (State::AwaitOpening, Message::ExchangeMetadata) => {
-                Err(HandshakeError::NoCommonVersion {
-                    peer: version,
-                    needed: VERSION.as_u8(),
-                })
+                Err(HandshakeError::NoCommonVersion { peer: version, needed: VERSION.as_u8() })
             }
             (State::AwaitOpening, Message::ShareMemoryByFilePath(paths))
                 if version == ProtocolVersion::V2.as_u8() =>
@@ -210,14 +205,7 @@ mod tests {
     ) -> Result<(), HandshakeError> {
         let kind = message.message_type();
         // The length is of no interest to a handshake.
-        server.receive(
-            &Header {
-                length: 8,
-                version,
-                message: kind,
-            },
-            message,
-        )
+        server.receive(&Header { length: 8, version, message: kind }, message)
     }
 
     /// What the next step is about, without the data.
@@ -256,10 +244,7 @@ mod tests {
         receive(&mut v3, 3, &Message::ExchangeMetadata).unwrap();
         note(&v3, vec![]);
         v3.sent();
-        note(
-            &v3,
-            vec![(3, ShareMemoryByFilePath), (3, ShareMemoryByMemfd)],
-        );
+        note(&v3, vec![(3, ShareMemoryByFilePath), (3, ShareMemoryByMemfd)]);
 
         let mut by_file = v3.clone();
         receive(&mut by_file, 3, &file).unwrap();
@@ -319,10 +304,7 @@ mod tests {
                     server.descriptors_received();
                     server.mapped();
                     assert_eq!(server.receive(&header, &message), Err(error.clone()));
-                    assert_eq!(
-                        server.step(),
-                        ServerStep::AwaitMessage(NOTHING_AFTER_FAILURE)
-                    );
+                    assert_eq!(server.step(), ServerStep::AwaitMessage(NOTHING_AFTER_FAILURE));
                 }
             }
         }
@@ -345,44 +327,28 @@ mod tests {
         );
         assert_eq!(
             error(&server, 3, &file),
-            HandshakeError::Unexpected {
-                got: "ShareMemoryByFilePath",
-                expected
-            }
+            HandshakeError::Unexpected { got: "ShareMemoryByFilePath", expected }
         );
         assert_eq!(
             error(&server, 2, &memfd),
-            HandshakeError::Unexpected {
-                got: "ShareMemoryByMemfd",
-                expected
-            }
+            HandshakeError::Unexpected { got: "ShareMemoryByMemfd", expected }
         );
         receive(&mut server, 4, &Message::ExchangeMetadata).unwrap();
         assert_eq!(
             error(&server, 3, &memfd),
-            HandshakeError::Unexpected {
-                got: "ShareMemoryByMemfd",
-                expected: NOT_YET
-            }
+            HandshakeError::Unexpected { got: "ShareMemoryByMemfd", expected: NOT_YET }
         );
         server.sent();
         assert_eq!(
             error(&server, 2, &file),
-            HandshakeError::VersionChanged {
-                message: "ShareMemoryByFilePath",
-                got: 2,
-                agreed: 3
-            }
+            HandshakeError::VersionChanged { message: "ShareMemoryByFilePath", got: 2, agreed: 3 }
         );
         receive(&mut server, 3, &file).unwrap();
         server.mapped();
         server.sent();
         assert_eq!(
             error(&server, 3, &Message::SyncEvent),
-            HandshakeError::Unexpected {
-                got: "SyncEvent",
-                expected: NOTHING_MORE
-            }
+            HandshakeError::Unexpected { got: "SyncEvent", expected: NOTHING_MORE }
         );
     }
 
@@ -402,10 +368,7 @@ mod tests {
             let expected = (
                 matches!(server.step(), ServerStep::Send(_)),
                 matches!(server.step(), ServerStep::ReceiveDescriptors),
-                matches!(
-                    server.step(),
-                    ServerStep::MapFiles(_) | ServerStep::MapDescriptors(_)
-                ),
+                matches!(server.step(), ServerStep::MapFiles(_) | ServerStep::MapDescriptors(_)),
             );
             assert_eq!(got, expected, "{name}");
         }

@@ -55,10 +55,7 @@ mod tests {
     use crate::wire::{Deframer, Header, MemoryKind, MemoryPaths, MessageType};
 
     pub(super) fn paths() -> MemoryPaths {
-        MemoryPaths {
-            queue: "/dev/shm/q".into(),
-            buffer: "/dev/shm/b".into(),
-        }
+        MemoryPaths { queue: "/dev/shm/q".into(), buffer: "/dev/shm/b".into() }
     }
 
     /// One message of every type with every version that its header can carry.
@@ -67,11 +64,9 @@ mod tests {
             MessageType::ShareMemoryByFilePath => Message::ShareMemoryByFilePath(paths()),
             MessageType::SyncEvent => Message::SyncEvent,
             MessageType::StreamClose => Message::StreamClose { stream_id: 2 },
-            MessageType::FallbackData => Message::FallbackData {
-                stream_id: 2,
-                status: 0,
-                data: Bytes::from_static(b"x"),
-            },
+            MessageType::FallbackData => {
+                Message::FallbackData { stream_id: 2, status: 0, data: Bytes::from_static(b"x") }
+            }
             MessageType::ExchangeMetadata => Message::ExchangeMetadata,
             MessageType::ShareMemoryByMemfd => Message::ShareMemoryByMemfd(paths()),
             MessageType::AckShareMemory => Message::AckShareMemory,

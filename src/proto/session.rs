@@ -128,10 +128,7 @@ struct UsedNumbers {
 
 impl UsedNumbers {
     const fn new() -> Self {
-        Self {
-            highest: None,
-            gaps: VecDeque::new(),
-        }
+        Self { highest: None, gaps: VecDeque::new() }
     }
 
     fn contains(&self, id: u32) -> bool {
@@ -153,8 +150,7 @@ impl UsedNumbers {
         };
         if is_after(id, highest) {
             if id != highest.wrapping_add(1) {
-                self.gaps
-                    .push_back((highest.wrapping_add(1), id.wrapping_sub(1)));
+                self.gaps.push_back((highest.wrapping_add(1), id.wrapping_sub(1)));
             }
             self.highest = Some(id);
         } else if let Some(index) = self.gaps.iter().position(|&gap| is_in(id, gap)) {

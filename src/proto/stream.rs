@@ -45,10 +45,7 @@ pub(crate) struct StreamLife {
 
 impl StreamLife {
     pub(crate) const fn new() -> Self {
-        Self {
-            state: StreamState::Open,
-            path: Path::SharedMemory,
-        }
+        Self { state: StreamState::Open, path: Path::SharedMemory }
     }
 
     pub(crate) const fn state(&self) -> StreamState {

@@ -23,9 +23,7 @@ pub struct Connector {
 impl Connector {
     /// A connector whose sessions have this configuration.
     pub fn new(config: Config) -> Self {
-        Self {
-            config: Rc::new(config),
-        }
+        Self { config: Rc::new(config) }
     }
 
     /// Connects to the Unix socket at `path` and shakes hands.

@@ -74,12 +74,7 @@ pub(super) async fn connect(socket: Socket, config: &Config) -> Result<Establish
         // The server has mapped them; without their names nothing is left behind, come what may.
         memory.files.clear();
     }
-    Ok(Established {
-        role: Role::Client,
-        socket,
-        version,
-        memory,
-    })
+    Ok(Established { role: Role::Client, socket, version, memory })
 }
 
 /// The server's side. The caller bounds the time.
@@ -118,12 +113,7 @@ pub(super) async fn accept(socket: Socket, config: &Config) -> Result<Establishe
         }
     };
     let memory = memory.expect("no handshake ends without memory");
-    Ok(Established {
-        role: Role::Server,
-        socket,
-        version,
-        memory,
-    })
+    Ok(Established { role: Role::Server, socket, version, memory })
 }
 
 /// What has arrived and is not yet a whole message.
@@ -133,9 +123,7 @@ struct Inbox {
 
 impl Inbox {
     fn new() -> Self {
-        Self {
-            deframer: Deframer::new(HANDSHAKE_MESSAGE_LEN),
-        }
+        Self { deframer: Deframer::new(HANDSHAKE_MESSAGE_LEN) }
     }
 
     async fn receive(
@@ -187,10 +175,7 @@ impl Inbox {
                 }
                 Received::Nothing => socket.readable().await?,
                 Received::End => {
-                    return Err(HandshakeError::Closed {
-                        waiting_for: "descriptors",
-                    }
-                    .into());
+                    return Err(HandshakeError::Closed { waiting_for: "descriptors" }.into());
                 }
             }
         }
@@ -242,10 +227,7 @@ fn new_paths(prefix: &Path) -> MemoryPaths {
         PathBuf::from(path)
     };
     debug_assert!(name("buffer").as_os_str().as_bytes().len() < 255);
-    MemoryPaths {
-        queue: name("queue"),
-        buffer: name("buffer"),
-    }
+    MemoryPaths { queue: name("queue"), buffer: name("buffer") }
 }
 
 type Descriptors = Option<[OwnedFd; 2]>;
@@ -274,15 +256,7 @@ fn create_memory(
     let manager = BufferManager::create(&Rc::new(buffer), &config.slice_classes)?;
     let layout = QueueLayout::for_version(config.protocol);
     let (producer, consumer) = queue::create(&Rc::new(queue), config.queue_capacity, layout);
-    Ok((
-        SessionMemory {
-            producer,
-            consumer,
-            manager,
-            files,
-        },
-        descriptors,
-    ))
+    Ok((SessionMemory { producer, consumer, manager, files }, descriptors))
 }
 
 fn map_descriptors(
@@ -311,10 +285,7 @@ fn map_files(paths: &MemoryPaths, config: &Config) -> Result<SessionMemory, Erro
     let buffer = Region::map_file(&paths.buffer, "buffer", limit)?;
     let mut memory = map_memory(buffer, queue)?;
     // Only now: a file that turned out to be something else is not this session's to remove.
-    memory.files = vec![
-        SharedFile::new(&paths.queue),
-        SharedFile::new(&paths.buffer),
-    ];
+    memory.files = vec![SharedFile::new(&paths.queue), SharedFile::new(&paths.buffer)];
     Ok(memory)
 }
 
@@ -323,10 +294,5 @@ fn map_memory(buffer: Region, queue: Region) -> Result<SessionMemory, Error> {
     let layout = QueueLayout::for_version(ProtocolVersion::V3);
     let (producer, consumer) = queue::map(&Rc::new(queue), layout)?;
     let manager = BufferManager::map(&Rc::new(buffer))?;
-    Ok(SessionMemory {
-        producer,
-        consumer,
-        manager,
-        files: Vec::new(),
-    })
+    Ok(SessionMemory { producer, consumer, manager, files: Vec::new() })
 }

@@ -91,12 +91,7 @@ impl Listener {
         let path = path.as_ref();
         let fd = bind_unix(path).map_err(|error| Error::os("listen on a Unix socket", error))?;
         let socket = ListenerSocket::new(fd, false);
-        Ok(Self::start(
-            socket,
-            None,
-            Some(SocketPath(path.to_owned())),
-            config,
-        ))
+        Ok(Self::start(socket, None, Some(SocketPath(path.to_owned())), config))
     }
 
     /// Listens over TCP. Only loopback makes sense, since the memory is shared on one host, and
@@ -131,12 +126,7 @@ impl Listener {
             on_refused: RefCell::default(),
         });
         let accepting = glommio::spawn_local(accept_connections(socket, Rc::downgrade(&shared)));
-        Self {
-            shared,
-            address,
-            _accepting: accepting,
-            _path: path,
-        }
+        Self { shared, address, _accepting: accepting, _path: path }
     }
 
     /// The address that a TCP listener got.

@@ -34,17 +34,10 @@ impl Outbox {
     /// Sends a message, or keeps it behind those that were kept. Gives whether a task must be
     /// started to send the rest.
     pub(super) fn send(&self, socket: &Socket, message: &[u8]) -> io::Result<bool> {
-        let sent = if self.is_empty() {
-            socket.try_send(message)?
-        } else {
-            0
-        };
+        let sent = if self.is_empty() { socket.try_send(message)? } else { 0 };
         if sent < message.len() {
-            self.kept
-                .borrow_mut()
-                .push_back(Bytes::copy_from_slice(&message[sent..]));
-            self.kept_bytes
-                .set(self.kept_bytes.get() + message.len() - sent);
+            self.kept.borrow_mut().push_back(Bytes::copy_from_slice(&message[sent..]));
+            self.kept_bytes.set(self.kept_bytes.get() + message.len() - sent);
             return Ok(!self.has_task.replace(true));
         }
         Ok(false)
@@ -81,8 +74,7 @@ impl Outbox {
         } else {
             front.advance(sent);
         }
-        self.kept_bytes
-            .set(self.kept_bytes.get().saturating_sub(sent));
+        self.kept_bytes.set(self.kept_bytes.get().saturating_sub(sent));
     }
 }
 

@@ -70,6 +70,10 @@ pub(super) struct Accepts {
 pub(super) struct Activity {
     pub(super) is_active: Cell<bool>,
     pub(super) last_traffic: Cell<Instant>,
+    /// How many tasks wait for data of their streams.
+    pub(super) waiting_readers: Cell<u32>,
+    /// How often tasks may still wait in place before the poller's next turn.
+    pub(super) in_place_turns: Cell<u32>,
 }
 
 /// What came over the socket and is not yet handled.
@@ -86,6 +90,7 @@ pub(super) struct Inbox {
 /// Why and whether the session is over.
 #[derive(Default)]
 struct Ending {
+    is_over: Cell<bool>,
     error: RefCell<Option<Error>>,
     waiting: WakerList,
     files: RefCell<Vec<SharedFile>>,
@@ -105,8 +110,15 @@ impl SessionInner {
         self.ending.error.borrow().clone()
     }
 
+    #[inline]
     pub(super) fn is_over(&self) -> bool {
-        self.ending.error.borrow().is_some()
+        self.ending.is_over.get()
+    }
+
+    /// Why the session is over, for those who know that it is.
+    #[cold]
+    pub(super) fn end_error(&self) -> Error {
+        self.ended().unwrap_or(Error::SessionClosed)
     }
 
     /// Ends the session: every stream, every waiting task and the peer get to know. The first
@@ -120,9 +132,10 @@ impl SessionInner {
         } else {
             tracing::debug!(%error, "session ends");
         }
+        self.ending.is_over.set(true);
         *self.ending.error.borrow_mut() = Some(error);
         for stream in self.streams.borrow().all() {
-            stream.wake();
+            self.wake_reader(&stream);
         }
         self.lanes.queue_waiting.wake_all();
         self.lanes.pool_waiting.wake_all();
@@ -209,18 +222,8 @@ pub struct Session {
 impl Session {
     /// Starts the session: from here on it reacts to the peer.
     pub(super) fn start(established: Established, config: &Rc<Config>) -> Self {
-        let Established {
-            role,
-            socket,
-            version,
-            memory,
-        } = established;
-        let SessionMemory {
-            producer,
-            consumer,
-            manager,
-            files,
-        } = memory;
+        let Established { role, socket, version, memory } = established;
+        let SessionMemory { producer, consumer, manager, files } = memory;
         let inner = Rc::new(SessionInner {
             role,
             version,
@@ -238,6 +241,8 @@ impl Session {
             activity: Activity {
                 is_active: Cell::new(false),
                 last_traffic: Cell::new(Instant::now()),
+                waiting_readers: Cell::new(0),
+                in_place_turns: Cell::new(0),
             },
             counters: Counters::default(),
             inbox: Inbox {
@@ -249,17 +254,12 @@ impl Session {
             poller: Poller::current(),
             socket,
             outbox: Outbox::default(),
-            ending: Ending {
-                files: RefCell::new(files),
-                ..Ending::default()
-            },
+            ending: Ending { files: RefCell::new(files), ..Ending::default() },
         });
         inner.poller.spawn(driver::read_socket(Rc::clone(&inner)));
         // Events may be there already: a client of version 2 does not wait for an answer.
         inner.activate();
-        Self {
-            guard: Rc::new(SessionGuard { inner }),
-        }
+        Self { guard: Rc::new(SessionGuard { inner }) }
     }
 
     fn inner(&self) -> &Rc<SessionInner> {
@@ -350,10 +350,7 @@ impl Session {
     /// How many slices of the buffer memory are free at this moment.
     pub fn pool_usage(&self) -> PoolUsage {
         let manager = &self.inner().lanes.manager;
-        PoolUsage {
-            lists: manager.usage(),
-            held: manager.held(),
-        }
+        PoolUsage { lists: manager.usage(), held: manager.held() }
     }
 }
 

@@ -48,10 +48,7 @@ pub(super) enum Received {
 impl Socket {
     /// Takes over a socket that is connected.
     pub(super) fn connected(fd: OwnedFd) -> Self {
-        Self {
-            stream: stream_from(fd),
-            is_tcp: false,
-        }
+        Self { stream: stream_from(fd), is_tcp: false }
     }
 
     /// Connects to a Unix socket.
@@ -151,10 +148,7 @@ impl Socket {
             if let ControlMessageOwned::ScmRights(fds) = part {
                 // SAFETY: the kernel made these descriptors for this process in the call above, and
                 // nobody else knows of them.
-                descriptors.extend(
-                    fds.into_iter()
-                        .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
-                );
+                descriptors.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
             }
         }
         let received = match message.bytes {
@@ -198,9 +192,7 @@ impl Socket {
     pub(super) fn sender(&self) -> Result<SocketSender, Error> {
         let fd = self.fd().try_clone_to_owned();
         let fd = fd.map_err(|error| Error::os("duplicate a socket", error))?;
-        Ok(SocketSender {
-            stream: stream_from(fd),
-        })
+        Ok(SocketSender { stream: stream_from(fd) })
     }
 
     /// Ends the connection in both directions, for every handle on it.

@@ -58,20 +58,26 @@ impl StreamInner {
     pub(super) fn receive(&self, data: Segment) {
         self.is_known_to_peer.set(true);
         self.inbound.borrow_mut().push(data);
-        self.reader.wake();
     }
 
     pub(super) fn peer_closed(&self) {
         self.change_life(StreamLife::peer_closed);
-        self.reader.wake();
+    }
+
+    /// Whether a reader has something to do: data, or an end.
+    #[inline]
+    pub(super) fn has_news(&self) -> bool {
+        !self.inbound.borrow().is_empty() || self.life.get().state() != StreamState::Open
     }
 
     pub(super) fn close(&self) -> OnClose {
         self.change_life(StreamLife::close)
     }
 
-    pub(super) fn wake(&self) {
-        self.reader.wake();
+    /// Wakes the task that waits for data, if one does. Whether one did.
+    #[inline]
+    pub(super) fn wake(&self) -> bool {
+        self.reader.wake()
     }
 
     /// Throws away what was not read. Gives how much of it had come over the socket.
@@ -126,12 +132,7 @@ impl Lent {
 
 impl Stream {
     pub(super) fn new(session: Rc<SessionGuard>, inner: Rc<StreamInner>) -> Self {
-        Self {
-            session,
-            inner,
-            lent: Lent::default(),
-            pool_deadline: None,
-        }
+        Self { session, inner, lent: Lent::default(), pool_deadline: None }
     }
 
     /// The stream's number, which the client chose. Both sides know it by this number.
@@ -177,18 +178,25 @@ impl Stream {
 
     /// Whether there is something to read: `Ok(true)` yes, `Ok(false)` never again.
     fn poll_readable(&self, context: &Context<'_>) -> Poll<Result<bool>> {
-        if !self.inner.inbound.borrow().is_empty() {
+        let (session, inner) = (self.session(), &self.inner);
+        if !inner.has_news() && !session.is_over() {
+            session.wait_in_place(inner);
+        }
+        if !inner.inbound.borrow().is_empty() {
             return Poll::Ready(Ok(true));
         }
-        match self.inner.life.get().state() {
+        match inner.life.get().state() {
             StreamState::ClosedByPeer => return Poll::Ready(Ok(false)),
             StreamState::ClosedHere => return Poll::Ready(Err(Error::StreamClosed)),
             StreamState::Open => {}
         }
-        if let Some(error) = self.session.inner().ended() {
-            return Poll::Ready(Err(error));
+        if session.is_over() {
+            return Poll::Ready(Err(session.end_error()));
         }
-        self.inner.reader.register(context);
+        if inner.reader.register(context) {
+            let waiting = &session.activity.waiting_readers;
+            waiting.set(waiting.get() + 1);
+        }
         Poll::Pending
     }
 
@@ -209,10 +217,8 @@ impl Stream {
             StreamState::ClosedByPeer => return Err(Error::StreamClosedByPeer),
             StreamState::ClosedHere => return Err(Error::StreamClosed),
         }
-        match self.session.inner().ended() {
-            Some(error) => Err(error),
-            None => Ok(()),
-        }
+        let session = self.session.inner();
+        if session.is_over() { Err(session.end_error()) } else { Ok(()) }
     }
 
     fn poll_send(&mut self, context: &Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
@@ -238,31 +244,20 @@ impl Stream {
         // Before any slice is taken: only an active session comes to rest again and gives back.
         session.activate();
         if session.lanes.producer.borrow_mut().is_full()? {
-            session.counters.count(|stats| stats.queue_full += 1);
+            session.counters.queue_full.add(1);
             session.lanes.queue_waiting.register(context, None);
             return Poll::Pending;
         }
         let want = bytes.len().min(WRITE_AT_MOST);
-        let Some(mut chain) = session.lanes.manager.allocate(want, true)? else {
+        let Some((offset, count)) = session.lanes.manager.write_message(&bytes[..want])? else {
             return self.poll_pool(context);
         };
         self.pool_deadline = None;
-        let count = chain.write(&bytes[..want]);
-        // The chain has at least one slice, so there is something to send.
-        let Some(offset) = chain.into_event_offset() else {
-            return Poll::Ready(Ok(None));
-        };
         let status = EventState::Open.to_status();
-        let sent = session.send_event(Event {
-            stream_id: self.inner.id,
-            offset,
-            status,
-        })?;
+        let sent = session.send_event(Event { stream_id: self.inner.id, offset, status })?;
         debug_assert!(sent, "there was room a moment ago");
         self.inner.is_known_to_peer.set(true);
-        session
-            .counters
-            .count(|stats| stats.bytes_sent += count as u64);
+        session.counters.bytes_sent.add(count as u64);
         Poll::Ready(Ok(Some(count)))
     }
 
@@ -271,7 +266,7 @@ impl Stream {
         let session = self.session.inner();
         let now = Instant::now();
         let deadline = *self.pool_deadline.get_or_insert_with(|| {
-            session.counters.count(|stats| stats.pool_empty += 1);
+            session.counters.pool_empty.add(1);
             now + session.config.pool_wait
         });
         if now < deadline {
@@ -373,25 +368,19 @@ impl AsyncWrite for Stream {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.get_mut()
-            .poll_send(context, bytes)
-            .map_err(io::Error::from)
+        self.get_mut().poll_send(context, bytes).map_err(io::Error::from)
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.session().flush_queue();
-        self.session()
-            .poll_flushed(context)
-            .map_err(io::Error::from)
+        self.session().poll_flushed(context).map_err(io::Error::from)
     }
 
     /// Closes the stream as a whole, like [`Stream::close`].
     fn poll_close(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         this.close_now();
-        this.session()
-            .poll_flushed(context)
-            .map_err(io::Error::from)
+        this.session().poll_flushed(context).map_err(io::Error::from)
     }
 }
 

@@ -9,27 +9,32 @@ use std::time::Instant;
 #[derive(Default)]
 pub(super) struct WakerSlot {
     waker: RefCell<Option<Waker>>,
+    /// Whether the task waits now. The waker stays when it does not: most often the same task comes
+    /// back, and cloning and dropping a waker each time costs as much as waking.
+    is_waiting: Cell<bool>,
 }
 
 impl WakerSlot {
+    /// Notes that the task waits. Whether nobody did before.
     #[inline]
-    pub(super) fn register(&self, context: &Context<'_>) {
+    pub(super) fn register(&self, context: &Context<'_>) -> bool {
         let mut slot = self.waker.borrow_mut();
-        // Most often the same task comes back; cloning its waker would touch a counter for nothing.
-        if !slot
-            .as_ref()
-            .is_some_and(|waker| waker.will_wake(context.waker()))
-        {
+        if !slot.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {
             *slot = Some(context.waker().clone());
         }
+        !self.is_waiting.replace(true)
     }
 
+    /// Wakes the task, if one waits. Whether one did.
     #[inline]
-    pub(super) fn wake(&self) {
-        let waker = self.waker.borrow_mut().take();
-        if let Some(waker) = waker {
-            waker.wake();
+    pub(super) fn wake(&self) -> bool {
+        if !self.is_waiting.replace(false) {
+            return false;
         }
+        if let Some(waker) = &*self.waker.borrow() {
+            waker.wake_by_ref();
+        }
+        true
     }
 }
 
@@ -43,10 +48,7 @@ pub(super) struct WakerList {
 impl WakerList {
     pub(super) fn register(&self, context: &Context<'_>, deadline: Option<Instant>) {
         let mut waiting = self.waiting.borrow_mut();
-        match waiting
-            .iter_mut()
-            .find(|(waker, _)| waker.will_wake(context.waker()))
-        {
+        match waiting.iter_mut().find(|(waker, _)| waker.will_wake(context.waker())) {
             Some((_, at)) => *at = deadline,
             None => waiting.push((context.waker().clone(), deadline)),
         }

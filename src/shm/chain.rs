@@ -25,14 +25,7 @@ pub(crate) struct Chain<M: Memory = Region> {
 
 impl<M: Memory> Chain<M> {
     pub(super) fn empty(manager: Rc<BufferManager<M>>) -> Self {
-        Self {
-            manager,
-            first: NO_SLICE,
-            last: NO_SLICE,
-            filling: NO_SLICE,
-            slices: 0,
-            len: 0,
-        }
+        Self { manager, first: NO_SLICE, last: NO_SLICE, filling: NO_SLICE, slices: 0, len: 0 }
     }
 
     /// Says that the chain is as it is, and nothing more is written to it.
@@ -79,12 +72,9 @@ impl<M: Memory> Chain<M> {
                 continue;
             }
             let count = room.min(from.len());
-            self.manager
-                .memory()
-                .copy_in(entry.data() + entry.len as usize, &from[..count]);
+            self.manager.memory().copy_in(entry.data() + entry.len as usize, &from[..count]);
             // Fits: a slice's capacity does.
-            self.manager
-                .update(self.filling, |entry| entry.len += count as u32);
+            self.manager.update(self.filling, |entry| entry.len += count as u32);
             from = &from[count..];
             written += count;
         }
@@ -107,9 +97,7 @@ impl<M: Memory> Chain<M> {
         while copied < to.len() && id != NO_SLICE {
             let entry = self.manager.entry(id);
             let count = (entry.len as usize).min(to.len() - copied);
-            self.manager
-                .memory()
-                .copy_out(entry.data(), &mut to[copied..copied + count]);
+            self.manager.memory().copy_out(entry.data(), &mut to[copied..copied + count]);
             copied += count;
             id = entry.next;
         }
@@ -155,9 +143,8 @@ impl<M: Memory> Chain<M> {
             return None;
         }
         // Only slices behind the one being filled can be empty: they are filled front to back.
-        let unused = self.manager.update(self.filling, |entry| {
-            std::mem::replace(&mut entry.next, NO_SLICE)
-        });
+        let unused =
+            self.manager.update(self.filling, |entry| std::mem::replace(&mut entry.next, NO_SLICE));
         let mut id = unused;
         while id != NO_SLICE {
             id = self.manager.release(id);

@@ -54,10 +54,7 @@ pub(crate) struct Batch {
 }
 
 impl Batch {
-    const EMPTY: Self = Self {
-        places: [0; MAX_BATCH],
-        len: 0,
-    };
+    const EMPTY: Self = Self { places: [0; MAX_BATCH], len: 0 };
 
     pub(crate) fn places(&self) -> &[u32] {
         &self.places[..self.len]
@@ -72,11 +69,7 @@ impl BufferList {
         capacity: u32,
         slice_capacity: u32,
     ) -> Self {
-        let list = Self {
-            header,
-            capacity,
-            slice_capacity,
-        };
+        let list = Self { header, capacity, slice_capacity };
         // Relaxed throughout: the peer sees none of this before the handshake, whose socket orders
         // it. The counters behind the slice capacity stay 0.
         let store = |at, value| memory.store_u32(at, value, Ordering::Relaxed);
@@ -91,14 +84,7 @@ impl BufferList {
             store(slice + SLICE_CAPACITY_OFFSET, slice_capacity);
             store(slice + SLICE_SIZE_OFFSET, 0);
             store(slice + SLICE_START_OFFSET, 0);
-            store(
-                slice + SLICE_NEXT_OFFSET,
-                if has_next {
-                    list.relative(place + 1)
-                } else {
-                    0
-                },
-            );
+            store(slice + SLICE_NEXT_OFFSET, if has_next { list.relative(place + 1) } else { 0 });
             let flags = if has_next { FLAG_HAS_NEXT } else { 0 };
             store(slice + SLICE_FLAGS_OFFSET, u32::from(flags).to_le());
         }
@@ -111,11 +97,8 @@ impl BufferList {
         header: usize,
         end: usize,
     ) -> Result<Self, MemoryError> {
-        let too_small = |needed: u64| MemoryError::TooSmall {
-            what: "a buffer list",
-            needed,
-            have: end as u64,
-        };
+        let too_small =
+            |needed: u64| MemoryError::TooSmall { what: "a buffer list", needed, have: end as u64 };
         let slices = header as u64 + LIST_HEADER_LEN as u64;
         if slices > end as u64 {
             return Err(too_small(slices));
@@ -124,11 +107,7 @@ impl BufferList {
         let slice_capacity =
             memory.load_u32(header + LIST_SLICE_CAPACITY_OFFSET, Ordering::Acquire);
         let field = |what, value: u32, problem| {
-            Err(MemoryError::Field {
-                what,
-                value: u64::from(value),
-                problem,
-            })
+            Err(MemoryError::Field { what, value: u64::from(value), problem })
         };
         if capacity == 0 {
             return field("list capacity", capacity, "a list must hold slices");
@@ -141,11 +120,7 @@ impl BufferList {
         if needed > end as u64 {
             return Err(too_small(needed));
         }
-        let list = Self {
-            header,
-            capacity,
-            slice_capacity,
-        };
+        let list = Self { header, capacity, slice_capacity };
         let head = memory.load_u32(header + LIST_HEAD_OFFSET, Ordering::Acquire);
         let tail = memory.load_u32(header + LIST_TAIL_OFFSET, Ordering::Acquire);
         if list.place(head).is_none() {
@@ -213,17 +188,13 @@ impl BufferList {
     /// How many slices the list says are free. The peer can write what it likes here.
     #[inline]
     pub(crate) fn free<M: Memory>(&self, memory: &M) -> i32 {
-        memory
-            .load_u32(self.header + LIST_SIZE_OFFSET, Ordering::Acquire)
-            .cast_signed()
+        memory.load_u32(self.header + LIST_SIZE_OFFSET, Ordering::Acquire).cast_signed()
     }
 
     fn add_to_size<M: Memory>(&self, memory: &M, count: u32) -> i32 {
         // Acquire and release: `size` counts slices whose links are written before it grows (in
         // `give`) and taken after it shrank (in `take`).
-        memory
-            .fetch_add_u32(self.header + LIST_SIZE_OFFSET, count, Ordering::AcqRel)
-            .cast_signed()
+        memory.fetch_add_u32(self.header + LIST_SIZE_OFFSET, count, Ordering::AcqRel).cast_signed()
     }
 
     /// Takes up to `want` slices. An empty batch: nothing that could be handed out.
@@ -313,12 +284,7 @@ impl BufferList {
             };
             let poison = |what, value, limit| {
                 // An offset always fits: the whole memory is below 4 GiB.
-                Err(MemoryError::SliceHeader {
-                    offset: slice as u32,
-                    what,
-                    value,
-                    limit,
-                })
+                Err(MemoryError::SliceHeader { offset: slice as u32, what, value, limit })
             };
             let next = memory.load_u32(slice + SLICE_NEXT_OFFSET, Ordering::Acquire);
             let flags = memory.load_u8(slice + SLICE_FLAGS_OFFSET, Ordering::Acquire);
@@ -367,11 +333,7 @@ impl BufferList {
         let tail_at = self.header + LIST_TAIL_OFFSET;
         let old = memory.swap_u32(tail_at, self.relative(last), Ordering::AcqRel);
         let old = self.slice(self.checked_place("list tail", old)?);
-        memory.store_u32(
-            old + SLICE_NEXT_OFFSET,
-            self.relative(first),
-            Ordering::Relaxed,
-        );
+        memory.store_u32(old + SLICE_NEXT_OFFSET, self.relative(first), Ordering::Relaxed);
         // Release, pairs with the acquire load of the flag in `take`.
         memory.store_u8(old + SLICE_FLAGS_OFFSET, FLAG_HAS_NEXT, Ordering::Release);
         // At most the capacity, since this side holds that many.
@@ -433,40 +395,18 @@ mod tests {
         list.give(&memory, &[1]).unwrap();
         assert_eq!(list.free(&memory), 3);
         assert_eq!(list.take(&memory, 2).unwrap().places(), [2]);
-        assert_eq!(
-            list.take(&memory, 2).unwrap().places(),
-            [0; 0],
-            "3 is cut off from 0"
-        );
-        assert_eq!(
-            list.free(&memory),
-            2,
-            "what could not be taken is counted again"
-        );
+        assert_eq!(list.take(&memory, 2).unwrap().places(), [0; 0], "3 is cut off from 0");
+        assert_eq!(list.free(&memory), 2, "what could not be taken is counted again");
     }
 
     #[test]
     fn offsets_off_the_grid_are_found_before_they_are_followed() {
-        for (at, what) in [
-            (LIST_HEAD_OFFSET, "list head"),
-            (LIST_TAIL_OFFSET, "list tail"),
-        ] {
-            for bad in [
-                1,
-                4,
-                SLICE + 19,
-                SLICE + 21,
-                4 * (SLICE + 20),
-                u32::MAX,
-                0x8000_0000,
-            ] {
+        for (at, what) in [(LIST_HEAD_OFFSET, "list head"), (LIST_TAIL_OFFSET, "list tail")] {
+            for bad in [1, 4, SLICE + 19, SLICE + 21, 4 * (SLICE + 20), u32::MAX, 0x8000_0000] {
                 let (memory, list) = list_of(4);
                 memory.store_u32(8 + at, bad, Ordering::Relaxed);
                 let mapped = BufferList::map(&memory, 8, memory.len()).map(drop);
-                assert!(
-                    matches!(mapped, Err(MemoryError::Field { .. })),
-                    "{what} {bad}"
-                );
+                assert!(matches!(mapped, Err(MemoryError::Field { .. })), "{what} {bad}");
                 let result = match at {
                     LIST_HEAD_OFFSET => list.take(&memory, 1).map(drop),
                     _ => list.give(&memory, &[3]),
@@ -477,10 +417,7 @@ mod tests {
         }
         let (memory, list) = list_of(4);
         memory.store_u32(list.slice(1) + SLICE_NEXT_OFFSET, 7, Ordering::Relaxed);
-        assert!(matches!(
-            list.take(&memory, 3),
-            Err(MemoryError::Field { value: 7, .. })
-        ));
+        assert!(matches!(list.take(&memory, 3), Err(MemoryError::Field { value: 7, .. })));
     }
 
     #[test]
@@ -500,9 +437,7 @@ mod tests {
         for (at, value, names) in cases {
             let (memory, _) = list_of(4);
             memory.store_u32(8 + at, value, Ordering::Relaxed);
-            let error = BufferList::map(&memory, 8, memory.len())
-                .map(drop)
-                .unwrap_err();
+            let error = BufferList::map(&memory, 8, memory.len()).map(drop).unwrap_err();
             assert!(error.to_string().contains(names), "{value}: {error}");
         }
         let (memory, _) = list_of(4);
@@ -515,22 +450,14 @@ mod tests {
         memory.store_u32(list.slice(1) + SLICE_NEXT_OFFSET, 0, Ordering::Relaxed);
         // The size says four; the walk goes round and takes no more than it was asked for.
         let taken = list.take(&memory, 3).unwrap();
-        assert_eq!(
-            taken.places(),
-            [0, 1, 0],
-            "the manager's ledger finds what comes twice"
-        );
+        assert_eq!(taken.places(), [0, 1, 0], "the manager's ledger finds what comes twice");
     }
 
     #[test]
     fn a_size_that_lies_hands_out_nothing_twice() {
         for size in [i32::MAX, i32::MIN, 0, -5, 1000] {
             let (memory, list) = list_of(4);
-            memory.store_u32(
-                8 + LIST_SIZE_OFFSET,
-                size.cast_unsigned(),
-                Ordering::Relaxed,
-            );
+            memory.store_u32(8 + LIST_SIZE_OFFSET, size.cast_unsigned(), Ordering::Relaxed);
             let mut seen = HashSet::new();
             for _ in 0..10 {
                 for &place in list.take(&memory, 2).unwrap().places() {
@@ -546,17 +473,12 @@ mod tests {
         let (memory, list) = list_of(6);
         let head_at = 8 + LIST_HEAD_OFFSET;
         // What another process does between our walk and our swap: 0 and 1 go once round.
-        let batch = Batch {
-            places: [0; MAX_BATCH],
-            len: 1,
-        };
+        let batch = Batch { places: [0; MAX_BATCH], len: 1 };
         let taken = list.take(&memory, 2).unwrap();
         assert_eq!(taken.places(), [0, 1]);
         list.give(&memory, &[0]).unwrap();
         memory.store_u32(head_at, 0, Ordering::Relaxed);
-        let error = list
-            .check_taken(&memory, &batch, list.relative(1))
-            .unwrap_err();
+        let error = list.check_taken(&memory, &batch, list.relative(1)).unwrap_err();
         assert!(matches!(error, MemoryError::SliceHeader { .. }), "{error}");
     }
 
@@ -634,10 +556,6 @@ mod tests {
         };
         work(memory, 1, Arc::clone(&owners));
         other.join().unwrap();
-        assert!(
-            owners
-                .iter()
-                .all(|owner| owner.load(Ordering::Relaxed) == 0)
-        );
+        assert!(owners.iter().all(|owner| owner.load(Ordering::Relaxed) == 0));
     }
 }

@@ -64,12 +64,7 @@ pub(super) struct Entry {
 
 impl Entry {
     fn of(offset: u32) -> Self {
-        Self {
-            offset,
-            next: NO_SLICE,
-            start: 0,
-            len: 0,
-        }
+        Self { offset, next: NO_SLICE, start: 0, len: 0 }
     }
 
     /// Offset of the first byte that counts, from the start of the memory.
@@ -92,7 +87,7 @@ pub(crate) struct BufferManager<M = Region> {
     memory: Rc<M>,
     /// Smallest slices first.
     classes: Vec<Class>,
-    ledger: RefCell<Vec<Entry>>,
+    ledger: Box<[Cell<Entry>]>,
     /// What was found broken where nobody could be told, in a `Drop`.
     broken: RefCell<Option<MemoryError>>,
     /// Slices that this side holds, magazines not counted.
@@ -127,11 +122,7 @@ impl<M: Memory> BufferManager<M> {
             let count = room * u64::from(class.percent) / 100 / stride;
             let needed = at as u64 + list_len(count as u32, class.capacity);
             if count == 0 || needed > have {
-                return Err(MemoryError::TooSmall {
-                    what: "a buffer list",
-                    needed,
-                    have,
-                });
+                return Err(MemoryError::TooSmall { what: "a buffer list", needed, have });
             }
             // Fits: the whole memory is below 4 GiB (checked by the configuration).
             let list = BufferList::create(&**memory, at, count as u32, class.capacity);
@@ -154,24 +145,14 @@ impl<M: Memory> BufferManager<M> {
         let have = memory.len() as u64;
         if have < MANAGER_HEADER_LEN as u64 {
             let needed = MANAGER_HEADER_LEN as u64;
-            return Err(MemoryError::TooSmall {
-                what: "the buffer header",
-                needed,
-                have,
-            });
+            return Err(MemoryError::TooSmall { what: "the buffer header", needed, have });
         }
         if have > u64::from(u32::MAX) {
             let limit = u64::from(u32::MAX);
-            return Err(MemoryError::TooLarge {
-                what: "buffer memory",
-                have,
-                limit,
-            });
+            return Err(MemoryError::TooLarge { what: "buffer memory", have, limit });
         }
         // Two bytes of count, two unused.
-        let first_word = memory
-            .load_u32(MANAGER_LIST_COUNT_OFFSET, Ordering::Acquire)
-            .to_le();
+        let first_word = memory.load_u32(MANAGER_LIST_COUNT_OFFSET, Ordering::Acquire).to_le();
         let count = (first_word & 0xffff) as usize;
         if !(1..=MAX_LISTS).contains(&count) {
             return Err(MemoryError::Field {
@@ -183,20 +164,13 @@ impl<M: Memory> BufferManager<M> {
         let used = u64::from(memory.load_u32(MANAGER_USED_LEN_OFFSET, Ordering::Acquire));
         let end = MANAGER_HEADER_LEN as u64 + used;
         if end > have {
-            return Err(MemoryError::TooSmall {
-                what: "the lists",
-                needed: end,
-                have,
-            });
+            return Err(MemoryError::TooSmall { what: "the lists", needed: end, have });
         }
         let mut lists: Vec<BufferList> = Vec::with_capacity(count);
         let mut at = MANAGER_HEADER_LEN;
         for _ in 0..count {
             let list = BufferList::map(&**memory, at, end as usize)?;
-            if lists
-                .last()
-                .is_some_and(|last| last.slice_capacity() >= list.slice_capacity())
-            {
+            if lists.last().is_some_and(|last| last.slice_capacity() >= list.slice_capacity()) {
                 return Err(MemoryError::Field {
                     what: "slice capacity",
                     value: u64::from(list.slice_capacity()),
@@ -223,18 +197,13 @@ impl<M: Memory> BufferManager<M> {
         for &list in lists {
             let magazine_limit = (list.capacity() as usize / 8).min(MAX_MAGAZINE);
             let magazine = RefCell::new(Vec::with_capacity(magazine_limit + 1));
-            classes.push(Class {
-                list,
-                first,
-                magazine,
-                magazine_limit,
-            });
+            classes.push(Class { list, first, magazine, magazine_limit });
             first += list.capacity();
         }
         Ok(Rc::new(Self {
             memory: Rc::clone(memory),
             classes,
-            ledger: RefCell::new(vec![Entry::default(); total as usize]),
+            ledger: vec![Cell::new(Entry::default()); total as usize].into_boxed_slice(),
             broken: RefCell::new(None),
             held: Cell::new(0),
             is_resting: Cell::new(false),
@@ -299,6 +268,29 @@ impl<M: Memory> BufferManager<M> {
         Ok(enough.then_some(chain))
     }
 
+    /// Writes a message, or as much of it as there are slices for, ready to be sent: gives the offset
+    /// for the event, and how many bytes are in it. `None`: there is no slice.
+    ///
+    /// From here on the slices are the peer's, so the event must be on its way without fail.
+    pub(crate) fn write_message(
+        self: &Rc<Self>,
+        bytes: &[u8],
+    ) -> Result<Option<(u32, usize)>, MemoryError> {
+        // Most messages fit one slice, and need no chain to be built.
+        if let Some(id) = self.take_one_slice(bytes.len())? {
+            let mut entry = self.entry(id);
+            self.memory.copy_in(entry.data(), bytes);
+            // Fits: the slice holds them.
+            entry.len = bytes.len() as u32;
+            self.write_header_of(entry);
+            self.forget(id);
+            return Ok(Some((entry.offset, bytes.len())));
+        }
+        let Some(mut chain) = self.allocate(bytes.len(), true)? else { return Ok(None) };
+        let count = chain.write(bytes);
+        Ok(chain.into_event_offset().map(|offset| (offset, count)))
+    }
+
     fn take_one_slice(&self, len: usize) -> Result<Option<SliceId>, MemoryError> {
         for class in &self.classes {
             if class.list.slice_capacity() as usize >= len
@@ -322,22 +314,17 @@ impl<M: Memory> BufferManager<M> {
         let mut magazine = class.magazine.borrow_mut();
         if magazine.is_empty() {
             let rests = self.is_resting.get();
-            let want = if rests {
-                1
-            } else {
-                (class.magazine_limit / 2).clamp(1, MAX_BATCH)
-            };
+            let want = if rests { 1 } else { (class.magazine_limit / 2).clamp(1, MAX_BATCH) };
             let batch = class.list.take(&*self.memory, want)?;
-            let mut ledger = self.ledger.borrow_mut();
             // The first of the list is the last of the stack: taken in the list's order.
             for &place in batch.places().iter().rev() {
                 let id = class.first + place;
                 // It fits 32 bits: the whole memory does.
                 let offset = class.list.slice(place) as u32;
-                if ledger[id as usize].offset != 0 {
+                if self.entry(id).offset != 0 {
                     return Err(MemoryError::SharedTwice { offset });
                 }
-                ledger[id as usize] = Entry::of(offset);
+                self.ledger[id as usize].set(Entry::of(offset));
                 magazine.push(id);
             }
         }
@@ -363,9 +350,17 @@ impl<M: Memory> BufferManager<M> {
         }
     }
 
+    /// Brings the slice that an event names near, before it is needed.
+    #[inline]
+    pub(crate) fn prefetch(&self, offset: u32) {
+        self.memory.prefetch(offset as usize);
+        self.memory.prefetch(offset as usize + 64);
+    }
+
+    #[inline]
     fn adopt_slice(&self, offset: u32) -> Result<(SliceId, Option<u32>), MemoryError> {
         let (class, id) = self.locate(offset)?;
-        if self.ledger.borrow()[id as usize].offset != 0 {
+        if self.entry(id).offset != 0 {
             return Err(MemoryError::SharedTwice { offset });
         }
         let at = offset as usize;
@@ -377,12 +372,7 @@ impl<M: Memory> BufferManager<M> {
         let next = memory.load_u32(at + SLICE_NEXT_OFFSET, Ordering::Relaxed);
         let flags = memory.load_u8(at + SLICE_FLAGS_OFFSET, Ordering::Relaxed);
         let limit = class.list.slice_capacity();
-        let wrong = |what, value, limit| MemoryError::SliceHeader {
-            offset,
-            what,
-            value,
-            limit,
-        };
+        let wrong = |what, value, limit| MemoryError::SliceHeader { offset, what, value, limit };
         if capacity != limit {
             return Err(wrong("capacity", capacity, limit));
         }
@@ -392,20 +382,14 @@ impl<M: Memory> BufferManager<M> {
         if len > limit - start {
             return Err(wrong("size", len, limit - start));
         }
-        self.ledger.borrow_mut()[id as usize] = Entry {
-            start,
-            len,
-            ..Entry::of(offset)
-        };
+        self.ledger[id as usize].set(Entry { start, len, ..Entry::of(offset) });
         self.held.set(self.held.get() + 1);
         Ok((id, (flags & FLAG_HAS_NEXT != 0).then_some(next)))
     }
 
+    #[inline]
     fn locate(&self, offset: u32) -> Result<(&Class, SliceId), MemoryError> {
-        let class = self
-            .classes
-            .iter()
-            .find(|class| (offset as usize) < class.list.end());
+        let class = self.classes.iter().find(|class| (offset as usize) < class.list.end());
         let place = class.and_then(|class| Some((class, class.list.place_of_slice(offset)?)));
         match place {
             Some((class, place)) => Ok((class, class.first + place)),
@@ -413,28 +397,40 @@ impl<M: Memory> BufferManager<M> {
         }
     }
 
+    #[inline]
     fn class_of(&self, id: SliceId) -> &Class {
-        let next = self.classes.partition_point(|class| class.first <= id);
-        &self.classes[next - 1]
+        // Small slices are the common case and come first.
+        let class = self.classes.iter().find(|class| id < class.first + class.list.capacity());
+        class.expect("a slice that was located before")
     }
 
     /// Bytes of payload that the slice can hold.
+    #[inline]
     pub(super) fn capacity_of(&self, id: SliceId) -> u32 {
         self.class_of(id).list.slice_capacity()
     }
 
+    #[inline]
     pub(super) fn entry(&self, id: SliceId) -> Entry {
-        self.ledger.borrow()[id as usize]
+        self.ledger[id as usize].get()
     }
 
+    #[inline]
     pub(super) fn update<T>(&self, id: SliceId, change: impl FnOnce(&mut Entry) -> T) -> T {
-        change(&mut self.ledger.borrow_mut()[id as usize])
+        let mut entry = self.entry(id);
+        let result = change(&mut entry);
+        self.ledger[id as usize].set(entry);
+        result
     }
 
     /// Writes the header of a held slice for the peer to read, in one go.
+    #[inline]
     pub(super) fn write_header(&self, id: SliceId) -> u32 {
-        let ledger = self.ledger.borrow();
-        let entry = ledger[id as usize];
+        self.write_header_of(self.entry(id))
+    }
+
+    #[inline]
+    fn write_header_of(&self, entry: Entry) -> u32 {
         let at = entry.offset as usize;
         let memory = &*self.memory;
         // Relaxed: the release store of the queue's tail publishes them. The capacity stands there
@@ -444,7 +440,7 @@ impl<M: Memory> BufferManager<M> {
         let mut flags = FLAG_IN_USE;
         if entry.next != NO_SLICE {
             flags |= FLAG_HAS_NEXT;
-            let next = ledger[entry.next as usize].offset;
+            let next = self.entry(entry.next).offset;
             memory.store_u32(at + SLICE_NEXT_OFFSET, next, Ordering::Relaxed);
         }
         memory.store_u8(at + SLICE_FLAGS_OFFSET, flags, Ordering::Relaxed);
@@ -452,12 +448,14 @@ impl<M: Memory> BufferManager<M> {
     }
 
     /// Strikes a slice out of the ledger: it was sent, and is the peer's.
+    #[inline]
     pub(super) fn forget(&self, id: SliceId) -> SliceId {
         self.held.set(self.held.get() - 1);
-        std::mem::take(&mut self.ledger.borrow_mut()[id as usize]).next
+        self.ledger[id as usize].take().next
     }
 
     /// Puts a held slice among the free. Gives the next of its chain.
+    #[inline]
     pub(super) fn release(&self, id: SliceId) -> SliceId {
         self.held.set(self.held.get() - 1);
         let next = self.update(id, |entry| {
@@ -482,9 +480,8 @@ impl<M: Memory> BufferManager<M> {
     fn give_from(&self, class: &Class, magazine: &mut Vec<SliceId>, count: usize) {
         let count = count.min(MAX_BATCH).min(magazine.len());
         let mut places = [0; MAX_BATCH];
-        let mut ledger = self.ledger.borrow_mut();
         for (place, id) in places.iter_mut().zip(magazine.drain(..count)) {
-            ledger[id as usize] = Entry::default();
+            self.ledger[id as usize].set(Entry::default());
             *place = id - class.first;
         }
         if let Err(error) = class.list.give(&*self.memory, &places[..count]) {
@@ -523,11 +520,8 @@ mod tests {
     use super::*;
     use crate::wire::layout::LIST_HEAD_OFFSET;
 
-    const CLASSES: [SliceClass; 3] = [
-        SliceClass::new(64, 50),
-        SliceClass::new(256, 30),
-        SliceClass::new(1024, 20),
-    ];
+    const CLASSES: [SliceClass; 3] =
+        [SliceClass::new(64, 50), SliceClass::new(256, 30), SliceClass::new(1024, 20)];
 
     type Sides = (Rc<Region>, Rc<BufferManager>, Rc<BufferManager>);
 
@@ -546,28 +540,19 @@ mod tests {
     }
 
     fn pattern(seed: usize, len: usize) -> Vec<u8> {
-        (0..len)
-            .map(|index| (seed * 31 + index * 7 + (index >> 8)) as u8)
-            .collect()
+        (0..len).map(|index| (seed * 31 + index * 7 + (index >> 8)) as u8).collect()
     }
 
     fn is_all_free(manager: &BufferManager) -> bool {
         manager.held() == 0
-            && manager
-                .usage()
-                .iter()
-                .all(|list| list.free == list.total.cast_signed())
+            && manager.usage().iter().all(|list| list.free == list.total.cast_signed())
     }
 
     #[test]
     fn both_sides_see_the_same_lists() {
         let (_memory, client, server) = pair(64 << 10);
         assert_eq!(client.usage(), server.usage());
-        let capacities: Vec<_> = client
-            .usage()
-            .iter()
-            .map(|list| list.slice_capacity)
-            .collect();
+        let capacities: Vec<_> = client.usage().iter().map(|list| list.slice_capacity).collect();
         assert_eq!(capacities, [64, 256, 1024]);
         assert!(is_all_free(&client));
     }
@@ -580,10 +565,7 @@ mod tests {
         let captured = include_bytes!("../../tests/vectors/buffer-1MiB-default-fresh.bin");
         let mut ours = vec![0; 1 << 20];
         memory.copy_out(0, &mut ours);
-        let differs = ours
-            .iter()
-            .zip(captured)
-            .position(|(ours, theirs)| ours != theirs);
+        let differs = ours.iter().zip(captured).position(|(ours, theirs)| ours != theirs);
         // Go counts in the first counter of each list while it sets up; both are undefined.
         assert_eq!(differs, None);
     }
@@ -591,15 +573,7 @@ mod tests {
     #[test]
     fn a_message_takes_the_smallest_slice_that_holds_it_or_a_chain_of_large_ones() {
         let (_memory, client, _) = pair(64 << 10);
-        for (len, slices) in [
-            (0, 1),
-            (1, 1),
-            (64, 1),
-            (65, 1),
-            (1024, 1),
-            (1025, 2),
-            (5000, 5),
-        ] {
+        for (len, slices) in [(0, 1), (1, 1), (64, 1), (65, 1), (1024, 1), (1025, 2), (5000, 5)] {
             let chain = client.allocate(len, false).unwrap().unwrap();
             assert_eq!(chain.slices(), slices, "{len}");
         }
@@ -675,21 +649,11 @@ mod tests {
         // A free list that leads to a slice which this side holds.
         let held = message(&client, b"held");
         client.set_resting(true);
-        let offset = client
-            .ledger
-            .borrow()
-            .iter()
-            .map(|entry| entry.offset)
-            .max()
-            .unwrap();
+        let offset = client.ledger.iter().map(|entry| entry.get().offset).max().unwrap();
         let list = MANAGER_HEADER_LEN;
         let relative = offset - (list + LIST_HEADER_LEN) as u32;
         memory.store_u32(list + LIST_HEAD_OFFSET, relative, Ordering::Relaxed);
-        memory.store_u8(
-            offset as usize + SLICE_FLAGS_OFFSET,
-            FLAG_HAS_NEXT,
-            Ordering::Relaxed,
-        );
+        memory.store_u8(offset as usize + SLICE_FLAGS_OFFSET, FLAG_HAS_NEXT, Ordering::Relaxed);
         memory.store_u32(offset as usize + SLICE_NEXT_OFFSET, 0, Ordering::Relaxed);
         let twice = MemoryError::SharedTwice { offset };
         assert_eq!(client.allocate(1, false).map(drop).unwrap_err(), twice);
@@ -699,15 +663,9 @@ mod tests {
     #[test]
     fn a_cycle_of_slices_ends() {
         let (memory, client, server) = pair(64 << 10);
-        let offset = message(&client, &pattern(3, 3000))
-            .into_event_offset()
-            .unwrap();
+        let offset = message(&client, &pattern(3, 3000)).into_event_offset().unwrap();
         let second = memory.load_u32(offset as usize + SLICE_NEXT_OFFSET, Ordering::Relaxed);
-        memory.store_u32(
-            second as usize + SLICE_NEXT_OFFSET,
-            offset,
-            Ordering::Relaxed,
-        );
+        memory.store_u32(second as usize + SLICE_NEXT_OFFSET, offset, Ordering::Relaxed);
         let error = server.adopt(offset).map(drop).unwrap_err();
         assert_eq!(error, MemoryError::SharedTwice { offset });
         assert_eq!(server.held(), 0, "what was walked is given back");
@@ -718,17 +676,7 @@ mod tests {
         let (memory, client, server) = pair(64 << 10);
         let good = message(&client, b"x").into_event_offset().unwrap();
         let len = memory.len() as u32;
-        for offset in [
-            0,
-            8,
-            40,
-            good + 1,
-            good - 4,
-            good + 20,
-            len - 1,
-            len,
-            u32::MAX,
-        ] {
+        for offset in [0, 8, 40, good + 1, good - 4, good + 20, len - 1, len, u32::MAX] {
             let error = server.adopt(offset).map(drop).unwrap_err();
             assert_eq!(error, MemoryError::Offset { offset });
         }
@@ -748,10 +696,7 @@ mod tests {
                 let offset = message(&client, b"four").into_event_offset().unwrap();
                 memory.store_u32(offset as usize + at, value, Ordering::Relaxed);
                 let error = server.adopt(offset).map(drop).unwrap_err();
-                assert!(
-                    matches!(error, MemoryError::SliceHeader { .. }),
-                    "{at} {value}"
-                );
+                assert!(matches!(error, MemoryError::SliceHeader { .. }), "{at} {value}");
                 assert_eq!(server.held(), 0);
             }
         }
@@ -783,11 +728,7 @@ mod tests {
         let usage = server.usage()[0];
         let missing = i64::from(usage.total) - i64::from(usage.free);
         assert!(missing > 0, "a batch is kept");
-        assert!(
-            missing * 8 <= i64::from(usage.total),
-            "{missing} of {}",
-            usage.total
-        );
+        assert!(missing * 8 <= i64::from(usage.total), "{missing} of {}", usage.total);
         client.set_resting(true);
         assert!(is_all_free(&server));
     }

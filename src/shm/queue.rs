@@ -52,16 +52,8 @@ pub(crate) fn create<M: Memory>(
         memory.store_i64(base + layout.head_offset(), 0);
         memory.store_i64(base + layout.tail_offset(), 0);
     }
-    let ring = |base| Ring {
-        memory: Rc::clone(memory),
-        base,
-        capacity,
-        layout,
-    };
-    (
-        Producer::starting_at(ring(0), 0, 0),
-        Consumer::starting_at(ring(half), 0, 0),
-    )
+    let ring = |base| Ring { memory: Rc::clone(memory), base, capacity, layout };
+    (Producer::starting_at(ring(0), 0, 0), Consumer::starting_at(ring(half), 0, 0))
 }
 
 /// Checks two queues that the client laid out, and takes the server's ends: it sends on the second.
@@ -114,28 +106,14 @@ fn map_ring<M: Memory>(
     let tail = memory.load_i64(tail_at);
     check_index("head", head, 0, INDEX_LIMIT)?;
     check_index("tail", tail, head, head + i64::from(capacity))?;
-    Ok((
-        Ring {
-            memory: Rc::clone(memory),
-            base,
-            capacity,
-            layout,
-        },
-        tail,
-        head,
-    ))
+    Ok((Ring { memory: Rc::clone(memory), base, capacity, layout }, tail, head))
 }
 
 fn check_index(index: &'static str, value: i64, low: i64, high: i64) -> Result<(), MemoryError> {
     if (low..=high).contains(&value) {
         return Ok(());
     }
-    Err(MemoryError::QueueIndex {
-        index,
-        value,
-        low,
-        high,
-    })
+    Err(MemoryError::QueueIndex { index, value, low, high })
 }
 
 /// Where a queue stands. The capacity is private: what the peer writes over it has no effect.
@@ -152,11 +130,7 @@ impl<M: Memory> Ring<M> {
     }
 
     fn next_slot(&self, slot: u32) -> u32 {
-        if slot + 1 == self.capacity {
-            0
-        } else {
-            slot + 1
-        }
+        if slot + 1 == self.capacity { 0 } else { slot + 1 }
     }
 
     fn slot_of(&self, index: i64) -> u32 {
@@ -191,13 +165,7 @@ pub(crate) struct Producer<M> {
 impl<M: Memory> Producer<M> {
     fn starting_at(ring: Ring<M>, tail: i64, head: i64) -> Self {
         let slot = ring.slot_of(tail);
-        Self {
-            ring,
-            tail,
-            published: tail,
-            known_head: head,
-            slot,
-        }
+        Self { ring, tail, published: tail, known_head: head, slot }
     }
 
     /// Puts an event behind the others, unpublished. `Ok(false)`: the queue is full.
@@ -288,13 +256,7 @@ pub(crate) struct Consumer<M> {
 impl<M: Memory> Consumer<M> {
     fn starting_at(ring: Ring<M>, head: i64, tail: i64) -> Self {
         let slot = ring.slot_of(head);
-        Self {
-            ring,
-            head,
-            published: head,
-            known_tail: tail,
-            slot,
-        }
+        Self { ring, head, published: head, known_tail: tail, slot }
     }
 
     /// How many events the queue holds.
@@ -302,27 +264,44 @@ impl<M: Memory> Consumer<M> {
         self.ring.capacity
     }
 
-    /// Takes the next event, if there is one.
+    /// Whether there is an event, by the peer's tail of this moment.
     #[inline]
-    pub(crate) fn pop(&mut self) -> Result<Option<Event>, MemoryError> {
-        if self.head == self.known_tail && !self.look()? {
-            return Ok(None);
+    pub(crate) fn has_events(&mut self) -> Result<bool, MemoryError> {
+        if self.head != self.known_tail { Ok(true) } else { self.look() }
+    }
+
+    /// Takes the next events, as many as there are and `to` holds. `near` is told of each of them
+    /// before the first is handled, so that it can bring near what the event names.
+    #[inline]
+    pub(crate) fn pop(
+        &mut self,
+        to: &mut [Event],
+        mut near: impl FnMut(&Event),
+    ) -> Result<usize, MemoryError> {
+        if !self.has_events()? {
+            return Ok(0);
         }
-        let at = self.ring.slot_offset(self.slot);
+        let available = self.known_tail - self.head;
+        // Between 1 and the capacity, by `has_events` and the check in `look`.
+        let count = to.len().min(available as usize);
         let memory = &self.ring.memory;
-        // Relaxed: the acquire load of the tail ordered them.
-        let event = Event::from_words([
-            memory.load_u32(at, Ordering::Relaxed),
-            memory.load_u32(at + 4, Ordering::Relaxed),
-            memory.load_u32(at + 8, Ordering::Relaxed),
-        ]);
-        self.head += 1;
-        self.slot = self.ring.next_slot(self.slot);
+        for event in &mut to[..count] {
+            let at = self.ring.slot_offset(self.slot);
+            // Relaxed: the acquire load of the tail ordered them.
+            *event = Event::from_words([
+                memory.load_u32(at, Ordering::Relaxed),
+                memory.load_u32(at + 4, Ordering::Relaxed),
+                memory.load_u32(at + 8, Ordering::Relaxed),
+            ]);
+            near(event);
+            self.slot = self.ring.next_slot(self.slot);
+        }
+        self.head += count as i64;
         // A producer that waits for room should not have to wait for the end of the batch.
         if self.head - self.published >= i64::from(self.ring.capacity / 2).max(1) {
             self.publish();
         }
-        Ok(Some(event))
+        Ok(count)
     }
 
     /// Reads the peer's tail. Whether it shows events.
@@ -355,18 +334,14 @@ impl<M: Memory> Consumer<M> {
     #[inline]
     pub(crate) fn set_working(&self) {
         // Relaxed: a producer that still sees 0 rings once more, which does no harm.
-        self.ring
-            .memory
-            .store_u32(self.ring.flag(), 1, Ordering::Relaxed);
+        self.ring.memory.store_u32(self.ring.flag(), 1, Ordering::Relaxed);
     }
 
     /// Says that this side stops draining. `Ok(false)`: an event came meanwhile, and this side goes
     /// on. The argument is on the module's page.
     pub(crate) fn try_sleep(&mut self) -> Result<bool, MemoryError> {
         self.publish();
-        self.ring
-            .memory
-            .store_u32(self.ring.flag(), 0, Ordering::Release);
+        self.ring.memory.store_u32(self.ring.flag(), 0, Ordering::Release);
         self.ring.memory.full_fence();
         if self.look()? {
             self.set_working();
@@ -403,12 +378,14 @@ mod tests {
         (memory, client, server)
     }
 
+    fn pop(consumer: &mut Consumer<Region>) -> Result<Option<Event>, MemoryError> {
+        let mut events = [event(0)];
+        let count = consumer.pop(&mut events, |_| {})?;
+        Ok(events[..count].first().copied())
+    }
+
     fn event(number: u32) -> Event {
-        Event {
-            stream_id: number,
-            offset: !number,
-            status: number << 8,
-        }
+        Event { stream_id: number, offset: !number, status: number << 8 }
     }
 
     #[test]
@@ -422,11 +399,11 @@ mod tests {
             client.0.publish();
             server.0.publish();
             for number in 0..3 {
-                assert_eq!(server.1.pop().unwrap(), Some(event(number)));
-                assert_eq!(client.1.pop().unwrap(), Some(event(100 + number)));
+                assert_eq!(pop(&mut server.1).unwrap(), Some(event(number)));
+                assert_eq!(pop(&mut client.1).unwrap(), Some(event(100 + number)));
             }
-            assert_eq!(server.1.pop().unwrap(), None);
-            assert_eq!(client.1.pop().unwrap(), None);
+            assert_eq!(pop(&mut server.1).unwrap(), None);
+            assert_eq!(pop(&mut client.1).unwrap(), None);
         }
     }
 
@@ -436,9 +413,9 @@ mod tests {
             let (_memory, mut client, mut server) = pair(16, layout);
             client.0.push(event(1)).unwrap();
             assert!(client.0.has_unpublished());
-            assert_eq!(server.1.pop().unwrap(), None);
+            assert_eq!(pop(&mut server.1).unwrap(), None);
             client.0.publish();
-            assert_eq!(server.1.pop().unwrap(), Some(event(1)));
+            assert_eq!(pop(&mut server.1).unwrap(), Some(event(1)));
             assert_eq!(client.0.in_flight().unwrap(), 1);
             server.1.publish();
             assert_eq!(client.0.in_flight().unwrap(), 0);
@@ -454,7 +431,7 @@ mod tests {
             }
             client.0.publish();
             assert!(!client.0.push(event(16)).unwrap());
-            assert_eq!(server.1.pop().unwrap(), Some(event(0)));
+            assert_eq!(pop(&mut server.1).unwrap(), Some(event(0)));
             assert!(!client.0.push(event(16)).unwrap(), "not yet given back");
             server.1.publish();
             assert!(client.0.push(event(16)).unwrap());
@@ -470,7 +447,7 @@ mod tests {
         }
         client.0.publish();
         for _ in 0..8 {
-            server.1.pop().unwrap();
+            pop(&mut server.1).unwrap();
         }
         assert_eq!(client.0.in_flight().unwrap(), 8);
     }
@@ -485,7 +462,7 @@ mod tests {
             assert!(!client.0.must_ring(), "it has been rung");
             assert!(!server.1.try_sleep().unwrap(), "there is an event");
             assert!(!client.0.must_ring(), "it stays awake");
-            server.1.pop().unwrap();
+            pop(&mut server.1).unwrap();
             assert!(server.1.try_sleep().unwrap());
             assert!(client.0.must_ring());
         }
@@ -499,15 +476,15 @@ mod tests {
                 client.0.push(event(number)).unwrap();
             }
             client.0.publish();
-            server.1.pop().unwrap();
-            server.1.pop().unwrap();
+            pop(&mut server.1).unwrap();
+            pop(&mut server.1).unwrap();
             server.1.publish();
             let (head, tail) = (layout.head_offset(), layout.tail_offset());
             for value in [3, 0, -1, 19, i64::MAX, i64::MIN] {
                 let mut fresh = map(&memory, layout).unwrap();
                 memory.store_i64(tail, value);
                 let error = loop {
-                    match fresh.1.pop() {
+                    match pop(&mut fresh.1) {
                         Ok(Some(_)) => {}
                         Ok(None) => panic!("a tail of {value} was believed"),
                         Err(error) => break error,
@@ -523,10 +500,7 @@ mod tests {
             for value in [1, 5, -1, i64::MAX, i64::MIN] {
                 memory.store_i64(head, value);
                 let error = client.0.in_flight().unwrap_err();
-                assert!(
-                    matches!(error, MemoryError::QueueIndex { index: "head", .. }),
-                    "{value}"
-                );
+                assert!(matches!(error, MemoryError::QueueIndex { index: "head", .. }), "{value}");
             }
         }
     }
@@ -543,10 +517,7 @@ mod tests {
             map(&memory, layout).map(drop).unwrap_err()
         };
         for len in [1, 24, 47, 49, 50] {
-            assert!(
-                matches!(refused(len, &|_| {}), MemoryError::TooSmall { .. }),
-                "{len}"
-            );
+            assert!(matches!(refused(len, &|_| {}), MemoryError::TooSmall { .. }), "{len}");
         }
         let len = queues_len(16);
         let half = len / 2;
@@ -554,10 +525,7 @@ mod tests {
             for capacity in [0, 17, u32::MAX] {
                 let change = |memory: &Region| memory.store_u32(at, capacity, Ordering::Relaxed);
                 let error = refused(len, &change);
-                assert!(
-                    matches!(error, MemoryError::Field { .. }),
-                    "{at} {capacity}"
-                );
+                assert!(matches!(error, MemoryError::Field { .. }), "{at} {capacity}");
             }
             for (head, tail) in [(1, 0), (0, 17), (-1, 0), (i64::MAX, i64::MAX)] {
                 let change = |memory: &Region| {
@@ -565,10 +533,7 @@ mod tests {
                     memory.store_i64(at + layout.tail_offset(), tail);
                 };
                 let error = refused(len, &change);
-                assert!(
-                    matches!(error, MemoryError::QueueIndex { .. }),
-                    "{at} {head} {tail}"
-                );
+                assert!(matches!(error, MemoryError::QueueIndex { .. }), "{at} {head} {tail}");
             }
         }
     }
@@ -617,7 +582,7 @@ mod tests {
                             visible.append(&mut unpublished);
                         }
                         4 => {
-                            let popped = server.1.pop().unwrap();
+                            let popped = pop(&mut server.1).unwrap();
                             prop_assert_eq!(popped, visible.pop_front());
                             owed += u32::from(popped.is_some());
                             if owed >= capacity / 2 {
@@ -650,7 +615,7 @@ mod tests {
                 let (_, mut consumer) = map(&memory, layout).unwrap();
                 let (mut expected, mut sleeps) = (0, 0);
                 while expected < EVENTS {
-                    while let Some(got) = consumer.pop().unwrap() {
+                    while let Some(got) = pop(&mut consumer).unwrap() {
                         assert_eq!(got, event(expected));
                         expected += 1;
                     }

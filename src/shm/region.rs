@@ -50,14 +50,8 @@ impl Region {
         let layout = Layout::from_size_align(len.max(1), 4096).expect("a length below isize::MAX");
         // SAFETY: the layout has a length above zero.
         let base = unsafe { std::alloc::alloc_zeroed(layout) };
-        let Some(base) = NonNull::new(base) else {
-            std::alloc::handle_alloc_error(layout)
-        };
-        Self {
-            base,
-            len,
-            backing: Backing::Heap(layout),
-        }
+        let Some(base) = NonNull::new(base) else { std::alloc::handle_alloc_error(layout) };
+        Self { base, len, backing: Backing::Heap(layout) }
     }
 
     /// An anonymous memory of `len` zero bytes, and its descriptor to pass on.
@@ -97,11 +91,7 @@ impl Region {
         // A file system that cannot hold the file says so by a signal at the first touch of a page;
         // asking first turns the common case into an error.
         let space = nix::sys::statvfs::fstatvfs(&file).map_err(|error| failed(error.into()))?;
-        if space
-            .blocks_available()
-            .saturating_mul(space.fragment_size())
-            < len as u64
-        {
+        if space.blocks_available().saturating_mul(space.fragment_size()) < len as u64 {
             return Err(failed(io::ErrorKind::StorageFull.into()));
         }
         file.set_len(len as u64).map_err(failed)?;
@@ -131,9 +121,8 @@ impl Region {
     }
 
     fn map_given(file: &File, role: &'static str, limit: u64) -> Result<Self, Error> {
-        let stat = file
-            .metadata()
-            .map_err(|error| Error::os("stat the peer's shared memory", error))?;
+        let stat =
+            file.metadata().map_err(|error| Error::os("stat the peer's shared memory", error))?;
         let kind = stat.file_type();
         if !kind.is_file() {
             let kind = match () {
@@ -147,20 +136,10 @@ impl Region {
         }
         let have = stat.size();
         if have > limit {
-            return Err(MemoryError::TooLarge {
-                what: role,
-                have,
-                limit,
-            }
-            .into());
+            return Err(MemoryError::TooLarge { what: role, have, limit }.into());
         }
         if have == 0 {
-            return Err(MemoryError::TooSmall {
-                what: role,
-                needed: 1,
-                have,
-            }
-            .into());
+            return Err(MemoryError::TooSmall { what: role, needed: 1, have }.into());
         }
         let len = usize::try_from(have).map_err(|_| MemoryError::TooLarge {
             what: role,
@@ -176,11 +155,7 @@ impl Region {
             .map_raw(&file.as_fd())
             .map_err(|error| Error::os("map shared memory", error))?;
         let base = NonNull::new(mapping.as_mut_ptr()).expect("mmap gives no null pointer");
-        Ok(Self {
-            base,
-            len,
-            backing: Backing::Mapping(mapping),
-        })
+        Ok(Self { base, len, backing: Backing::Mapping(mapping) })
     }
 }
 
@@ -212,9 +187,7 @@ impl SharedFile {
     pub(crate) fn new(path: &Path) -> Self {
         let mut entries = ENTRIES.lock().unwrap_or_else(PoisonError::into_inner);
         *entries.entry(path.to_owned()).or_default() += 1;
-        Self {
-            path: path.to_owned(),
-        }
+        Self { path: path.to_owned() }
     }
 }
 
@@ -283,10 +256,7 @@ mod tests {
         let path = path("created");
         let (_region, entry) = Region::create_file(&path, 4096).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-        assert!(matches!(
-            Region::create_file(&path, 4096),
-            Err(Error::Os { .. })
-        ));
+        assert!(matches!(Region::create_file(&path, 4096), Err(Error::Os { .. })));
         let _mapped = Region::map_file(&path, "queue", 1 << 20).unwrap();
         let other = SharedFile::new(&path);
         drop(entry);

@@ -58,12 +58,7 @@ impl Deframer {
     ///
     /// It holds no memory before [`space`](Self::space) is called.
     pub fn new(max_message_len: u32) -> Self {
-        Self {
-            max_message_len,
-            block: Vec::new(),
-            start: 0,
-            end: 0,
-        }
+        Self { max_message_len, block: Vec::new(), start: 0, end: 0 }
     }
 
     /// Memory to receive into: all that is there, at least `min` bytes, and never none.
@@ -127,11 +122,7 @@ impl Deframer {
         let message = if header.message == MessageType::FallbackData && whole_block {
             let (stream_id, status) = decode_fallback_fields(&header, payload)?;
             let data = self.give_block_away(length);
-            Message::FallbackData {
-                stream_id,
-                status,
-                data,
-            }
+            Message::FallbackData { stream_id, status, data }
         } else {
             let message = Message::decode_control(&header, payload)?;
             self.start += length;
@@ -279,10 +270,7 @@ mod tests {
         assert_eq!(data, bytes[16..]);
         assert!(inside(block, &data));
         assert!(deframer.block.len() < RETAINED_LEN);
-        assert_eq!(
-            deframer.next_message().unwrap().unwrap().1,
-            Message::SyncEvent
-        );
+        assert_eq!(deframer.next_message().unwrap().unwrap().1, Message::SyncEvent);
         assert!(deframer.is_empty());
     }
 
@@ -325,10 +313,7 @@ mod tests {
         deframer.space(100);
         assert!(deframer.block.len() <= RETAINED_LEN);
         receive(&mut deframer, &sync_event(3)[3..]);
-        assert_eq!(
-            deframer.next_message().unwrap().unwrap().1,
-            Message::SyncEvent
-        );
+        assert_eq!(deframer.next_message().unwrap().unwrap().1, Message::SyncEvent);
     }
 
     #[test]
@@ -337,10 +322,7 @@ mod tests {
         receive(&mut deframer, &sync_event(3)[..5]);
         deframer.shrink();
         receive(&mut deframer, &sync_event(3)[5..]);
-        assert_eq!(
-            deframer.next_message().unwrap().unwrap().1,
-            Message::SyncEvent
-        );
+        assert_eq!(deframer.next_message().unwrap().unwrap().1, Message::SyncEvent);
         assert_ne!(deframer.block.len(), 0);
         deframer.shrink();
         assert_eq!(deframer.block.capacity(), 0);
@@ -388,10 +370,7 @@ mod tests {
         assert_eq!(drive(&mut deframer, &bytes).len(), 1);
         let mut deframer = Deframer::new(99);
         receive(&mut deframer, &bytes[..8]);
-        let error = WireError::TooLong {
-            length: 100,
-            limit: 99,
-        };
+        let error = WireError::TooLong { length: 100, limit: 99 };
         assert_eq!(deframer.next_message(), Err(error));
         assert_eq!(deframer.wanted(), 0);
     }
@@ -402,10 +381,7 @@ mod tests {
         receive(&mut deframer, &sync_event(3));
         receive(&mut deframer, b"GET / HTTP/1.1\r\n");
         receive(&mut deframer, &sync_event(3));
-        assert_eq!(
-            deframer.next_message().unwrap().unwrap().1,
-            Message::SyncEvent
-        );
+        assert_eq!(deframer.next_message().unwrap().unwrap().1, Message::SyncEvent);
         for _ in 0..3 {
             assert_eq!(deframer.next_message(), Err(WireError::Magic(0x2f20)));
         }
@@ -414,10 +390,7 @@ mod tests {
         receive(&mut deframer, b"\0\0\0\x0e\x77\x58\x03\0\0\0\0\x02/b");
         receive(&mut deframer, &sync_event(3));
         for _ in 0..3 {
-            assert!(matches!(
-                deframer.next_message(),
-                Err(WireError::Path { .. })
-            ));
+            assert!(matches!(deframer.next_message(), Err(WireError::Path { .. })));
         }
     }
 
@@ -436,9 +409,8 @@ mod tests {
     fn a_partial_message_moves_to_the_front_of_the_same_block() {
         let mut deframer = Deframer::new(LIMIT);
         // All different, so that what stood at the front before cannot pass for what moved there.
-        let messages: Vec<_> = (0..10_000)
-            .map(|stream_id| Message::StreamClose { stream_id })
-            .collect();
+        let messages: Vec<_> =
+            (0..10_000).map(|stream_id| Message::StreamClose { stream_id }).collect();
         let mut bytes = Vec::new();
         for message in &messages {
             message.encode(3, &mut bytes).unwrap();
@@ -468,10 +440,7 @@ mod tests {
             }
         }
         // 4 KiB eight times doubled are 1 MiB.
-        assert_eq!(
-            (blocks.len(), blocks[blocks.len() - 1]),
-            (1 + 9, bytes.len())
-        );
+        assert_eq!((blocks.len(), blocks[blocks.len() - 1]), (1 + 9, bytes.len()));
         let (_, message) = deframer.next_message().unwrap().unwrap();
         assert_eq!(data(message), bytes[16..]);
     }

@@ -71,11 +71,7 @@ impl Event {
 
     /// The event that three words of a queue are.
     pub const fn from_words([stream_id, offset, status]: [u32; 3]) -> Self {
-        Self {
-            stream_id,
-            offset,
-            status,
-        }
+        Self { stream_id, offset, status }
     }
 
     /// The event as it stands in the queue's memory.
@@ -105,14 +101,7 @@ mod tests {
 
     #[test]
     fn the_state_is_in_the_low_eight_bits() {
-        let state = |status| {
-            Event {
-                stream_id: 2,
-                offset: 0,
-                status,
-            }
-            .state()
-        };
+        let state = |status| Event { stream_id: 2, offset: 0, status }.state();
         assert_eq!(state(0), EventState::Open);
         assert_eq!(state(0xffff_ff00), EventState::Open);
         assert_eq!(state(0xabcd_ef01), EventState::Closed);

@@ -91,10 +91,7 @@ impl MessageType {
     /// # Errors
     /// [`WireError::Type`] when it names none that versions 2 and 3 have.
     pub fn from_u8(byte: u8) -> Result<Self, WireError> {
-        Self::ALL
-            .get(usize::from(byte))
-            .copied()
-            .ok_or(WireError::Type(byte))
+        Self::ALL.get(usize::from(byte)).copied().ok_or(WireError::Type(byte))
     }
 
     /// The byte that stands for this type in a header.
@@ -158,11 +155,7 @@ pub struct Header {
 impl Header {
     /// The header of a message that has nothing behind its header.
     pub(crate) const fn bare(version: u8, message: MessageType) -> Self {
-        Self {
-            length: HEADER_LEN_U32,
-            version,
-            message,
-        }
+        Self { length: HEADER_LEN_U32, version, message }
     }
 
     /// The eight bytes that go on the wire.
@@ -189,11 +182,7 @@ impl Header {
             return Err(WireError::Version(version));
         }
         let length = u32::from_be_bytes([l0, l1, l2, l3]);
-        let header = Self {
-            length,
-            version,
-            message: MessageType::from_u8(message)?,
-        };
+        let header = Self { length, version, message: MessageType::from_u8(message)? };
         header.check()?;
         Ok(header)
     }
@@ -209,11 +198,7 @@ impl Header {
         if lengths.contains(&self.length) {
             Ok(())
         } else {
-            Err(WireError::Length {
-                message: self.message.name(),
-                length: self.length,
-                expected,
-            })
+            Err(WireError::Length { message: self.message.name(), length: self.length, expected })
         }
     }
 }
@@ -232,11 +217,7 @@ mod tests {
 
     #[test]
     fn a_header_is_laid_out_as_the_spec_draws_it() {
-        let header = Header {
-            length: 0x0102,
-            version: 3,
-            message: MessageType::FallbackData,
-        };
+        let header = Header { length: 0x0102, version: 3, message: MessageType::FallbackData };
         assert_eq!(header.encode(), [0, 0, 1, 2, 0x77, 0x58, 3, 3]);
         assert_eq!(Header::decode(&header.encode()), Ok(header));
     }
@@ -258,17 +239,9 @@ mod tests {
                     4 => version >= 1,
                     _ => version == 2 || version == 3,
                 };
-                let expected = if allowed {
-                    Ok(())
-                } else {
-                    Err(WireError::Version(version))
-                };
+                let expected = if allowed { Ok(()) } else { Err(WireError::Version(version)) };
                 let decoded = Header::decode(&bytes(length, version, message));
-                assert_eq!(
-                    decoded.map(drop),
-                    expected,
-                    "type {message} version {version}"
-                );
+                assert_eq!(decoded.map(drop), expected, "type {message} version {version}");
             }
         }
     }
@@ -276,16 +249,10 @@ mod tests {
     #[test]
     fn an_unknown_type_is_refused() {
         for message in 10..=u8::MAX {
-            assert_eq!(
-                Header::decode(&bytes(16, 3, message)),
-                Err(WireError::Type(message))
-            );
+            assert_eq!(Header::decode(&bytes(16, 3, message)), Err(WireError::Type(message)));
         }
         // What a version 4 client opens with.
-        assert_eq!(
-            Header::decode(&bytes(100, 0, 10)),
-            Err(WireError::Version(0))
-        );
+        assert_eq!(Header::decode(&bytes(100, 0, 10)), Err(WireError::Version(0)));
     }
 
     #[test]

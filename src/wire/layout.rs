@@ -211,11 +211,7 @@ impl QueueHeader {
     /// The header's bytes.
     pub fn encode(&self, layout: QueueLayout) -> [u8; QUEUE_HEADER_LEN] {
         let mut bytes = [0; QUEUE_HEADER_LEN];
-        put(
-            &mut bytes,
-            layout.capacity_offset(),
-            self.capacity.to_ne_bytes(),
-        );
+        put(&mut bytes, layout.capacity_offset(), self.capacity.to_ne_bytes());
         put(&mut bytes, layout.flag_offset(), self.flag.to_ne_bytes());
         put(&mut bytes, layout.head_offset(), self.head.to_ne_bytes());
         put(&mut bytes, layout.tail_offset(), self.tail.to_ne_bytes());
@@ -244,16 +240,8 @@ impl BufferManagerHeader {
     /// The header's bytes; the two unused ones are 0.
     pub fn encode(&self) -> [u8; MANAGER_HEADER_LEN] {
         let mut bytes = [0; MANAGER_HEADER_LEN];
-        put(
-            &mut bytes,
-            MANAGER_LIST_COUNT_OFFSET,
-            self.list_count.to_ne_bytes(),
-        );
-        put(
-            &mut bytes,
-            MANAGER_USED_LEN_OFFSET,
-            self.used_len.to_ne_bytes(),
-        );
+        put(&mut bytes, MANAGER_LIST_COUNT_OFFSET, self.list_count.to_ne_bytes());
+        put(&mut bytes, MANAGER_USED_LEN_OFFSET, self.used_len.to_ne_bytes());
         bytes
     }
 }
@@ -291,18 +279,10 @@ impl ListHeader {
     pub fn encode(&self) -> [u8; LIST_HEADER_LEN] {
         let mut bytes = [0; LIST_HEADER_LEN];
         put(&mut bytes, LIST_SIZE_OFFSET, self.size.to_ne_bytes());
-        put(
-            &mut bytes,
-            LIST_CAPACITY_OFFSET,
-            self.capacity.to_ne_bytes(),
-        );
+        put(&mut bytes, LIST_CAPACITY_OFFSET, self.capacity.to_ne_bytes());
         put(&mut bytes, LIST_HEAD_OFFSET, self.head.to_ne_bytes());
         put(&mut bytes, LIST_TAIL_OFFSET, self.tail.to_ne_bytes());
-        put(
-            &mut bytes,
-            LIST_SLICE_CAPACITY_OFFSET,
-            self.slice_capacity.to_ne_bytes(),
-        );
+        put(&mut bytes, LIST_SLICE_CAPACITY_OFFSET, self.slice_capacity.to_ne_bytes());
         bytes
     }
 }
@@ -339,11 +319,7 @@ impl SliceHeader {
     /// The header's bytes; the three unused ones are 0.
     pub fn encode(&self) -> [u8; SLICE_HEADER_LEN] {
         let mut bytes = [0; SLICE_HEADER_LEN];
-        put(
-            &mut bytes,
-            SLICE_CAPACITY_OFFSET,
-            self.capacity.to_ne_bytes(),
-        );
+        put(&mut bytes, SLICE_CAPACITY_OFFSET, self.capacity.to_ne_bytes());
         put(&mut bytes, SLICE_SIZE_OFFSET, self.size.to_ne_bytes());
         put(&mut bytes, SLICE_START_OFFSET, self.start.to_ne_bytes());
         put(&mut bytes, SLICE_NEXT_OFFSET, self.next.to_ne_bytes());
@@ -398,14 +374,8 @@ mod tests {
     #[test]
     fn capacities_that_are_multiples_of_16_keep_indices_in_one_piece() {
         for capacity in (0..=16384).step_by(16).chain([16_777_216]) {
-            assert!(
-                QueueLayout::PackedX86.indices_are_atomic(capacity),
-                "{capacity}"
-            );
-            assert!(
-                QueueLayout::Aligned.indices_are_atomic(capacity),
-                "{capacity}"
-            );
+            assert!(QueueLayout::PackedX86.indices_are_atomic(capacity), "{capacity}");
+            assert!(QueueLayout::Aligned.indices_are_atomic(capacity), "{capacity}");
         }
     }
 
@@ -425,18 +395,10 @@ mod tests {
 
     #[test]
     fn this_machine_has_the_layout_of_its_architecture() {
-        let expected = if std::env::consts::ARCH == "x86_64" {
-            (4, 12, 20)
-        } else {
-            (8, 16, 4)
-        };
+        let expected = if std::env::consts::ARCH == "x86_64" { (4, 12, 20) } else { (8, 16, 4) };
         for version in [ProtocolVersion::V2, ProtocolVersion::V3] {
             let layout = QueueLayout::for_version(version);
-            let got = (
-                layout.head_offset(),
-                layout.tail_offset(),
-                layout.flag_offset(),
-            );
+            let got = (layout.head_offset(), layout.tail_offset(), layout.flag_offset());
             assert_eq!(got, expected);
         }
     }

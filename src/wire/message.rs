@@ -37,9 +37,7 @@ impl MemoryPaths {
     /// A path of these that no message can carry.
     pub(crate) fn misfit(&self) -> Option<&Path> {
         let fits = |path| check_path(MessageType::ShareMemoryByFilePath, path_bytes(path)).is_ok();
-        [&*self.queue, &*self.buffer]
-            .into_iter()
-            .find(|path| !fits(path))
+        [&*self.queue, &*self.buffer].into_iter().find(|path| !fits(path))
     }
 
     /// Whether both paths fit a message.
@@ -145,11 +143,7 @@ impl Message {
         }
         let (stream_id, status) = decode_fallback_fields(header, &payload)?;
         payload.advance(FALLBACK_HEADER_LEN - HEADER_LEN);
-        Ok(Self::FallbackData {
-            stream_id,
-            status,
-            data: payload,
-        })
+        Ok(Self::FallbackData { stream_id, status, data: payload })
     }
 
     /// The same for all but FallbackData, of which nothing refers to the payload afterwards.
@@ -162,29 +156,23 @@ impl Message {
             MessageType::ShareMemoryByMemfd => {
                 Self::ShareMemoryByMemfd(MemoryPaths::decode(header, payload)?)
             }
-            MessageType::StreamClose => Self::StreamClose {
-                stream_id: u32::from_be_bytes(exactly(header, payload)?),
-            },
-            MessageType::HotRestart => Self::HotRestart {
-                epoch: u64::from_be_bytes(exactly(header, payload)?),
-            },
-            MessageType::HotRestartAck => Self::HotRestartAck {
-                epoch: u64::from_be_bytes(exactly(header, payload)?),
-            },
+            MessageType::StreamClose => {
+                Self::StreamClose { stream_id: u32::from_be_bytes(exactly(header, payload)?) }
+            }
+            MessageType::HotRestart => {
+                Self::HotRestart { epoch: u64::from_be_bytes(exactly(header, payload)?) }
+            }
+            MessageType::HotRestartAck => {
+                Self::HotRestartAck { epoch: u64::from_be_bytes(exactly(header, payload)?) }
+            }
             MessageType::SyncEvent => bare(header, payload, Self::SyncEvent)?,
             MessageType::ExchangeMetadata => bare(header, payload, Self::ExchangeMetadata)?,
             MessageType::AckShareMemory => bare(header, payload, Self::AckShareMemory)?,
             MessageType::AckReadyRecvFd => bare(header, payload, Self::AckReadyRecvFd)?,
             MessageType::FallbackData => {
                 let (stream_id, status) = decode_fallback_fields(header, payload)?;
-                let data = payload
-                    .get(FALLBACK_HEADER_LEN - HEADER_LEN..)
-                    .unwrap_or_default();
-                Self::FallbackData {
-                    stream_id,
-                    status,
-                    data: Bytes::copy_from_slice(data),
-                }
+                let data = payload.get(FALLBACK_HEADER_LEN - HEADER_LEN..).unwrap_or_default();
+                Self::FallbackData { stream_id, status, data: Bytes::copy_from_slice(data) }
             }
         };
         Ok(message)
@@ -217,11 +205,7 @@ impl Message {
             }
         };
         let length = u32::try_from(HEADER_LEN + payload_len).unwrap_or(u32::MAX);
-        let header = Header {
-            length,
-            version,
-            message,
-        };
+        let header = Header { length, version, message };
         header.check()?;
         out.reserve(HEADER_LEN + payload_len);
         out.extend_from_slice(&header.encode());
@@ -233,11 +217,7 @@ impl Message {
             Self::HotRestart { epoch } | Self::HotRestartAck { epoch } => {
                 out.extend_from_slice(&epoch.to_be_bytes());
             }
-            Self::FallbackData {
-                stream_id,
-                status,
-                data,
-            } => {
+            Self::FallbackData { stream_id, status, data } => {
                 out.extend_from_slice(&stream_id.to_be_bytes());
                 out.extend_from_slice(&status.to_be_bytes());
                 out.extend_from_slice(data);
@@ -262,17 +242,11 @@ pub const fn fallback_header(
 ) -> [u8; FALLBACK_HEADER_LEN] {
     debug_assert!(data_len <= MAX_FALLBACK_DATA);
     let length = data_len.saturating_add(FALLBACK_HEADER_LEN as u32);
-    let header = Header {
-        length,
-        version,
-        message: MessageType::FallbackData,
-    };
+    let header = Header { length, version, message: MessageType::FallbackData };
     let [h0, h1, h2, h3, h4, h5, h6, h7] = header.encode();
     let [i0, i1, i2, i3] = stream_id.to_be_bytes();
     let [s0, s1, s2, s3] = status.to_be_bytes();
-    [
-        h0, h1, h2, h3, h4, h5, h6, h7, i0, i1, i2, i3, s0, s1, s2, s3,
-    ]
+    [h0, h1, h2, h3, h4, h5, h6, h7, i0, i1, i2, i3, s0, s1, s2, s3]
 }
 
 /// A whole SyncEvent message.
@@ -289,10 +263,7 @@ pub(super) fn decode_fallback_fields(
     let &[i0, i1, i2, i3, s0, s1, s2, s3] = payload
         .first_chunk::<{ FALLBACK_HEADER_LEN - HEADER_LEN }>()
         .ok_or_else(|| length_error(header, "16 or more"))?;
-    Ok((
-        u32::from_be_bytes([i0, i1, i2, i3]),
-        u32::from_be_bytes([s0, s1, s2, s3]),
-    ))
+    Ok((u32::from_be_bytes([i0, i1, i2, i3]), u32::from_be_bytes([s0, s1, s2, s3])))
 }
 
 /// The payload must be the one that the header announces, whoever put the two together.
@@ -306,39 +277,26 @@ fn check_announced(header: &Header, payload: &[u8]) -> Result<(), WireError> {
 }
 
 fn length_error(header: &Header, expected: &'static str) -> WireError {
-    WireError::Length {
-        message: header.message.name(),
-        length: header.length,
-        expected,
-    }
+    WireError::Length { message: header.message.name(), length: header.length, expected }
 }
 
 /// `message`, if there is nothing behind its header.
 fn bare(header: &Header, payload: &[u8], message: Message) -> Result<Message, WireError> {
-    if payload.is_empty() {
-        Ok(message)
-    } else {
-        Err(length_error(header, "8"))
-    }
+    if payload.is_empty() { Ok(message) } else { Err(length_error(header, "8")) }
 }
 
 /// The payload as an array, if it has that length.
 fn exactly<const N: usize>(header: &Header, payload: &[u8]) -> Result<[u8; N], WireError> {
-    payload
-        .try_into()
-        .map_err(|_| length_error(header, if N == 4 { "12" } else { "16" }))
+    payload.try_into().map_err(|_| length_error(header, if N == 4 { "12" } else { "16" }))
 }
 
 /// The length of a FallbackData message's data as its header can carry it.
 fn checked_data_len(data_len: usize) -> Result<u32, WireError> {
-    u32::try_from(data_len)
-        .ok()
-        .filter(|&len| len <= MAX_FALLBACK_DATA)
-        .ok_or(WireError::Length {
-            message: MessageType::FallbackData.name(),
-            length: u32::MAX,
-            expected: "at most 4294967279 bytes of data",
-        })
+    u32::try_from(data_len).ok().filter(|&len| len <= MAX_FALLBACK_DATA).ok_or(WireError::Length {
+        message: MessageType::FallbackData.name(),
+        length: u32::MAX,
+        expected: "at most 4294967279 bytes of data",
+    })
 }
 
 fn path_bytes(path: &Path) -> &[u8] {
@@ -346,11 +304,7 @@ fn path_bytes(path: &Path) -> &[u8] {
 }
 
 fn too_long(message: MessageType, length: usize) -> WireError {
-    WireError::Path {
-        message: message.name(),
-        length,
-        problem: "longer than 4095 bytes",
-    }
+    WireError::Path { message: message.name(), length, problem: "longer than 4095 bytes" }
 }
 
 fn check_path(message: MessageType, path: &[u8]) -> Result<(), WireError> {
@@ -363,11 +317,7 @@ fn check_path(message: MessageType, path: &[u8]) -> Result<(), WireError> {
     } else {
         return Ok(());
     };
-    Err(WireError::Path {
-        message: message.name(),
-        length: path.len(),
-        problem,
-    })
+    Err(WireError::Path { message: message.name(), length: path.len(), problem })
 }
 
 /// One path from the front of `bytes`, and what follows it.
@@ -399,18 +349,11 @@ pub(crate) mod tests {
 
     fn paths(queue: &[u8], buffer: &[u8]) -> MemoryPaths {
         let path = |bytes| PathBuf::from(OsStr::from_bytes(bytes));
-        MemoryPaths {
-            queue: path(queue),
-            buffer: path(buffer),
-        }
+        MemoryPaths { queue: path(queue), buffer: path(buffer) }
     }
 
     fn header(length: u32, message: MessageType) -> Header {
-        Header {
-            length,
-            version: 3,
-            message,
-        }
+        Header { length, version: 3, message }
     }
 
     /// Decodes a payload behind the header that fits its length.
@@ -440,11 +383,7 @@ pub(crate) mod tests {
             any::<u64>().prop_map(|epoch| Message::HotRestart { epoch }),
             any::<u64>().prop_map(|epoch| Message::HotRestartAck { epoch }),
             (any::<u32>(), any::<u32>(), data).prop_map(|(stream_id, status, data)| {
-                Message::FallbackData {
-                    stream_id,
-                    status,
-                    data: data.into(),
-                }
+                Message::FallbackData { stream_id, status, data: data.into() }
             }),
         ]
     }
@@ -462,11 +401,8 @@ pub(crate) mod tests {
         let payload = Bytes::from_static(b"\0\0\0\x02\0\0\0\x01data");
         let at = payload[8..].as_ptr();
         let header = header(20, MessageType::FallbackData);
-        let Message::FallbackData {
-            stream_id,
-            status,
-            data,
-        } = Message::decode(&header, payload).unwrap()
+        let Message::FallbackData { stream_id, status, data } =
+            Message::decode(&header, payload).unwrap()
         else {
             panic!("not FallbackData");
         };
@@ -477,11 +413,7 @@ pub(crate) mod tests {
     #[test]
     fn broken_paths_are_refused() {
         let problem = |payload: &[u8]| match decode(MessageType::ShareMemoryByMemfd, payload) {
-            Err(WireError::Path {
-                message,
-                length,
-                problem,
-            }) => {
+            Err(WireError::Path { message, length, problem }) => {
                 assert_eq!(message, "ShareMemoryByMemfd");
                 (length, problem)
             }
@@ -494,10 +426,7 @@ pub(crate) mod tests {
         assert_eq!(problem(b"\0\x02/q\0\0"), (0, "empty"));
         assert_eq!(problem(b"\0\0\0\x02/b"), (0, "empty"));
         assert_eq!(problem(b"\0\x02/q\0\x05/buf"), (5, "runs over the end"));
-        assert_eq!(
-            problem(b"\xff\xff/q\0\x04/buf"),
-            (0xffff, "runs over the end")
-        );
+        assert_eq!(problem(b"\xff\xff/q\0\x04/buf"), (0xffff, "runs over the end"));
         assert_eq!(problem(b"\0\x02/\0\0\x04/buf"), (2, "holds a NUL"));
         let mut long = vec![0x10, 0x00];
         long.extend_from_slice(&[b'q'; 4096]);
@@ -514,10 +443,7 @@ pub(crate) mod tests {
         let message = Message::ShareMemoryByMemfd(paths(&[b'q'; 4095], &[b'b'; 4095]));
         let mut bytes = Vec::new();
         message.encode(3, &mut bytes).unwrap();
-        assert_eq!(
-            decode(MessageType::ShareMemoryByMemfd, &bytes[8..]),
-            Ok(message)
-        );
+        assert_eq!(decode(MessageType::ShareMemoryByMemfd, &bytes[8..]), Ok(message));
     }
 
     #[test]
@@ -551,11 +477,7 @@ pub(crate) mod tests {
             };
             for payload in 0..40 {
                 let decoded = decode(message, &vec![0; payload]);
-                assert_eq!(
-                    decoded.is_ok(),
-                    fits(payload),
-                    "{message:?} {payload} {decoded:?}"
-                );
+                assert_eq!(decoded.is_ok(), fits(payload), "{message:?} {payload} {decoded:?}");
             }
         }
     }
@@ -573,23 +495,11 @@ pub(crate) mod tests {
             (b"/q", &long),
         ] {
             let message = Message::ShareMemoryByFilePath(paths(queue, buffer));
-            assert!(matches!(
-                message.encode(3, &mut out),
-                Err(WireError::Path { .. })
-            ));
+            assert!(matches!(message.encode(3, &mut out), Err(WireError::Path { .. })));
         }
-        assert_eq!(
-            Message::SyncEvent.encode(0, &mut out),
-            Err(WireError::Version(0))
-        );
-        assert_eq!(
-            Message::SyncEvent.encode(4, &mut out),
-            Err(WireError::Version(4))
-        );
-        assert_eq!(
-            Message::ExchangeMetadata.encode(0, &mut out),
-            Err(WireError::Version(0))
-        );
+        assert_eq!(Message::SyncEvent.encode(0, &mut out), Err(WireError::Version(0)));
+        assert_eq!(Message::SyncEvent.encode(4, &mut out), Err(WireError::Version(4)));
+        assert_eq!(Message::ExchangeMetadata.encode(0, &mut out), Err(WireError::Version(0)));
         assert_eq!(out, b"before");
         Message::ExchangeMetadata.encode(4, &mut out).unwrap();
         assert_eq!(&out[6..], [0, 0, 0, 8, 0x77, 0x58, 4, 4]);
@@ -600,14 +510,8 @@ pub(crate) mod tests {
         // The limit is tested by its function: four gigabytes are too much for a test.
         let max = MAX_FALLBACK_DATA as usize;
         assert_eq!(checked_data_len(max), Ok(MAX_FALLBACK_DATA));
-        assert!(matches!(
-            checked_data_len(max + 1),
-            Err(WireError::Length { .. })
-        ));
-        assert!(matches!(
-            checked_data_len(usize::MAX),
-            Err(WireError::Length { .. })
-        ));
+        assert!(matches!(checked_data_len(max + 1), Err(WireError::Length { .. })));
+        assert!(matches!(checked_data_len(usize::MAX), Err(WireError::Length { .. })));
         assert_eq!(fallback_header(3, 0, 0, MAX_FALLBACK_DATA)[..4], [0xff; 4]);
     }
 

@@ -1,0 +1,154 @@
+//! Two processes on two processors, and slices of all points in turn.
+//!
+//! The server process is this program again. It reads points from its standard input, serves one at
+//! a time, and answers on its standard output, so that nothing of one transport runs while another is
+//! measured.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+use super::count::{Cost, Costs};
+use super::point::{Point, Slice, Transport};
+use super::{bare, ours, sockets};
+
+/// The processor of the client and of the server.
+const CLIENT_CPU: usize = 0;
+const SERVER_CPU: usize = 1;
+
+/// How the server process is started: this program with this argument.
+pub(crate) const SERVE: &str = "--serve-points";
+
+/// Puts this thread, and those it starts, on one processor. A machine with one only stays as it is.
+pub(crate) fn pin(cpu: usize) {
+    let mut set = CpuSet::new();
+    if set.set(cpu).is_ok() {
+        let _ = sched_setaffinity(Pid::from_raw(0), &set);
+    }
+}
+
+/// What one slice gave, and what it cost on both sides.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Outcome {
+    pub(crate) slice: Slice,
+    pub(crate) syscalls_per_op: Option<f64>,
+    pub(crate) allocations_per_op: f64,
+}
+
+/// The server process and the ends of its pipes.
+pub(crate) struct Lab {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+    directory: PathBuf,
+    slices: usize,
+}
+
+impl Lab {
+    pub(crate) fn start() -> Self {
+        let directory = PathBuf::from(format!("/dev/shm/ping-pong-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).expect("room in /dev/shm");
+        let mut child = Command::new(std::env::current_exe().expect("a path to this program"))
+            .arg(SERVE)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("this program can be started");
+        let input = child.stdin.take().expect("piped");
+        let output = BufReader::new(child.stdout.take().expect("piped"));
+        pin(CLIENT_CPU);
+        Self { child, input, output, directory, slices: 0 }
+    }
+
+    /// Measures one slice of a point.
+    pub(crate) fn run(&mut self, point: Point) -> Outcome {
+        self.slices += 1;
+        let path = self.directory.join(self.slices.to_string());
+        writeln!(self.input, "{} {}", path.display(), point.to_line()).expect("a live server");
+        self.expect("ready");
+        let costs = Costs::start();
+        let slice = match point.transport {
+            Transport::Floor | Transport::RawSame | Transport::RawRotating => {
+                bare::measure(&path, point)
+            }
+            Transport::Spin | Transport::Adaptive | Transport::Sleep => ours::measure(&path, point),
+            Transport::UdsBlocking => sockets::measure_blocking(&path, point),
+            Transport::UdsGlommio => sockets::measure_glommio(&path, point),
+            #[cfg(feature = "dev-shmipc")]
+            Transport::ShmipcRs => super::shmipc_rs::measure(&path, point),
+        };
+        let cost = costs.stop();
+        let answer = self.expect("done");
+        let mut words = answer.split_whitespace().skip(1);
+        let server = Cost {
+            allocations: words.next().and_then(|word| word.parse().ok()).unwrap_or(0),
+            syscalls: words.next().and_then(|word| word.parse().ok()),
+        };
+        let _ = std::fs::remove_file(&path);
+        let operations = slice.operations.max(1) as f64;
+        let syscalls = cost.syscalls.zip(server.syscalls);
+        Outcome {
+            syscalls_per_op: syscalls.map(|(ours, theirs)| (ours + theirs) as f64 / operations),
+            allocations_per_op: (cost.allocations + server.allocations) as f64 / operations,
+            slice,
+        }
+    }
+
+    fn expect(&mut self, word: &str) -> String {
+        let mut line = String::new();
+        self.output.read_line(&mut line).expect("a live server");
+        assert!(line.starts_with(word), "the server said {line:?}");
+        line
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// The server process: serves points until its standard input ends.
+pub(crate) fn serve() {
+    for line in std::io::stdin().lines() {
+        let line = line.expect("a pipe of text");
+        let (path, point) = line.split_once(' ').expect("a path and a point");
+        let point = Point::from_line(point).expect("a point");
+        pin(if point.shared_cpu { CLIENT_CPU } else { SERVER_CPU });
+        let costs = Costs::start();
+        serve_point(Path::new(path), point);
+        let Cost { allocations, syscalls } = costs.stop();
+        match syscalls {
+            Some(syscalls) => answer(&format!("done {allocations} {syscalls}")),
+            None => answer(&format!("done {allocations} unknown")),
+        }
+    }
+}
+
+fn serve_point(path: &Path, point: Point) {
+    let ready = || answer("ready");
+    match point.transport {
+        Transport::Floor | Transport::RawSame | Transport::RawRotating => {
+            ready();
+            bare::serve(path, point);
+        }
+        Transport::Spin | Transport::Adaptive | Transport::Sleep => {
+            ours::serve(path, point, ready);
+        }
+        Transport::UdsBlocking => sockets::serve_blocking(path, point, ready),
+        Transport::UdsGlommio => sockets::serve_glommio(path, point, ready),
+        #[cfg(feature = "dev-shmipc")]
+        Transport::ShmipcRs => super::shmipc_rs::serve(path, point, ready),
+    }
+}
+
+fn answer(line: &str) {
+    let mut output = std::io::stdout().lock();
+    // The client that is gone reads no more, and this process ends with its input.
+    let _ = writeln!(output, "{line}").and_then(|()| output.flush());
+}

@@ -1,0 +1,143 @@
+//! This crate: a session between two executors, one per process.
+
+use std::cell::RefCell;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use futures_lite::{AsyncReadExt, AsyncWriteExt};
+use glommio::{LocalExecutorBuilder, Placement};
+use shmipc_glommio::{Config, Connector, Listener, Spin, Stream};
+
+use super::payload;
+use super::point::{Point, Slice, Stopwatch, Transport, batch_for};
+
+fn config(transport: Transport) -> Config {
+    let builder = Config::builder();
+    let builder = match transport {
+        Transport::Spin => builder.spin(Spin::Forever),
+        Transport::Sleep => builder.spin(Spin::Never),
+        _ => builder,
+    };
+    builder.build().expect("a valid configuration")
+}
+
+/// Serves one session. `ready` is called when the client can connect.
+pub(crate) fn serve(path: &Path, point: Point, ready: impl FnOnce() + 'static) {
+    let path = path.to_owned();
+    run(async move {
+        let listener = Listener::bind(&path, config(point.transport)).expect("a free path");
+        ready();
+        let session = listener.accept().await.expect("a client");
+        while let Ok(stream) = session.accept().await {
+            glommio::spawn_local(echo(stream, point)).detach();
+        }
+    });
+}
+
+async fn echo(mut stream: Stream, point: Point) {
+    let mut buffer = vec![0; point.size];
+    let mut seed = 0;
+    // Ends when the client goes.
+    while stream.read_exact(&mut buffer).await.is_ok() {
+        if point.touch {
+            payload::read(&buffer);
+            payload::write(&mut buffer, seed);
+            seed = seed.wrapping_add(1);
+        }
+        if stream.write_all(&buffer).await.is_err() {
+            return;
+        }
+    }
+}
+
+pub(crate) fn measure(path: &Path, point: Point) -> Slice {
+    let path = path.to_owned();
+    run(async move {
+        let connector = Connector::new(config(point.transport));
+        let session = connector.connect(&path).await.expect("the server listens");
+        // Warm: pages are touched, tasks are placed.
+        let warm = Stopwatch::start(point.slice / 8, 1);
+        let stream = session.open_stream().expect("an open session");
+        ping(stream, point, Rc::new(RefCell::new(warm))).await;
+        let batch = if point.streams == 1 { batch_for(point.transport, point.size) } else { 1 };
+        let watch = Rc::new(RefCell::new(Stopwatch::start(point.slice, batch)));
+        let tasks: Vec<_> = (0..point.streams)
+            .map(|_| {
+                let stream = session.open_stream().expect("an open session");
+                glommio::spawn_local(ping(stream, point, Rc::clone(&watch)))
+            })
+            .collect();
+        for task in tasks {
+            task.await;
+        }
+        let watch = Rc::into_inner(watch).expect("all tasks are done");
+        watch.into_inner().stop()
+    })
+}
+
+async fn ping(mut stream: Stream, point: Point, watch: Rc<RefCell<Stopwatch>>) {
+    let mut buffer = vec![0; point.size];
+    let batch = watch.borrow().batch();
+    let mut seed = 0u8;
+    loop {
+        let began = Instant::now();
+        for _ in 0..batch {
+            if point.touch {
+                payload::write(&mut buffer, seed);
+                seed = seed.wrapping_add(1);
+            }
+            stream.write_all(&buffer).await.expect("the server reads");
+            stream.read_exact(&mut buffer).await.expect("the server answers");
+            if point.touch {
+                payload::read(&buffer);
+            }
+        }
+        let mut watch = watch.borrow_mut();
+        watch.lap(began);
+        if !watch.goes_on() {
+            return;
+        }
+    }
+}
+
+/// Processor time of a core with so many idle sessions, as a share of the wall's.
+pub(crate) fn idle_share(path: &Path, sessions: usize, during: Duration) -> f64 {
+    let path = path.to_owned();
+    run(async move {
+        let config = Config::builder()
+            .buffer_size(1 << 20)
+            .queue_capacity(64)
+            .build()
+            .expect("a valid configuration");
+        let listener = Listener::bind(&path, config.clone()).expect("a free path");
+        let connector = Connector::new(config);
+        let mut held = Vec::new();
+        for _ in 0..sessions / 2 {
+            let (client, server) =
+                futures_lite::future::zip(connector.connect(&path), listener.accept()).await;
+            let (client, server) = (client.expect("a session"), server.expect("a session"));
+            let mut stream = client.open_stream().expect("an open session");
+            stream.write_all(b"once").await.expect("an open session");
+            held.push((client, server, stream));
+        }
+        glommio::timer::sleep(Duration::from_secs(1)).await;
+        let (cpu, wall) = (cpu_time(), Instant::now());
+        glommio::timer::sleep(during).await;
+        (cpu_time() - cpu).as_secs_f64() / wall.elapsed().as_secs_f64()
+    })
+}
+
+fn cpu_time() -> Duration {
+    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_THREAD)
+        .expect("getrusage knows the thread");
+    let time = |value: nix::sys::time::TimeVal| {
+        Duration::new(value.tv_sec() as u64, value.tv_usec() as u32 * 1000)
+    };
+    time(usage.user_time()) + time(usage.system_time())
+}
+
+fn run<T>(task: impl Future<Output = T>) -> T {
+    let executor = LocalExecutorBuilder::new(Placement::Unbound).make();
+    executor.expect("io_uring, and 512 KiB of locked memory").run(task)
+}

@@ -1,0 +1,175 @@
+//! One thing that is measured, and how it is told to the server process.
+
+use std::time::Duration;
+
+/// What carries the bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Transport {
+    /// Two bare threads of execution on shared lines: the machine's limit for small messages.
+    Floor,
+    /// The same for large messages: bytes written and read in shared memory without a protocol. The
+    /// reply is written where the request came in.
+    RawSame,
+    /// Without a protocol, rotating through 4 MiB each way.
+    RawRotating,
+    /// This crate, polling always.
+    Spin,
+    /// This crate as it is configured by default.
+    Adaptive,
+    /// This crate without polling: every message wakes the peer.
+    Sleep,
+    /// A Unix socket and blocking calls.
+    UdsBlocking,
+    /// A Unix socket on glommio.
+    UdsGlommio,
+    /// The crate `shmipc`.
+    #[cfg(feature = "dev-shmipc")]
+    ShmipcRs,
+}
+
+impl Transport {
+    pub(crate) const ALL: &[Self] = &[
+        Self::Floor,
+        Self::RawSame,
+        Self::RawRotating,
+        Self::Spin,
+        Self::Adaptive,
+        Self::Sleep,
+        Self::UdsBlocking,
+        Self::UdsGlommio,
+        #[cfg(feature = "dev-shmipc")]
+        Self::ShmipcRs,
+    ];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Floor => "floor",
+            Self::RawSame => "raw-same",
+            Self::RawRotating => "raw-rotating",
+            Self::Spin => "shmipc-glommio-spin",
+            Self::Adaptive => "shmipc-glommio-adaptive",
+            Self::Sleep => "shmipc-glommio-sleep",
+            Self::UdsBlocking => "uds-blocking",
+            Self::UdsGlommio => "uds-glommio",
+            #[cfg(feature = "dev-shmipc")]
+            Self::ShmipcRs => "shmipc-rs",
+        }
+    }
+
+    pub(crate) fn by_name(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|transport| transport.name() == name)
+    }
+}
+
+/// A transport, a size, how many streams at the same time, and whether every byte is written and
+/// read on both sides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Point {
+    pub(crate) transport: Transport,
+    pub(crate) size: usize,
+    pub(crate) streams: usize,
+    pub(crate) touch: bool,
+    /// Whether both processes are on the same processor.
+    pub(crate) shared_cpu: bool,
+    /// How long one slice of it is measured.
+    pub(crate) slice: Duration,
+}
+
+impl Point {
+    /// The point as a line for the server process.
+    pub(crate) fn to_line(self) -> String {
+        format!(
+            "{} {} {} {} {} {}",
+            self.transport.name(),
+            self.size,
+            self.streams,
+            u8::from(self.touch),
+            u8::from(self.shared_cpu),
+            self.slice.as_micros()
+        )
+    }
+
+    pub(crate) fn from_line(line: &str) -> Option<Self> {
+        let mut words = line.split_whitespace();
+        let transport = Transport::by_name(words.next()?)?;
+        let mut number = || words.next()?.parse::<u64>().ok();
+        Some(Self {
+            transport,
+            size: number()? as usize,
+            streams: number()? as usize,
+            touch: number()? != 0,
+            shared_cpu: number()? != 0,
+            slice: Duration::from_micros(number()?),
+        })
+    }
+}
+
+/// What one slice gave.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Slice {
+    pub(crate) p50_ns: f64,
+    pub(crate) p99_ns: f64,
+    pub(crate) per_op_ns: f64,
+    pub(crate) operations: u64,
+}
+
+/// Collects the time of every round trip, or of every batch of them where one is too short for the
+/// clock.
+pub(crate) struct Stopwatch {
+    histogram: hdrhistogram::Histogram<u64>,
+    started: std::time::Instant,
+    until: std::time::Instant,
+    batch: u64,
+    operations: u64,
+}
+
+impl Stopwatch {
+    /// `batch` round trips are timed together.
+    pub(crate) fn start(slice: Duration, batch: u64) -> Self {
+        let started = std::time::Instant::now();
+        let histogram = hdrhistogram::Histogram::new_with_bounds(1, 60_000_000_000, 3)
+            .expect("bounds that fit");
+        Self { histogram, started, until: started + slice, batch, operations: 0 }
+    }
+
+    /// Whether there is time for one more batch.
+    pub(crate) fn goes_on(&self) -> bool {
+        std::time::Instant::now() < self.until
+    }
+
+    pub(crate) fn batch(&self) -> u64 {
+        self.batch
+    }
+
+    /// Notes a batch that began at `began`.
+    pub(crate) fn lap(&mut self, began: std::time::Instant) {
+        // Ten times finer than a nanosecond, so that a short batch is not rounded away.
+        let tenths = began.elapsed().as_nanos() as u64 * 10 / self.batch;
+        self.histogram.saturating_record(tenths.max(1));
+        self.operations += self.batch;
+    }
+
+    pub(crate) fn stop(self) -> Slice {
+        let elapsed = self.started.elapsed().as_nanos() as f64;
+        let quantile = |q| self.histogram.value_at_quantile(q) as f64 / 10.0;
+        Slice {
+            p50_ns: quantile(0.5),
+            p99_ns: quantile(0.99),
+            per_op_ns: elapsed / self.operations.max(1) as f64,
+            operations: self.operations,
+        }
+    }
+}
+
+/// How many round trips of this size to time together.
+pub(crate) fn batch_for(transport: Transport, size: usize) -> u64 {
+    let is_fast = matches!(
+        transport,
+        Transport::Floor
+            | Transport::RawSame
+            | Transport::RawRotating
+            | Transport::Spin
+            | Transport::Adaptive
+    );
+    if is_fast && size <= 4096 { 16 } else { 1 }
+}
