@@ -102,8 +102,8 @@ pub(crate) fn measure(path: &Path, point: Point) -> Slice {
     let same = point.transport != Transport::RawRotating;
     let mut watch = Stopwatch::start(point.slice, batch_for(point.transport, point.size));
     let (mut turn, mut number) = (0u32, 0);
-    while watch.goes_on() {
-        let began = Instant::now();
+    let mut next = Some(Instant::now());
+    while let Some(began) = next {
         for _ in 0..watch.batch() {
             let at = place(point, number);
             let touches = point.transport != Transport::Floor && point.touch;
@@ -119,7 +119,7 @@ pub(crate) fn measure(path: &Path, point: Point) -> Slice {
             }
             number += 1;
         }
-        watch.lap(began);
+        next = watch.lap(began);
     }
     memory.word(0).store(STOP, Ordering::Release);
     watch.stop()

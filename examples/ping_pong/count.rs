@@ -57,7 +57,7 @@ fn syscall_tracepoint() -> Option<Tracepoint> {
 impl Costs {
     pub(crate) fn start() -> Self {
         let syscalls = syscall_tracepoint().and_then(|event| {
-            let mut counter = Builder::new(event).inherit(true).build().ok()?;
+            let mut counter = Builder::new(event).inherit(true).include_kernel().build().ok()?;
             counter.enable().ok()?;
             Some(counter)
         });

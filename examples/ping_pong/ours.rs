@@ -60,7 +60,7 @@ pub(crate) fn measure(path: &Path, point: Point) -> Slice {
         let warm = Stopwatch::start(point.slice / 8, 1);
         let stream = session.open_stream().expect("an open session");
         ping(stream, point, Rc::new(RefCell::new(warm))).await;
-        let batch = if point.streams == 1 { batch_for(point.transport, point.size) } else { 1 };
+        let batch = batch_for(point.transport, point.size);
         let watch = Rc::new(RefCell::new(Stopwatch::start(point.slice, batch)));
         let tasks: Vec<_> = (0..point.streams)
             .map(|_| {
@@ -80,8 +80,8 @@ async fn ping(mut stream: Stream, point: Point, watch: Rc<RefCell<Stopwatch>>) {
     let mut buffer = vec![0; point.size];
     let batch = watch.borrow().batch();
     let mut seed = 0u8;
-    loop {
-        let began = Instant::now();
+    let mut next = Some(Instant::now());
+    while let Some(began) = next {
         for _ in 0..batch {
             if point.touch {
                 payload::write(&mut buffer, seed);
@@ -93,11 +93,7 @@ async fn ping(mut stream: Stream, point: Point, watch: Rc<RefCell<Stopwatch>>) {
                 payload::read(&buffer);
             }
         }
-        let mut watch = watch.borrow_mut();
-        watch.lap(began);
-        if !watch.goes_on() {
-            return;
-        }
+        next = watch.borrow_mut().lap(began);
     }
 }
 

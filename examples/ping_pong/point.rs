@@ -132,21 +132,19 @@ impl Stopwatch {
         Self { histogram, started, until: started + slice, batch, operations: 0 }
     }
 
-    /// Whether there is time for one more batch.
-    pub(crate) fn goes_on(&self) -> bool {
-        std::time::Instant::now() < self.until
-    }
-
     pub(crate) fn batch(&self) -> u64 {
         self.batch
     }
 
-    /// Notes a batch that began at `began`.
-    pub(crate) fn lap(&mut self, began: std::time::Instant) {
+    /// Notes a batch that began at `began`, and when the next one begins: now. `None`: the time is
+    /// over. One look at the clock for each batch, since a look costs as much as a message.
+    pub(crate) fn lap(&mut self, began: std::time::Instant) -> Option<std::time::Instant> {
+        let now = std::time::Instant::now();
         // Ten times finer than a nanosecond, so that a short batch is not rounded away.
-        let tenths = began.elapsed().as_nanos() as u64 * 10 / self.batch;
+        let tenths = now.duration_since(began).as_nanos() as u64 * 10 / self.batch;
         self.histogram.saturating_record(tenths.max(1));
         self.operations += self.batch;
+        (now < self.until).then_some(now)
     }
 
     pub(crate) fn stop(self) -> Slice {

@@ -85,8 +85,8 @@ pub(crate) fn measure(path: &Path, point: Point) -> Slice {
 async fn ping(mut stream: Stream, point: Point, watch: Arc<Mutex<Stopwatch>>) {
     let mut buffer = vec![0; point.size];
     let mut seed = 0u8;
-    loop {
-        let began = Instant::now();
+    let mut next = Some(Instant::now());
+    while let Some(began) = next {
         if point.touch {
             payload::write(&mut buffer, seed);
             seed = seed.wrapping_add(1);
@@ -99,11 +99,7 @@ async fn ping(mut stream: Stream, point: Point, watch: Arc<Mutex<Stopwatch>>) {
         }
         drop(bytes);
         stream.release_read_and_reuse();
-        let mut watch = watch.lock().expect("no task panicked");
-        watch.lap(began);
-        if !watch.goes_on() {
-            break;
-        }
+        next = watch.lock().expect("no task panicked").lap(began);
     }
     let _ = stream.close().await;
 }

@@ -48,9 +48,9 @@ pub(crate) fn measure_blocking(path: &Path, point: Point) -> Slice {
     let mut buffer = vec![0; point.size];
     let mut seed = 0u8;
     let mut watch = Stopwatch::start(point.slice, 1);
-    while watch.goes_on() {
+    let mut next = Some(Instant::now());
+    while let Some(began) = next {
         // One thread, all streams in flight at the same time, as one core would do it.
-        let began = Instant::now();
         for stream in &mut streams {
             if point.touch {
                 payload::write(&mut buffer, seed);
@@ -63,7 +63,7 @@ pub(crate) fn measure_blocking(path: &Path, point: Point) -> Slice {
             if point.touch {
                 payload::read(&buffer);
             }
-            watch.lap(began);
+            next = watch.lap(began);
         }
     }
     watch.stop()
@@ -120,8 +120,8 @@ pub(crate) fn measure_glommio(path: &Path, point: Point) -> Slice {
 async fn ping(mut stream: glommio::net::UnixStream, point: Point, watch: Rc<RefCell<Stopwatch>>) {
     let mut buffer = vec![0; point.size];
     let mut seed = 0u8;
-    loop {
-        let began = Instant::now();
+    let mut next = Some(Instant::now());
+    while let Some(began) = next {
         if point.touch {
             payload::write(&mut buffer, seed);
             seed = seed.wrapping_add(1);
@@ -131,11 +131,7 @@ async fn ping(mut stream: glommio::net::UnixStream, point: Point, watch: Rc<RefC
         if point.touch {
             payload::read(&buffer);
         }
-        let mut watch = watch.borrow_mut();
-        watch.lap(began);
-        if !watch.goes_on() {
-            return;
-        }
+        next = watch.borrow_mut().lap(began);
     }
 }
 

@@ -31,6 +31,8 @@ use crate::wire::{Event, EventState, Header, Message, fallback_header, sync_even
 
 /// The most events that one turn takes before the other sessions get theirs.
 const EVENTS_PER_TURN: usize = 256;
+/// How many events are shown to the peer with one store, in the middle of a batch.
+const PUBLISH_EVERY: i64 = 8;
 /// How many events are taken from the queue before the first of them is handled.
 const BATCH: usize = 16;
 const NO_EVENT: Event = Event { stream_id: 0, offset: 0, status: 0 };
@@ -428,15 +430,15 @@ impl SessionInner {
 
     /// Puts an event into the queue. `Ok(false)`: the queue is full.
     ///
-    /// The first event since the last turn is shown to the peer at once, for latency; those that
-    /// follow it are shown together at the next turn, which also looks whether the peer must be
-    /// woken.
+    /// The first event since the last turn is shown to the peer at once, for latency. Those that
+    /// follow it are shown a few at a time, so that the peer works on them while this side makes
+    /// more, and the rest at the next turn, which also looks whether the peer must be woken.
     pub(super) fn send_event(self: &Rc<Self>, event: Event) -> Result<bool, Error> {
         let mut producer = self.lanes.producer.borrow_mut();
         if !producer.push(event)? {
             return Ok(false);
         }
-        if !self.lanes.must_look.replace(true) {
+        if !self.lanes.must_look.replace(true) || producer.unpublished() >= PUBLISH_EVERY {
             producer.publish();
         }
         drop(producer);

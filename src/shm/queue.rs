@@ -201,16 +201,16 @@ impl<M: Memory> Producer<M> {
         Ok(self.tail - head >= capacity)
     }
 
-    /// Whether there are events that the peer cannot see yet.
+    /// How many events there are that the peer cannot see yet.
     #[inline]
-    pub(crate) fn has_unpublished(&self) -> bool {
-        self.tail != self.published
+    pub(crate) fn unpublished(&self) -> i64 {
+        self.tail - self.published
     }
 
     /// Shows the peer every event so far.
     #[inline]
     pub(crate) fn publish(&mut self) {
-        if self.has_unpublished() {
+        if self.unpublished() > 0 {
             // Release, pairs with the acquire load of the tail in the peer's `Consumer::pop`: the
             // events, and the slices they name, are written before.
             self.ring.memory.store_i64(self.ring.tail(), self.tail);
@@ -412,7 +412,7 @@ mod tests {
         for layout in LAYOUTS {
             let (_memory, mut client, mut server) = pair(16, layout);
             client.0.push(event(1)).unwrap();
-            assert!(client.0.has_unpublished());
+            assert_eq!(client.0.unpublished(), 1);
             assert_eq!(pop(&mut server.1).unwrap(), None);
             client.0.publish();
             assert_eq!(pop(&mut server.1).unwrap(), Some(event(1)));
