@@ -283,6 +283,12 @@ pub enum Error {
     /// The peer closed the stream; what is written to it now would reach nobody.
     #[error("the peer closed the stream")]
     StreamClosedByPeer,
+    /// A token was shown that does not speak for the peer of this session.
+    #[error("the promise was not made for this peer")]
+    NotTrusted,
+    /// A loan was to be sent on a session whose memory it is not.
+    #[error("the loan is of another session")]
+    ForeignLoan,
     /// Only the client of a session opens streams.
     #[error("a server cannot open streams, it accepts them")]
     NotClient,
@@ -315,6 +321,8 @@ impl Error {
             Self::SessionClosed => io::ErrorKind::ConnectionAborted,
             Self::StreamClosed => io::ErrorKind::NotConnected,
             Self::StreamClosedByPeer => io::ErrorKind::BrokenPipe,
+            Self::NotTrusted => io::ErrorKind::PermissionDenied,
+            Self::ForeignLoan => io::ErrorKind::InvalidInput,
             Self::NotClient => io::ErrorKind::Unsupported,
             Self::TooManyStreams(_) => io::ErrorKind::QuotaExceeded,
         }

@@ -5,9 +5,9 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use futures_lite::{AsyncReadExt, AsyncWriteExt};
+use futures_lite::AsyncWriteExt;
 use glommio::{LocalExecutorBuilder, Placement};
-use shmipc_glommio::{Config, Connector, Listener, Spin, Stream};
+use shmipc_glommio::{Config, Connector, Error, Listener, PeerTrust, Result, Spin, Stream};
 
 use super::payload;
 use super::point::{Point, Slice, Stopwatch, Transport, batch_for};
@@ -26,46 +26,72 @@ fn config(transport: Transport) -> Config {
 pub(crate) fn serve(path: &Path, point: Point, ready: impl FnOnce() + 'static) {
     let path = path.to_owned();
     run(async move {
+        let trust = Rc::new(trust());
         let listener = Listener::bind(&path, config(point.transport)).expect("a free path");
+        let listener = listener.trusting(&trust);
         ready();
         let session = listener.accept().await.expect("a client");
         while let Ok(stream) = session.accept().await {
-            glommio::spawn_local(echo(stream, point)).detach();
+            glommio::spawn_local(echo(stream, point, Rc::clone(&trust))).detach();
         }
     });
 }
 
-async fn echo(mut stream: Stream, point: Point) {
-    let mut buffer = vec![0; point.size];
+async fn echo(mut stream: Stream, point: Point, trust: Rc<PeerTrust>) {
     let mut seed = 0;
     // Ends when the client goes.
-    while stream.read_exact(&mut buffer).await.is_ok() {
-        if point.touch {
-            payload::read(&buffer);
-            payload::write(&mut buffer, seed);
-            seed = seed.wrapping_add(1);
-        }
-        if stream.write_all(&buffer).await.is_err() {
+    while receive(&mut stream, point, &trust).await.is_ok() {
+        if send(&mut stream, point, &trust, seed).await.is_err() {
             return;
         }
+        seed = seed.wrapping_add(1);
     }
+}
+
+/// Sends one message, written in place.
+async fn send(stream: &mut Stream, point: Point, trust: &PeerTrust, seed: u8) -> Result<()> {
+    let mut loan = stream.alloc(point.size).await?;
+    if point.touch {
+        loan.views(trust)?.for_each(|view| payload::write(view, seed));
+    }
+    loan.advance(point.size);
+    stream.send(loan).await
+}
+
+/// Receives one message, read in place, in as many pieces as it comes.
+async fn receive(stream: &mut Stream, point: Point, trust: &PeerTrust) -> Result<()> {
+    let mut received = 0;
+    while received < point.size {
+        let message = stream.recv().await?.ok_or(Error::StreamClosedByPeer)?;
+        if point.touch {
+            message.views(trust)?.for_each(|view| _ = payload::read(view));
+        }
+        received += message.len();
+    }
+    Ok(())
+}
+
+fn trust() -> PeerTrust {
+    // SAFETY: both processes are this program.
+    unsafe { PeerTrust::promise() }
 }
 
 pub(crate) fn measure(path: &Path, point: Point) -> Slice {
     let path = path.to_owned();
     run(async move {
-        let connector = Connector::new(config(point.transport));
+        let trust = Rc::new(trust());
+        let connector = Connector::new(config(point.transport)).trusting(&trust);
         let session = connector.connect(&path).await.expect("the server listens");
         // Warm: pages are touched, tasks are placed.
         let warm = Stopwatch::start(point.slice / 8, 1);
         let stream = session.open_stream().expect("an open session");
-        ping(stream, point, Rc::new(RefCell::new(warm))).await;
+        ping(stream, point, Rc::clone(&trust), Rc::new(RefCell::new(warm))).await;
         let batch = batch_for(point.transport, point.size);
         let watch = Rc::new(RefCell::new(Stopwatch::start(point.slice, batch)));
         let tasks: Vec<_> = (0..point.streams)
             .map(|_| {
                 let stream = session.open_stream().expect("an open session");
-                glommio::spawn_local(ping(stream, point, Rc::clone(&watch)))
+                glommio::spawn_local(ping(stream, point, Rc::clone(&trust), Rc::clone(&watch)))
             })
             .collect();
         for task in tasks {
@@ -76,22 +102,20 @@ pub(crate) fn measure(path: &Path, point: Point) -> Slice {
     })
 }
 
-async fn ping(mut stream: Stream, point: Point, watch: Rc<RefCell<Stopwatch>>) {
-    let mut buffer = vec![0; point.size];
+async fn ping(
+    mut stream: Stream,
+    point: Point,
+    trust: Rc<PeerTrust>,
+    watch: Rc<RefCell<Stopwatch>>,
+) {
     let batch = watch.borrow().batch();
     let mut seed = 0u8;
     let mut next = Some(Instant::now());
     while let Some(began) = next {
         for _ in 0..batch {
-            if point.touch {
-                payload::write(&mut buffer, seed);
-                seed = seed.wrapping_add(1);
-            }
-            stream.write_all(&buffer).await.expect("the server reads");
-            stream.read_exact(&mut buffer).await.expect("the server answers");
-            if point.touch {
-                payload::read(&buffer);
-            }
+            send(&mut stream, point, &trust, seed).await.expect("the server reads");
+            receive(&mut stream, point, &trust).await.expect("the server answers");
+            seed = seed.wrapping_add(1);
         }
         next = watch.borrow_mut().lap(began);
     }

@@ -11,6 +11,7 @@ use super::session::Session;
 use super::socket::Socket;
 use crate::config::Config;
 use crate::error::Result;
+use crate::shm::access::PeerTrust;
 
 /// Connects to servers. Each session has its own shared memory.
 ///
@@ -18,12 +19,20 @@ use crate::error::Result;
 #[derive(Debug, Clone)]
 pub struct Connector {
     config: Rc<Config>,
+    trust: Option<u64>,
 }
 
 impl Connector {
     /// A connector whose sessions have this configuration.
     pub fn new(config: Config) -> Self {
-        Self { config: Rc::new(config) }
+        Self { config: Rc::new(config), trust: None }
+    }
+
+    /// Says that the promise behind this token speaks for the servers that are connected to from
+    /// now on, so that their messages can be looked at in place.
+    pub fn trusting(mut self, trust: &PeerTrust) -> Self {
+        self.trust = Some(trust.id());
+        self
     }
 
     /// Connects to the Unix socket at `path` and shakes hands.
@@ -53,6 +62,6 @@ impl Connector {
         let config = &self.config;
         let connect = async { handshake::connect(socket.await?, config).await };
         let established = within(config, connect).await?;
-        Ok(Session::start(established, config))
+        Ok(Session::start(established, config, self.trust))
     }
 }

@@ -20,7 +20,7 @@ use futures_lite::future::{poll_fn, yield_now};
 
 use super::inbound::Segment;
 use super::outbox;
-use super::session::SessionInner;
+use super::session::{InPlace, SessionInner};
 use super::socket::Received;
 use super::stream::StreamInner;
 use crate::config::Spin;
@@ -36,8 +36,11 @@ const PUBLISH_EVERY: i64 = 8;
 /// How many events are taken from the queue before the first of them is handled.
 const BATCH: usize = 16;
 const NO_EVENT: Event = Event { stream_id: 0, offset: 0, status: 0 };
-/// How often a task looks at the queue itself before it sleeps: about half a microsecond.
-const IN_PLACE_LOOKS: usize = 20;
+/// How often a task looks at the queue itself before it sleeps: a microsecond or so, within which a
+/// peer answers that is at it, even if its own task has to go over its poller.
+const IN_PLACE_LOOKS: usize = 48;
+/// How many waits are not made in place after some that were in vain.
+const IN_PLACE_SKIPS: u32 = 63;
 /// How often in a row a session's tasks may go on without the poller's turn.
 const IN_PLACE_TURNS: u32 = 16;
 /// The most receives in a row from one socket.
@@ -58,7 +61,7 @@ impl SessionInner {
     /// One turn of the poller.
     pub(super) fn turn(self: &Rc<Self>, now: Instant) -> Stay {
         let spins = self.config.spin != Spin::Never;
-        self.activity.in_place_turns.set(if spins { IN_PLACE_TURNS } else { 0 });
+        self.set_in_place_turns(if spins { IN_PLACE_TURNS } else { 0 });
         let moved = match self.drain(EVENTS_PER_TURN) {
             Ok(count) => count > 0,
             Err(error) => {
@@ -77,6 +80,11 @@ impl SessionInner {
             self.activity.last_traffic.set(now);
         }
         self.stay(now, moved || sent)
+    }
+
+    fn set_in_place_turns(&self, turns: u32) {
+        let in_place = &self.activity.in_place;
+        in_place.set(InPlace { turns, ..in_place.get() });
     }
 
     fn stay(&self, now: Instant, had_traffic: bool) -> Stay {
@@ -99,7 +107,7 @@ impl SessionInner {
         let result = self.lanes.consumer.borrow_mut().try_sleep();
         match result {
             Ok(true) => {
-                self.activity.in_place_turns.set(0);
+                self.set_in_place_turns(0);
                 self.lanes.manager.set_resting(true);
                 self.counters.sleeps.add(1);
                 Stay::Asleep
@@ -148,13 +156,19 @@ impl SessionInner {
     /// Waits a moment for data of a stream that the calling task would otherwise sleep for, and
     /// drains the queue itself.
     ///
-    /// The way over the poller and back costs more than a peer that is at it takes to answer. It is
-    /// taken all the same when other streams wait too, since their tasks could run meanwhile, and
-    /// after every [`IN_PLACE_TURNS`] shortcuts, since a task that never sleeps lets no other run.
+    /// The way over the poller and back costs more than a peer that is at it takes to answer. It
+    /// is taken all the same when other streams wait too, since their tasks could run meanwhile;
+    /// after every [`IN_PLACE_TURNS`] shortcuts, since a task that never sleeps lets no other run;
+    /// and for a while after waits in vain.
     pub(super) fn wait_in_place(self: &Rc<Self>, stream: &StreamInner) {
-        let turns = self.activity.in_place_turns.get();
-        if turns == 0 || self.activity.waiting_readers.get() > 0 {
+        let activity = &self.activity;
+        if activity.in_place.get().turns == 0 || activity.waiting_readers.get() > 0 {
             return;
+        }
+        let mut in_place = activity.in_place.get();
+        if in_place.skips > 0 {
+            in_place.skips -= 1;
+            return activity.in_place.set(in_place);
         }
         self.flush_queue();
         for _ in 0..IN_PLACE_LOOKS {
@@ -163,12 +177,16 @@ impl SessionInner {
                     return self.fail(error.into());
                 }
                 if stream.has_news() {
-                    self.activity.in_place_turns.set(turns - 1);
-                    return;
+                    return activity
+                        .in_place
+                        .set(InPlace { turns: in_place.turns - 1, ..InPlace::default() });
                 }
             }
             std::hint::spin_loop();
         }
+        in_place.penalty = (in_place.penalty * 2 + 1).min(IN_PLACE_SKIPS);
+        in_place.skips = in_place.penalty;
+        activity.in_place.set(in_place);
     }
 
     /// Takes every event that was published before now.

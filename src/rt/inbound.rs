@@ -16,11 +16,38 @@ pub(super) enum Segment {
 }
 
 impl Segment {
-    fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         match self {
             Self::Slices(chain) => chain.len(),
             Self::Bytes(bytes) => bytes.len(),
         }
+    }
+
+    /// Copies the first bytes out, as many as `to` holds, and consumes them.
+    pub(super) fn read(&mut self, to: &mut [u8]) -> usize {
+        match self {
+            Self::Slices(chain) => chain.read(to),
+            Self::Bytes(bytes) => {
+                let count = bytes.len().min(to.len());
+                bytes.copy_to_slice(&mut to[..count]);
+                count
+            }
+        }
+    }
+
+    /// How many bytes of it came over the socket.
+    pub(super) fn socket_len(&self) -> usize {
+        match self {
+            Self::Slices(_) => 0,
+            Self::Bytes(bytes) => bytes.len(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Segment {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let name = if self.socket_len() > 0 { "Bytes" } else { "Slices" };
+        formatter.debug_struct(name).field("len", &self.len()).finish_non_exhaustive()
     }
 }
 
@@ -36,9 +63,7 @@ pub(super) struct Inbound {
 impl Inbound {
     pub(super) fn push(&mut self, segment: Segment) {
         self.len += segment.len();
-        if let Segment::Bytes(bytes) = &segment {
-            self.socket_len += bytes.len();
-        }
+        self.socket_len += segment.socket_len();
         // One without bytes gives its slices back here.
         if segment.len() > 0 {
             self.segments.push_back(segment);
@@ -64,21 +89,23 @@ impl Inbound {
             let Some(front) = self.segments.front_mut() else {
                 break;
             };
-            copied += match front {
-                Segment::Slices(chain) => chain.read(&mut to[copied..]),
-                Segment::Bytes(bytes) => {
-                    let count = bytes.len().min(to.len() - copied);
-                    bytes.copy_to_slice(&mut to[copied..copied + count]);
-                    self.socket_len -= count;
-                    count
-                }
-            };
+            let before = front.socket_len();
+            copied += front.read(&mut to[copied..]);
+            self.socket_len -= before - front.socket_len();
             if front.len() == 0 {
                 self.segments.pop_front();
             }
         }
         self.len -= copied;
         copied
+    }
+
+    /// Takes the oldest flush as a whole.
+    pub(super) fn pop(&mut self) -> Option<Segment> {
+        let segment = self.segments.pop_front()?;
+        self.len -= segment.len();
+        self.socket_len -= segment.socket_len();
+        Some(segment)
     }
 
     /// Throws everything away.

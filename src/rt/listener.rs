@@ -4,7 +4,7 @@
 //! A task accepts connections and starts one more task for each handshake, so a peer that dawdles,
 //! or breaks the protocol, delays nobody. How many handshakes run at the same time is bounded.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::fs;
 use std::future::poll_fn;
@@ -29,6 +29,7 @@ use super::socket::{ListenerSocket, Socket};
 use super::wakers::WakerList;
 use crate::config::Config;
 use crate::error::{Error, HandshakeError, Result};
+use crate::shm::access::PeerTrust;
 
 /// How long accepting pauses when the process has no descriptor left for another connection.
 const OUT_OF_DESCRIPTORS_PAUSE: Duration = Duration::from_millis(20);
@@ -76,6 +77,7 @@ struct Shared {
     failed: RefCell<Option<Error>>,
     waiting: WakerList,
     on_refused: RefCell<Option<OnRefused>>,
+    trust: Cell<Option<u64>>,
 }
 
 impl Listener {
@@ -124,6 +126,7 @@ impl Listener {
             failed: RefCell::default(),
             waiting: WakerList::default(),
             on_refused: RefCell::default(),
+            trust: Cell::new(None),
         });
         let accepting = glommio::spawn_local(accept_connections(socket, Rc::downgrade(&shared)));
         Self { shared, address, _accepting: accepting, _path: path }
@@ -137,6 +140,13 @@ impl Listener {
     /// Calls `tell` for every peer that was dropped before it became a session, with the reason.
     pub fn on_refused(&self, tell: impl Fn(&Error) + 'static) {
         *self.shared.on_refused.borrow_mut() = Some(Box::new(tell));
+    }
+
+    /// Says that the promise behind this token speaks for the peers of sessions from now on, so
+    /// that their messages can be looked at in place.
+    pub fn trusting(self, trust: &PeerTrust) -> Self {
+        self.shared.trust.set(Some(trust.id()));
+        self
     }
 
     /// Waits for the next session. Its handshake is done.
@@ -241,7 +251,7 @@ async fn shake_hands(connection: Socket, shared: Weak<Shared>) {
     };
     match result {
         Ok(established) => {
-            let session = Session::start(established, &config);
+            let session = Session::start(established, &config, shared.trust.get());
             shared.ready.borrow_mut().push_back(session);
             shared.waiting.wake_all();
         }

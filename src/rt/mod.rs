@@ -9,7 +9,8 @@
 //! - [`session`]: a session's state; [`driver`]: what arrives, what is sent; [`outbox`]: what waits
 //!   for the socket.
 //! - [`poller`]: the one task per core that polls the queues of active sessions.
-//! - [`stream`], [`inbound`]: a stream's handle, and what it has received.
+//! - [`stream`], [`inbound`]: a stream's handle, and what it has received; [`loan`]: messages as
+//!   values.
 //! - [`listener`], [`connector`]: how sessions come to be.
 
 mod connector;
@@ -17,6 +18,7 @@ mod driver;
 mod handshake;
 mod inbound;
 mod listener;
+mod loan;
 mod outbox;
 mod poller;
 mod session;
@@ -26,5 +28,6 @@ mod wakers;
 
 pub use connector::Connector;
 pub use listener::Listener;
+pub use loan::{Loan, Message};
 pub use session::Session;
 pub use stream::Stream;

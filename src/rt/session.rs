@@ -34,6 +34,8 @@ pub(super) struct SessionInner {
     pub(super) role: Role,
     pub(super) version: ProtocolVersion,
     pub(super) config: Rc<Config>,
+    /// Which promise of the user speaks for the peer.
+    pub(super) trust: Option<u64>,
     pub(super) lanes: Lanes,
     pub(super) streams: RefCell<StreamTable<Rc<StreamInner>>>,
     pub(super) accepts: Accepts,
@@ -72,8 +74,18 @@ pub(super) struct Activity {
     pub(super) last_traffic: Cell<Instant>,
     /// How many tasks wait for data of their streams.
     pub(super) waiting_readers: Cell<u32>,
-    /// How often tasks may still wait in place before the poller's next turn.
-    pub(super) in_place_turns: Cell<u32>,
+    pub(super) in_place: Cell<InPlace>,
+}
+
+/// Waiting for the peer without the poller.
+#[derive(Clone, Copy, Default)]
+pub(super) struct InPlace {
+    /// How often it may still be done before the poller's next turn.
+    pub(super) turns: u32,
+    /// How often it is not done, because it was in vain.
+    pub(super) skips: u32,
+    /// How often it was not done the last time it was in vain.
+    pub(super) penalty: u32,
 }
 
 /// What came over the socket and is not yet handled.
@@ -221,13 +233,14 @@ pub struct Session {
 
 impl Session {
     /// Starts the session: from here on it reacts to the peer.
-    pub(super) fn start(established: Established, config: &Rc<Config>) -> Self {
+    pub(super) fn start(established: Established, config: &Rc<Config>, trust: Option<u64>) -> Self {
         let Established { role, socket, version, memory } = established;
         let SessionMemory { producer, consumer, manager, files } = memory;
         let inner = Rc::new(SessionInner {
             role,
             version,
             config: Rc::clone(config),
+            trust,
             lanes: Lanes {
                 producer: RefCell::new(producer),
                 consumer: RefCell::new(consumer),
@@ -242,7 +255,7 @@ impl Session {
                 is_active: Cell::new(false),
                 last_traffic: Cell::new(Instant::now()),
                 waiting_readers: Cell::new(0),
-                in_place_turns: Cell::new(0),
+                in_place: Cell::default(),
             },
             counters: Counters::default(),
             inbox: Inbox {

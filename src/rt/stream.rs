@@ -9,13 +9,16 @@ use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
+use bytes::Bytes;
 use futures_lite::{AsyncBufRead, AsyncRead, AsyncWrite};
 
 use super::inbound::{Inbound, Segment};
+use super::loan::{Loan, LoanMemory, Message};
 use super::session::{SessionGuard, SessionInner};
 use super::wakers::WakerSlot;
 use crate::error::{Error, Result};
 use crate::proto::stream::{OnClose, Path, StreamLife, StreamState};
+use crate::shm::chain::Chain;
 use crate::wire::{Event, EventState};
 
 /// The most bytes that one write puts behind one event. The peer reads the first piece while this
@@ -221,6 +224,118 @@ impl Stream {
         if session.is_over() { Err(session.end_error()) } else { Ok(()) }
     }
 
+    /// Borrows shared memory for a message of up to `len` bytes.
+    ///
+    /// Waits while the pool is empty, up to [`pool_wait`](crate::ConfigBuilder::pool_wait); then,
+    /// and on a stream that has [fallen back](Self::is_fallen_back), the loan is private memory.
+    /// Cancel-safe: nothing is taken until it is given.
+    ///
+    /// # Errors
+    ///
+    /// The stream is closed, or the session over.
+    pub async fn alloc(&mut self, len: usize) -> Result<Loan> {
+        poll_fn(|context| self.poll_alloc(context, len)).await
+    }
+
+    fn poll_alloc(&mut self, context: &Context<'_>, len: usize) -> Poll<Result<Loan>> {
+        self.check_open()?;
+        let session = self.session.inner();
+        if self.inner.life.get().path() == Path::SharedMemory {
+            // Before any slice is taken: only an active session comes to rest again and gives back.
+            session.activate();
+            if let Some(chain) = session.lanes.manager.allocate(len, false)? {
+                self.pool_deadline = None;
+                return Poll::Ready(Ok(Loan::new(LoanMemory::Slices(chain), len, session.trust)));
+            }
+            ready!(self.poll_pool(context))?;
+        }
+        // Grows as it is written: what was asked for may be more than what comes.
+        let memory = LoanMemory::Private(Vec::new());
+        Poll::Ready(Ok(Loan::new(memory, len, self.session().trust)))
+    }
+
+    /// Sends what was written into a loan, as one flush.
+    ///
+    /// A loan of any stream of the same session will do. One into which nothing was written is
+    /// given back, and nothing is sent. Waits while the send queue is full. Cancel-safe: a send
+    /// that is dropped before it ends has sent nothing, and gives the loan back.
+    ///
+    /// # Errors
+    ///
+    /// The stream is closed, the session over, or [`Error::ForeignLoan`]. The loan is given back.
+    pub async fn send(&mut self, loan: Loan) -> Result<()> {
+        self.check_open()?;
+        match loan.memory {
+            _ if loan.is_empty() => Ok(()),
+            LoanMemory::Slices(chain) if self.inner.life.get().path() == Path::SharedMemory => {
+                self.send_chain(chain).await
+            }
+            // The stream fell back after the loan was made: in order, it can only follow that way.
+            LoanMemory::Slices(mut chain) => {
+                let mut bytes = vec![0; chain.len()];
+                chain.read(&mut bytes);
+                drop(chain);
+                self.send_private(&bytes).await
+            }
+            LoanMemory::Private(bytes) => {
+                self.inner.change_life(StreamLife::fall_back);
+                self.send_private(&bytes).await
+            }
+        }
+    }
+
+    async fn send_chain(&mut self, chain: Chain) -> Result<()> {
+        if !chain.is_of(&self.session().lanes.manager) {
+            return Err(Error::ForeignLoan);
+        }
+        poll_fn(|context| self.poll_queue(context)).await?;
+        let count = chain.len();
+        if let Some(offset) = chain.into_event_offset() {
+            self.send_offset(offset, count)?;
+        }
+        Ok(())
+    }
+
+    async fn send_private(&mut self, mut bytes: &[u8]) -> Result<()> {
+        while !bytes.is_empty() {
+            let sent = poll_fn(|context| {
+                self.check_open()?;
+                self.poll_send_fallback(context, bytes).map(Ok::<usize, Error>)
+            });
+            bytes = &bytes[sent.await?..];
+        }
+        Ok(())
+    }
+
+    /// Waits for the next flush of the peer, and takes it as a whole. `None` is the end: the peer
+    /// closed the stream after all it sent.
+    ///
+    /// Cancel-safe: nothing is taken until it is given.
+    ///
+    /// # Errors
+    ///
+    /// The session is over, and everything that had arrived was taken.
+    pub async fn recv(&mut self) -> Result<Option<Message>> {
+        poll_fn(|context| self.poll_recv(context)).await
+    }
+
+    fn poll_recv(&mut self, context: &Context<'_>) -> Poll<Result<Option<Message>>> {
+        let trust = self.session().trust;
+        let rest = self.lent.rest();
+        if !rest.is_empty() {
+            let bytes = Bytes::copy_from_slice(rest);
+            self.lent = Lent::default();
+            return Poll::Ready(Ok(Some(Message::new(Segment::Bytes(bytes), trust))));
+        }
+        if !ready!(self.poll_readable(context))? {
+            return Poll::Ready(Ok(None));
+        }
+        let segment = self.inner.inbound.borrow_mut().pop();
+        let Some(segment) = segment else { return Poll::Ready(Ok(None)) };
+        self.session().note_unread(segment.socket_len());
+        Poll::Ready(Ok(Some(Message::new(segment, trust))))
+    }
+
     fn poll_send(&mut self, context: &Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
         self.check_open()?;
         if bytes.is_empty() {
@@ -240,7 +355,21 @@ impl Stream {
         context: &Context<'_>,
         bytes: &[u8],
     ) -> Poll<Result<Option<usize>>> {
-        let session = self.session.inner();
+        ready!(self.poll_queue(context))?;
+        let want = bytes.len().min(WRITE_AT_MOST);
+        let manager = &self.session().lanes.manager;
+        let Some((offset, count)) = manager.write_message(&bytes[..want])? else {
+            return self.poll_pool(context).map_ok(|()| None);
+        };
+        self.pool_deadline = None;
+        self.send_offset(offset, count)?;
+        Poll::Ready(Ok(Some(count)))
+    }
+
+    /// Waits until there is room for an event.
+    fn poll_queue(&self, context: &Context<'_>) -> Poll<Result<()>> {
+        self.check_open()?;
+        let session = self.session();
         // Before any slice is taken: only an active session comes to rest again and gives back.
         session.activate();
         if session.lanes.producer.borrow_mut().is_full()? {
@@ -248,21 +377,22 @@ impl Stream {
             session.lanes.queue_waiting.register(context, None);
             return Poll::Pending;
         }
-        let want = bytes.len().min(WRITE_AT_MOST);
-        let Some((offset, count)) = session.lanes.manager.write_message(&bytes[..want])? else {
-            return self.poll_pool(context);
-        };
-        self.pool_deadline = None;
+        Poll::Ready(Ok(()))
+    }
+
+    /// Sends the event that hands slices to the peer. There is room for it.
+    fn send_offset(&self, offset: u32, count: usize) -> Result<()> {
         let status = EventState::Open.to_status();
+        let session = self.session();
         let sent = session.send_event(Event { stream_id: self.inner.id, offset, status })?;
         debug_assert!(sent, "there was room a moment ago");
         self.inner.is_known_to_peer.set(true);
         session.counters.bytes_sent.add(count as u64);
-        Poll::Ready(Ok(Some(count)))
+        Ok(())
     }
 
     /// The pool is empty: waits as long as the configuration says, then leaves shared memory.
-    fn poll_pool(&mut self, context: &Context<'_>) -> Poll<Result<Option<usize>>> {
+    fn poll_pool(&mut self, context: &Context<'_>) -> Poll<Result<()>> {
         let session = self.session.inner();
         let now = Instant::now();
         let deadline = *self.pool_deadline.get_or_insert_with(|| {
@@ -275,7 +405,7 @@ impl Stream {
         }
         self.pool_deadline = None;
         self.inner.change_life(StreamLife::fall_back);
-        Poll::Ready(Ok(None))
+        Poll::Ready(Ok(()))
     }
 
     fn poll_send_fallback(&self, context: &Context<'_>, bytes: &[u8]) -> Poll<usize> {

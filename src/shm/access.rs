@@ -10,7 +10,7 @@
 //! Payload is copied byte-wise between private memory and the region; a peer that rewrites payload
 //! under the copy scrambles its own bytes, and no invariant of this process rests on them.
 
-use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use super::region::Region;
 
@@ -56,6 +56,32 @@ impl Region {
         unsafe { self.base().as_ptr().add(at) }
     }
 
+    /// A reference to payload.
+    ///
+    /// # Safety
+    ///
+    /// This side holds the slice that the bytes are in, and nothing writes to them while the
+    /// reference lives: no [`Self::view_mut`] of them lives, and the peer is one that a
+    /// [`PeerTrust`] speaks for.
+    #[inline(always)]
+    pub(super) unsafe fn view(&self, at: usize, len: usize) -> &[u8] {
+        // SAFETY: inside and mapped, checked by `pointer`; nobody writes, promised by the caller.
+        unsafe { std::slice::from_raw_parts(self.pointer(at, len), len) }
+    }
+
+    /// A reference through which payload can be written.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::view`], and no other reference to these bytes lives.
+    #[inline(always)]
+    #[allow(clippy::mut_from_ref, reason = "the caller holds the slice, and there is one holder")]
+    pub(super) unsafe fn view_mut(&self, at: usize, len: usize) -> &mut [u8] {
+        // SAFETY: inside and mapped, checked by `pointer`; nobody else reads or writes, promised by
+        // the caller.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer(at, len), len) }
+    }
+
     #[inline(always)]
     fn u32(&self, at: usize) -> &AtomicU32 {
         assert!(at.is_multiple_of(4), "misaligned 32-bit field at {at}");
@@ -68,6 +94,48 @@ impl Region {
     fn u8(&self, at: usize) -> &AtomicU8 {
         // SAFETY: `pointer` checked the bounds, and a byte needs no alignment.
         unsafe { AtomicU8::from_ptr(self.pointer(at, 1)) }
+    }
+}
+
+/// A promise about the peers of a listener or connector, and with it the right to look at shared
+/// memory through references.
+///
+/// Shared memory stays writable for the peer, also while it is this side's turn. A Rust reference
+/// to memory that changes under it is undefined behaviour, so without this token messages are
+/// copied. With it, [`Message::views`](crate::Message::views) and
+/// [`Loan::views`](crate::Loan::views) give references into the shared memory itself.
+///
+/// ```
+/// use shmipc_glommio::{Config, Connector, PeerTrust};
+///
+/// // SAFETY: the store is ours; it writes a slice only between allocating and sending it.
+/// let trust = unsafe { PeerTrust::promise() };
+/// let connector = Connector::new(Config::default()).trusting(&trust);
+/// ```
+#[derive(Debug)]
+pub struct PeerTrust {
+    id: u64,
+}
+
+impl PeerTrust {
+    /// Makes the promise. It holds for the sessions of those listeners and connectors that are told
+    /// to be [trusting](crate::Connector::trusting) with this token.
+    ///
+    /// # Safety
+    ///
+    /// No peer of those sessions writes to a buffer slice that it has not allocated, or that it
+    /// has sent and not received back, for as long as this process can hold a reference to it.
+    /// This is what every honest implementation of the protocol does; a peer that is buggy or
+    /// hostile breaks it, as a program that writes to a file breaks `memmap2`'s promise.
+    pub unsafe fn promise() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        // Relaxed: only the numbers must differ.
+        Self { id: NEXT.fetch_add(1, Ordering::Relaxed) }
+    }
+
+    /// Tells promises apart.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 }
 

@@ -8,7 +8,7 @@
 
 use std::rc::Rc;
 
-use super::access::Memory;
+use super::access::{Memory, PeerTrust};
 use super::manager::{BufferManager, NO_SLICE, SliceId};
 use super::region::Region;
 
@@ -80,6 +80,30 @@ impl<M: Memory> Chain<M> {
         }
         self.len += written;
         written
+    }
+
+    /// Counts `count` bytes behind what was written as written too, or as many as there is room
+    /// for.
+    pub(crate) fn advance(&mut self, mut count: usize) {
+        while count > 0 && self.filling != NO_SLICE {
+            let entry = self.manager.entry(self.filling);
+            let room = self.manager.capacity_of(self.filling) - entry.start - entry.len;
+            let step = (room as usize).min(count);
+            self.manager.update(self.filling, |entry| entry.len += step as u32);
+            self.len += step;
+            count -= step;
+            if count > 0 {
+                if self.filling == self.last {
+                    return;
+                }
+                self.filling = entry.next;
+            }
+        }
+    }
+
+    /// Whether the slices are those of this memory.
+    pub(crate) fn is_of(&self, manager: &Rc<BufferManager<M>>) -> bool {
+        Rc::ptr_eq(&self.manager, manager)
     }
 
     /// Copies the first bytes out, as many as `to` holds, and gives their slices back as they
@@ -161,6 +185,36 @@ impl<M: Memory> Chain<M> {
         }
         self.first = NO_SLICE;
         Some(offset)
+    }
+}
+
+/// References into the memory itself, for peers that a promise speaks for.
+impl Chain<Region> {
+    /// The bytes of each slice, first to last.
+    pub(crate) fn views<'a>(&'a self, _proof: &'a PeerTrust) -> impl Iterator<Item = &'a [u8]> {
+        let manager = &*self.manager;
+        manager.entries(self.first).map(|(_, entry)| {
+            // SAFETY: the chain holds the slice, by the ledger; its bytes are inside it, checked
+            // when it was taken in; the chain is borrowed, so nobody here writes to it; and the
+            // peer does not, by the promise that the caller shows.
+            unsafe { manager.memory().view(entry.data(), entry.len as usize) }
+        })
+    }
+
+    /// The room behind what was written, slice by slice. [`Self::advance`] says how much of it was
+    /// filled.
+    pub(crate) fn spare_views<'a>(
+        &'a mut self,
+        _proof: &'a PeerTrust,
+    ) -> impl Iterator<Item = &'a mut [u8]> {
+        let manager = &*self.manager;
+        manager.entries(self.filling).map(|(id, entry)| {
+            let used = entry.start + entry.len;
+            let room = (manager.capacity_of(id) - used) as usize;
+            // SAFETY: as in `views`; the chain is borrowed exclusively, a slice is in one chain
+            // only and once in it, so each byte is in one of these references.
+            unsafe { manager.memory().view_mut(entry.data() + entry.len as usize, room) }
+        })
     }
 }
 

@@ -255,11 +255,15 @@ impl<M: Memory> BufferManager<M> {
         }
         let mut missing = len;
         for class in self.classes.iter().rev() {
+            let capacity = class.list.slice_capacity() as usize;
             while missing > 0 {
-                let Some(id) = self.take_from(class)? else {
+                // The last bytes go into a slice of their size.
+                let last = if missing < capacity { self.take_one_slice(missing)? } else { None };
+                let Some(id) = last.map_or_else(|| self.take_from(class), |id| Ok(Some(id)))?
+                else {
                     break;
                 };
-                missing = missing.saturating_sub(class.list.slice_capacity() as usize);
+                missing = missing.saturating_sub(self.capacity_of(id) as usize);
                 chain.push_back(id);
             }
         }
@@ -268,8 +272,8 @@ impl<M: Memory> BufferManager<M> {
         Ok(enough.then_some(chain))
     }
 
-    /// Writes a message, or as much of it as there are slices for, ready to be sent: gives the offset
-    /// for the event, and how many bytes are in it. `None`: there is no slice.
+    /// Writes a message, or as much of it as there are slices for, ready to be sent: gives the
+    /// offset for the event, and how many bytes are in it. `None`: there is no slice.
     ///
     /// From here on the slices are the peer's, so the event must be on its way without fail.
     pub(crate) fn write_message(
@@ -421,6 +425,12 @@ impl<M: Memory> BufferManager<M> {
         let result = change(&mut entry);
         self.ledger[id as usize].set(entry);
         result
+    }
+
+    /// The slices of a chain from `first` on.
+    pub(super) fn entries(&self, first: SliceId) -> impl Iterator<Item = (SliceId, Entry)> {
+        let of = |id: SliceId| (id != NO_SLICE).then(|| (id, self.entry(id)));
+        std::iter::successors(of(first), move |(_, entry)| of(entry.next))
     }
 
     /// Writes the header of a held slice for the peer to read, in one go.

@@ -12,7 +12,8 @@
 //! - [`manager`]: all lists of one memory and the private ledger of slices that this side holds.
 //! - [`chain`]: slices that belong together, as owned values that give themselves back.
 //!
-//! `unsafe` stands in `access` and `region` only. The algorithms are generic over
+//! `unsafe` stands in `access` and `region`, and in `chain` where a promise of the user's lets it.
+//! The algorithms are generic over
 //! [`access::Memory`], so that tests run them on the heap and model checkers on memory of their
 //! own.
 
