@@ -9,20 +9,13 @@
 //! `{"transport":…,"size":…,"streams":…,"touch":…,"p50_ns":…,"p99_ns":…,"per_op_ns":…,
 //! "syscalls_per_op":…,"allocs_per_op":…,…}`.
 
-mod bare;
-mod count;
-mod lab;
-mod ours;
-mod payload;
-mod point;
-#[cfg(feature = "dev-shmipc")]
-mod shmipc_rs;
-mod sockets;
+mod measure;
 
 use std::time::Duration;
 
-use lab::{Lab, Outcome};
-use point::{Point, Transport};
+use measure::lab::{self, Lab, Outcome};
+use measure::point::{Point, Transport};
+use measure::{count, ours};
 
 #[global_allocator]
 static ALLOCATOR: count::CountingAllocator = count::CountingAllocator;

@@ -63,12 +63,30 @@ impl Lab {
         Self { child, input, output, directory, slices: 0 }
     }
 
-    /// Measures one slice of a point.
-    pub(crate) fn run(&mut self, point: Point) -> Outcome {
+    /// Has the server process serve a point, and gives the path to connect to.
+    pub(crate) fn begin(&mut self, point: Point) -> PathBuf {
         self.slices += 1;
         let path = self.directory.join(self.slices.to_string());
         writeln!(self.input, "{} {}", path.display(), point.to_line()).expect("a live server");
         self.expect("ready");
+        path
+    }
+
+    /// Waits until the server process has served the point, and gives what that cost.
+    pub(crate) fn finish(&mut self, path: &Path) -> Cost {
+        let answer = self.expect("done");
+        let mut words = answer.split_whitespace().skip(1);
+        let cost = Cost {
+            allocations: words.next().and_then(|word| word.parse().ok()).unwrap_or(0),
+            syscalls: words.next().and_then(|word| word.parse().ok()),
+        };
+        let _ = std::fs::remove_file(path);
+        cost
+    }
+
+    /// Measures one slice of a point.
+    pub(crate) fn run(&mut self, point: Point) -> Outcome {
+        let path = self.begin(point);
         let costs = Costs::start();
         let slice = match point.transport {
             Transport::Floor | Transport::RawSame | Transport::RawRotating => {
@@ -81,13 +99,7 @@ impl Lab {
             Transport::ShmipcRs => super::shmipc_rs::measure(&path, point),
         };
         let cost = costs.stop();
-        let answer = self.expect("done");
-        let mut words = answer.split_whitespace().skip(1);
-        let server = Cost {
-            allocations: words.next().and_then(|word| word.parse().ok()).unwrap_or(0),
-            syscalls: words.next().and_then(|word| word.parse().ok()),
-        };
-        let _ = std::fs::remove_file(&path);
+        let server = self.finish(&path);
         let operations = slice.operations.max(1) as f64;
         let syscalls = cost.syscalls.zip(server.syscalls);
         Outcome {

@@ -121,6 +121,18 @@ async fn ping(
     }
 }
 
+/// Round trips for the time of a slice, on the executor of the caller. Gives how many.
+pub(crate) async fn ping_until_over(path: &Path, point: Point) -> u64 {
+    let trust = Rc::new(trust());
+    let connector = Connector::new(config(point.transport)).trusting(&trust);
+    let session = connector.connect(path).await.expect("the server listens");
+    let stream = session.open_stream().expect("an open session");
+    let watch = Rc::new(RefCell::new(Stopwatch::start(point.slice, 1)));
+    ping(stream, point, trust, Rc::clone(&watch)).await;
+    let watch = Rc::into_inner(watch).expect("the task is done");
+    watch.into_inner().stop().operations
+}
+
 /// Processor time of a core with so many idle sessions, as a share of the wall's.
 pub(crate) fn idle_share(path: &Path, sessions: usize, during: Duration) -> f64 {
     let path = path.to_owned();
