@@ -24,23 +24,28 @@ use measure::lab::{self, Lab};
 use measure::ours;
 use measure::point::{Point, Transport};
 
-/// How long each of the two halves is measured.
+/// How long each of the two halves is measured, and how long it runs before.
 const DURATION: Duration = Duration::from_secs(4);
+const WARM_UP: Duration = Duration::from_millis(500);
 const TICK: Duration = Duration::from_millis(1);
 
 /// How late something was, in nanoseconds.
 struct Lateness {
     name: &'static str,
     histogram: Histogram<u64>,
+    began: Instant,
 }
 
 impl Lateness {
     fn new(name: &'static str) -> Self {
         let histogram = Histogram::new_with_bounds(1, 60_000_000_000, 3).expect("bounds that fit");
-        Self { name, histogram }
+        Self { name, histogram, began: Instant::now() }
     }
 
     fn note(&mut self, late: Duration) {
+        if self.began.elapsed() < WARM_UP {
+            return;
+        }
         self.histogram.saturating_record(late.as_nanos().max(1) as u64);
     }
 }
@@ -137,7 +142,7 @@ fn measure(file: &Path, session: Option<(&Path, Point)>) -> (Vec<Lateness>, u64,
             async move { disk(stop, &file).await }
         });
         let compute = glommio::spawn_local(computing(Rc::clone(&stop)));
-        glommio::timer::sleep(DURATION).await;
+        glommio::timer::sleep(WARM_UP + DURATION).await;
         stop.set(true);
         let operations = match busy {
             Some(task) => task.await,
@@ -162,7 +167,7 @@ fn main() {
         streams: 1,
         touch: true,
         shared_cpu: false,
-        slice: DURATION,
+        slice: WARM_UP + DURATION,
     };
     let path = lab.begin(point);
     let (beside, steps_beside, operations) = measure(&file, Some((&path, point)));

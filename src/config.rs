@@ -106,6 +106,7 @@ pub struct Config {
     pub(crate) slice_classes: Vec<SliceClass>,
     pub(crate) path_prefix: PathBuf,
     pub(crate) spin: Spin,
+    pub(crate) reactor_interval: Duration,
     pub(crate) pool_wait: Duration,
     pub(crate) limits: Limits,
 }
@@ -135,6 +136,7 @@ impl Default for Config {
             ],
             path_prefix: PathBuf::from("/dev/shm/shmipc"),
             spin: Spin::For(Duration::from_micros(50)),
+            reactor_interval: Duration::from_micros(250),
             pool_wait: Duration::from_millis(1),
             limits: Limits {
                 handshake_timeout: Duration::from_secs(2),
@@ -245,6 +247,14 @@ impl ConfigBuilder {
         self
     }
 
+    /// How long timers, sockets and files of a core go unlooked at while one of its sessions is
+    /// busy. The least of all sessions of a core holds. Default: 250 microseconds. Each look costs
+    /// a few microseconds.
+    pub fn reactor_interval(mut self, interval: Duration) -> Self {
+        self.config.reactor_interval = interval;
+        self
+    }
+
     /// How long a sender waits for free slices before its data goes over the socket instead.
     /// Default: one millisecond. Zero: at once.
     pub fn pool_wait(mut self, wait: Duration) -> Self {
@@ -308,6 +318,8 @@ impl ConfigBuilder {
         config.slice_classes.sort_by_key(|class| class.capacity);
         config.buffer_size = check_buffers(buffer_size, &config.slice_classes)?;
         check_prefix(&config.path_prefix)?;
+        let interval = config.reactor_interval.as_micros() as u64;
+        at_least("reactor_interval in microseconds", interval, 20)?;
         let limits = &config.limits;
         at_least("max_handshakes", limits.handshakes as u64, 1)?;
         at_least("max_streams", limits.streams as u64, 1)?;

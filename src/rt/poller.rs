@@ -17,6 +17,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
@@ -31,8 +32,6 @@ use super::session::SessionInner;
 use super::socket::{Received, Socket};
 use super::wakers::WakerSlot;
 
-/// How long io_uring goes unlooked at while a session is busy.
-const REACTOR_INTERVAL: Duration = Duration::from_micros(250);
 /// How often queues are looked at when tasks wait for a peer that has not moved for a while.
 const WAITING_INTERVAL: Duration = Duration::from_micros(100);
 
@@ -50,6 +49,9 @@ pub(super) struct Poller {
     active: RefCell<Vec<Rc<SessionInner>>>,
     task: WakerSlot,
     last_reactor_pass: Cell<Option<Instant>>,
+    /// How long io_uring goes unlooked at while a session is busy: what the most demanding session
+    /// of this core was configured with.
+    reactor_interval: Cell<Duration>,
 }
 
 impl Poller {
@@ -71,10 +73,16 @@ impl Poller {
             active: RefCell::default(),
             task: WakerSlot::default(),
             last_reactor_pass: Cell::new(None),
+            reactor_interval: Cell::new(Duration::MAX),
         });
         CURRENT.set(Some(Rc::clone(&poller)));
         poller.spawn(run(Rc::clone(&poller)));
         poller
+    }
+
+    /// Looks at io_uring at least this often while a session is busy.
+    pub(super) fn demand(&self, interval: Duration) {
+        self.reactor_interval.set(self.reactor_interval.get().min(interval));
     }
 
     /// Starts a task beside the poller's, in its task queue.
@@ -212,28 +220,41 @@ impl Drop for Cleanup {
     }
 }
 
-/// Makes glommio look at its rings.
+/// Makes glommio look at its rings: a byte through a socket pair completes a receive on the latency
+/// ring, and that preempts.
+///
+/// Two pairs take strict turns. A look at the rings submits the receives that wait to be submitted,
+/// and finds those that have completed; the task of the pair that was used runs after it, and its
+/// next receive waits for the next look. So of the two, the one that was not used is the one whose
+/// receive the kernel has.
 struct Kick {
-    socket: Option<Rc<Socket>>,
+    pairs: Vec<Socket>,
+    state: Rc<KickState>,
+}
+
+#[derive(Default)]
+struct KickState {
+    /// Which pair is next.
+    turn: Cell<usize>,
+    /// Whether a byte is on its way, so that none is sent to a receive that is not submitted.
+    is_under_way: Cell<bool>,
 }
 
 impl Kick {
     fn new(poller: &Poller) -> Self {
-        let Ok((near, far)) = UnixStream::pair() else {
+        let state = Rc::new(KickState::default());
+        let pairs: io::Result<Vec<_>> = (0..2).map(|_| UnixStream::pair()).collect();
+        let Ok(pairs) = pairs else {
             // Out of descriptors. Sessions work without; sockets and timers beside them are later.
             tracing::warn!("no socket pair: io_uring is looked at less often while sessions spin");
-            return Self { socket: None };
+            return Self { pairs: Vec::new(), state };
         };
-        let far = Socket::connected(OwnedFd::from(far));
-        poller.spawn(async move {
-            while far.readable().await.is_ok() {
-                match far.try_receive(&mut [0; 64]) {
-                    Ok(Received::Bytes(_) | Received::Nothing) => {}
-                    Ok(Received::End) | Err(_) => break,
-                }
-            }
-        });
-        Self { socket: Some(Rc::new(Socket::connected(OwnedFd::from(near)))) }
+        let start = |(index, (near, far)): (usize, (UnixStream, UnixStream))| {
+            let far = Socket::connected(OwnedFd::from(far));
+            poller.spawn(swallow(far, index, Rc::clone(&state)));
+            Socket::connected(OwnedFd::from(near))
+        };
+        Self { pairs: pairs.into_iter().enumerate().map(start).collect(), state }
     }
 
     fn after_pass(&self, poller: &Poller, now: Instant) {
@@ -241,12 +262,29 @@ impl Kick {
             poller.last_reactor_pass.set(Some(now));
             return;
         };
-        if now.saturating_duration_since(last) >= REACTOR_INTERVAL {
-            poller.last_reactor_pass.set(Some(now));
-            if let Some(socket) = &self.socket {
-                // A full pair means that a pass is due anyway.
-                let _ = socket.try_send(&[0]);
+        if now.saturating_duration_since(last) < poller.reactor_interval.get() {
+            return;
+        }
+        poller.last_reactor_pass.set(Some(now));
+        if let Some(socket) = self.pairs.get(self.state.turn.get())
+            && !self.state.is_under_way.replace(true)
+        {
+            // One byte at a time always fits.
+            let _ = socket.try_send(&[0]);
+        }
+    }
+}
+
+/// Receives until the other end goes, and passes the turn on.
+async fn swallow(socket: Socket, index: usize, state: Rc<KickState>) {
+    while socket.readable().await.is_ok() {
+        match socket.try_receive(&mut [0; 8]) {
+            Ok(Received::Bytes(_)) => {
+                state.turn.set(1 - index);
+                state.is_under_way.set(false);
             }
+            Ok(Received::Nothing) => {}
+            Ok(Received::End) | Err(_) => return,
         }
     }
 }

@@ -269,6 +269,7 @@ impl Session {
             outbox: Outbox::default(),
             ending: Ending { files: RefCell::new(files), ..Ending::default() },
         });
+        inner.poller.demand(config.reactor_interval);
         inner.poller.spawn(driver::read_socket(Rc::clone(&inner)));
         // Events may be there already: a client of version 2 does not wait for an answer.
         inner.activate();
