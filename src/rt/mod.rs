@@ -6,8 +6,8 @@
 //!
 //! - [`socket`]: a connected socket: readiness, sending without waiting, descriptors.
 //! - [`handshake`]: drives the state machines of `proto` over a socket.
-//! - [`session`]: a session's state; [`driver`]: what arrives, what is sent; [`outbox`]: what waits
-//!   for the socket.
+//! - [`session`]: a session's state; [`driver`]: what arrives; [`sending`]: what is sent;
+//!   [`outbox`]: what waits for the socket.
 //! - [`poller`]: the one task per core that polls the queues of active sessions.
 //! - [`stream`], [`inbound`]: a stream's handle, and what it has received; [`loan`]: messages as
 //!   values.
@@ -21,6 +21,7 @@ mod listener;
 mod loan;
 mod outbox;
 mod poller;
+mod sending;
 mod session;
 mod socket;
 mod stream;

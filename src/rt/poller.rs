@@ -262,7 +262,8 @@ impl Kick {
             poller.last_reactor_pass.set(Some(now));
             return;
         };
-        if now.saturating_duration_since(last) < poller.reactor_interval.get() {
+        // A little early, so that what takes two looks is done within two intervals.
+        if now.saturating_duration_since(last) < poller.reactor_interval.get() * 7 / 8 {
             return;
         }
         poller.last_reactor_pass.set(Some(now));

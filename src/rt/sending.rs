@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! How a session sends: events into the queue, messages over the socket. Nothing here waits.
+
+use std::io;
+use std::rc::Rc;
+
+use super::outbox;
+use super::session::SessionInner;
+use super::stream::StreamInner;
+use crate::error::Error;
+use crate::proto::stream::{OnClose, Path};
+use crate::wire::{Event, EventState, Message, fallback_header, sync_event};
+
+/// How many events are shown to the peer with one store, in the middle of a batch.
+const PUBLISH_EVERY: i64 = 8;
+
+impl SessionInner {
+    /// Puts an event into the queue. `Ok(false)`: the queue is full.
+    ///
+    /// The first event since the last turn is shown to the peer at once, for latency. Those that
+    /// follow it are shown a few at a time, so that the peer works on them while this side makes
+    /// more, and the rest at the next turn, which also looks whether the peer must be woken.
+    pub(super) fn send_event(self: &Rc<Self>, event: Event) -> Result<bool, Error> {
+        let mut producer = self.lanes.producer.borrow_mut();
+        if !producer.push(event)? {
+            return Ok(false);
+        }
+        if !self.lanes.must_look.replace(true) || producer.unpublished() >= PUBLISH_EVERY {
+            producer.publish();
+        }
+        drop(producer);
+        self.counters.events_sent.add(1);
+        self.activate();
+        Ok(true)
+    }
+
+    /// Shows the peer every event so far, and wakes it if it sleeps.
+    pub(super) fn flush_queue(self: &Rc<Self>) {
+        if !self.lanes.must_look.replace(false) || self.is_over() {
+            return;
+        }
+        let must_ring = {
+            let mut producer = self.lanes.producer.borrow_mut();
+            producer.publish();
+            producer.must_ring()
+        };
+        if must_ring {
+            self.counters.sync_events_sent.add(1);
+            self.send_message(&sync_event(self.version_byte()));
+        }
+    }
+
+    /// Sends a message over the socket, behind all others.
+    fn send_message(self: &Rc<Self>, message: &[u8]) {
+        match self.outbox().send(self.socket(), message) {
+            Ok(false) => {}
+            Ok(true) => self.poller.spawn(outbox::send_kept(Rc::clone(self))),
+            // What the peer sent before it went is still delivered.
+            Err(error) if is_gone(&error) => self.peer_is_gone(),
+            Err(error) => self.fail(Error::os("send to the peer", error)),
+        }
+    }
+
+    /// Sends data of a stream over the socket.
+    pub(super) fn send_fallback(self: &Rc<Self>, stream_id: u32, data: &[u8]) {
+        let status = EventState::Open.to_status();
+        // Fits: the caller sends pieces of bounded length.
+        let header = fallback_header(self.version_byte(), stream_id, status, data.len() as u32);
+        let mut message = Vec::with_capacity(header.len() + data.len());
+        message.extend_from_slice(&header);
+        message.extend_from_slice(data);
+        self.counters.fallback_sent.add(1);
+        self.send_message(&message);
+    }
+
+    /// This side closes a stream: strikes it out, gives back what it has not read, and tells the
+    /// peer. Never waits.
+    pub(super) fn close_stream(self: &Rc<Self>, stream: &StreamInner) {
+        self.note_unread(stream.discard());
+        self.wake_reader(stream);
+        let on_close = stream.close();
+        if self.streams.borrow_mut().remove(stream.id()).is_none() || self.is_over() {
+            return;
+        }
+        if let OnClose::Tell(path) = on_close {
+            // A stream on which nothing was sent is one that the peer never heard of.
+            if stream.is_known_to_peer() {
+                self.tell_closed(stream.id(), path);
+            }
+        }
+    }
+
+    pub(super) fn tell_closed(self: &Rc<Self>, stream_id: u32, path: Path) {
+        if path == Path::SharedMemory {
+            let status = EventState::Closed.to_status();
+            match self.send_event(Event { stream_id, offset: 0, status }) {
+                Ok(true) => return,
+                Ok(false) => {}
+                Err(error) => return self.fail(error),
+            }
+        }
+        let mut message = Vec::new();
+        let close = Message::StreamClose { stream_id };
+        close.encode(self.version_byte(), &mut message).expect("a message without paths");
+        self.send_message(&message);
+    }
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
+}
