@@ -9,7 +9,7 @@ use bytes::{Buf, Bytes};
 use super::inbound::Segment;
 use crate::error::{Error, Result};
 use crate::shm::access::PeerTrust;
-use crate::shm::chain::Chain;
+use crate::shm::chain::{Chain, SliceViews, SpareViews};
 
 /// Shared memory to write a message into, lent by [`Stream::alloc`](crate::Stream::alloc) and
 /// passed on by [`Stream::send`](crate::Stream::send) without a copy.
@@ -34,16 +34,19 @@ pub(super) enum LoanMemory {
 }
 
 impl Loan {
+    #[inline]
     pub(super) fn new(memory: LoanMemory, capacity: usize, trust: Option<u64>) -> Self {
         Self { memory, capacity, trust }
     }
 
     /// How many bytes can be written in all.
+    #[inline]
     pub fn capacity(&self) -> usize {
         self.capacity
     }
 
     /// How many bytes have been written.
+    #[inline]
     pub fn len(&self) -> usize {
         match &self.memory {
             LoanMemory::Slices(chain) => chain.len(),
@@ -52,11 +55,13 @@ impl Loan {
     }
 
     /// Whether nothing has been written.
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
     /// How many bytes can still be written.
+    #[inline]
     pub fn remaining(&self) -> usize {
         self.capacity - self.len()
     }
@@ -67,6 +72,7 @@ impl Loan {
     }
 
     /// Copies bytes behind those that were written, as many as there is room for. Gives how many.
+    #[inline]
     pub fn write(&mut self, bytes: &[u8]) -> usize {
         let bytes = &bytes[..bytes.len().min(self.remaining())];
         match &mut self.memory {
@@ -84,38 +90,58 @@ impl Loan {
     /// # Errors
     ///
     /// [`Error::NotTrusted`]: the token does not speak for the peer of this session.
-    pub fn views<'a>(
-        &'a mut self,
-        trust: &'a PeerTrust,
-    ) -> Result<impl Iterator<Item = &'a mut [u8]>> {
+    #[inline]
+    pub fn views<'a>(&'a mut self, trust: &'a PeerTrust) -> Result<ViewsMut<'a>> {
         if self.trust != Some(trust.id()) {
             return Err(Error::NotTrusted);
         }
-        let mut remaining = self.remaining();
-        let (shared, private) = match &mut self.memory {
-            LoanMemory::Slices(chain) => (Some(chain.spare_views(trust)), None),
+        let remaining = self.remaining();
+        let room = match &mut self.memory {
+            LoanMemory::Slices(chain) => Room::Slices(chain.spare_views(trust)),
             LoanMemory::Private(bytes) => {
                 let written = bytes.len();
                 bytes.resize(self.capacity, 0);
-                (None, Some(&mut bytes[written..]))
+                Room::Private(Some(&mut bytes[written..]))
             }
         };
-        let all = shared.into_iter().flatten().chain(private);
-        Ok(all.map_while(move |view| {
-            let count = view.len().min(remaining);
-            remaining -= count;
-            (count > 0).then(|| &mut view[..count])
-        }))
+        Ok(ViewsMut { room, remaining })
     }
 
     /// Counts `count` bytes that were written through [`views`](Self::views), or as many as there
     /// is room for.
+    #[inline]
     pub fn advance(&mut self, count: usize) {
         let count = count.min(self.remaining());
         match &mut self.memory {
             LoanMemory::Slices(chain) => chain.advance(count),
             LoanMemory::Private(bytes) => bytes.resize(bytes.len() + count, 0),
         }
+    }
+}
+
+/// The room in a [`Loan`], slice by slice.
+pub struct ViewsMut<'a> {
+    room: Room<'a>,
+    remaining: usize,
+}
+
+enum Room<'a> {
+    Slices(SpareViews<'a>),
+    Private(Option<&'a mut [u8]>),
+}
+
+impl<'a> Iterator for ViewsMut<'a> {
+    type Item = &'a mut [u8];
+
+    #[inline]
+    fn next(&mut self) -> Option<&'a mut [u8]> {
+        let view = match &mut self.room {
+            Room::Slices(views) => views.next(),
+            Room::Private(bytes) => bytes.take(),
+        }?;
+        let count = view.len().min(self.remaining);
+        self.remaining -= count;
+        (count > 0).then(|| &mut view[..count])
     }
 }
 
@@ -141,16 +167,19 @@ pub struct Message {
 }
 
 impl Message {
+    #[inline]
     pub(super) fn new(segment: Segment, trust: Option<u64>) -> Self {
         Self { segment, trust }
     }
 
     /// How many bytes there are to read.
+    #[inline]
     pub fn len(&self) -> usize {
         self.segment.len()
     }
 
     /// Whether everything was read.
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -202,15 +231,35 @@ impl Message {
     /// # Errors
     ///
     /// [`Error::NotTrusted`]: the token does not speak for the peer of this session.
-    pub fn views<'a>(&'a self, trust: &'a PeerTrust) -> Result<impl Iterator<Item = &'a [u8]>> {
+    #[inline]
+    pub fn views<'a>(&'a self, trust: &'a PeerTrust) -> Result<Views<'a>> {
         if self.trust != Some(trust.id()) {
             return Err(Error::NotTrusted);
         }
-        let (shared, private) = match &self.segment {
-            Segment::Slices(chain) => (Some(chain.views(trust)), None),
-            Segment::Bytes(bytes) => (None, Some(&bytes[..])),
-        };
-        Ok(shared.into_iter().flatten().chain(private))
+        Ok(match &self.segment {
+            Segment::Slices(chain) => Views(Part::Slices(chain.views(trust))),
+            Segment::Bytes(bytes) => Views(Part::Private(Some(bytes))),
+        })
+    }
+}
+
+/// The bytes of a [`Message`], slice by slice.
+pub struct Views<'a>(Part<'a>);
+
+enum Part<'a> {
+    Slices(SliceViews<'a>),
+    Private(Option<&'a [u8]>),
+}
+
+impl<'a> Iterator for Views<'a> {
+    type Item = &'a [u8];
+
+    #[inline]
+    fn next(&mut self) -> Option<&'a [u8]> {
+        match &mut self.0 {
+            Part::Slices(views) => views.next(),
+            Part::Private(bytes) => bytes.take(),
+        }
     }
 }
 

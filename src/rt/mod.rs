@@ -29,6 +29,6 @@ mod wakers;
 
 pub use connector::Connector;
 pub use listener::Listener;
-pub use loan::{Loan, Message};
+pub use loan::{Loan, Message, Views, ViewsMut};
 pub use session::Session;
 pub use stream::Stream;

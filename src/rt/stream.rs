@@ -288,7 +288,9 @@ impl Stream {
         if !chain.is_of(&self.session().lanes.manager) {
             return Err(Error::ForeignLoan);
         }
-        poll_fn(|context| self.poll_queue(context)).await?;
+        if self.session().lanes.producer.borrow_mut().is_full()? {
+            poll_fn(|context| self.poll_queue(context)).await?;
+        }
         let count = chain.len();
         if let Some(offset) = chain.into_event_offset() {
             self.send_offset(offset, count)?;

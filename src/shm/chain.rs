@@ -162,9 +162,17 @@ impl<M: Memory> Chain<M> {
     /// `None`: nothing was written; all slices are back.
     ///
     /// From here on the slices are the peer's, so the event must be on its way without fail.
+    #[inline]
     pub(crate) fn into_event_offset(mut self) -> Option<u32> {
         if self.len == 0 {
             return None;
+        }
+        if self.first == self.last {
+            // One slice, the common message: nothing to link, nothing to give back.
+            let offset = self.manager.write_header(self.first);
+            self.manager.forget(self.first);
+            self.first = NO_SLICE;
+            return Some(offset);
         }
         // Only slices behind the one being filled can be empty: they are filled front to back.
         let unused =
@@ -191,30 +199,64 @@ impl<M: Memory> Chain<M> {
 /// References into the memory itself, for peers that a promise speaks for.
 impl Chain<Region> {
     /// The bytes of each slice, first to last.
-    pub(crate) fn views<'a>(&'a self, _proof: &'a PeerTrust) -> impl Iterator<Item = &'a [u8]> {
-        let manager = &*self.manager;
-        manager.entries(self.first).map(|(_, entry)| {
-            // SAFETY: the chain holds the slice, by the ledger; its bytes are inside it, checked
-            // when it was taken in; the chain is borrowed, so nobody here writes to it; and the
-            // peer does not, by the promise that the caller shows.
-            unsafe { manager.memory().view(entry.data(), entry.len as usize) }
-        })
+    #[inline]
+    pub(crate) fn views<'a>(&'a self, _proof: &'a PeerTrust) -> SliceViews<'a> {
+        SliceViews { manager: &self.manager, next: self.first }
     }
 
     /// The room behind what was written, slice by slice. [`Self::advance`] says how much of it was
     /// filled.
-    pub(crate) fn spare_views<'a>(
-        &'a mut self,
-        _proof: &'a PeerTrust,
-    ) -> impl Iterator<Item = &'a mut [u8]> {
-        let manager = &*self.manager;
-        manager.entries(self.filling).map(|(id, entry)| {
-            let used = entry.start + entry.len;
-            let room = (manager.capacity_of(id) - used) as usize;
-            // SAFETY: as in `views`; the chain is borrowed exclusively, a slice is in one chain
-            // only and once in it, so each byte is in one of these references.
-            unsafe { manager.memory().view_mut(entry.data() + entry.len as usize, room) }
-        })
+    #[inline]
+    pub(crate) fn spare_views<'a>(&'a mut self, _proof: &'a PeerTrust) -> SpareViews<'a> {
+        SpareViews { manager: &self.manager, next: self.filling }
+    }
+}
+
+/// The bytes of a chain's slices.
+pub(crate) struct SliceViews<'a> {
+    manager: &'a BufferManager,
+    next: SliceId,
+}
+
+impl<'a> Iterator for SliceViews<'a> {
+    type Item = &'a [u8];
+
+    #[inline]
+    fn next(&mut self) -> Option<&'a [u8]> {
+        if self.next == NO_SLICE {
+            return None;
+        }
+        let entry = self.manager.entry(self.next);
+        self.next = entry.next;
+        // SAFETY: the chain holds the slice, by the ledger; its bytes are inside it, checked when
+        // it was taken in; the chain is borrowed for as long as the reference lives, so nobody
+        // here writes to it; and the peer does not, by the promise that was shown to
+        // `Chain::views`.
+        Some(unsafe { self.manager.memory().view(entry.data(), entry.len as usize) })
+    }
+}
+
+/// The room in a chain's slices.
+pub(crate) struct SpareViews<'a> {
+    manager: &'a BufferManager,
+    next: SliceId,
+}
+
+impl<'a> Iterator for SpareViews<'a> {
+    type Item = &'a mut [u8];
+
+    #[inline]
+    fn next(&mut self) -> Option<&'a mut [u8]> {
+        if self.next == NO_SLICE {
+            return None;
+        }
+        let entry = self.manager.entry(self.next);
+        let room = self.manager.capacity_of(self.next) - entry.start - entry.len;
+        self.next = entry.next;
+        let at = entry.data() + entry.len as usize;
+        // SAFETY: as in `SliceViews`; the chain is borrowed exclusively, a slice is in one chain
+        // only and once in it, so each byte is in one of these references.
+        Some(unsafe { self.manager.memory().view_mut(at, room as usize) })
     }
 }
 

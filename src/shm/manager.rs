@@ -427,12 +427,6 @@ impl<M: Memory> BufferManager<M> {
         result
     }
 
-    /// The slices of a chain from `first` on.
-    pub(super) fn entries(&self, first: SliceId) -> impl Iterator<Item = (SliceId, Entry)> {
-        let of = |id: SliceId| (id != NO_SLICE).then(|| (id, self.entry(id)));
-        std::iter::successors(of(first), move |(_, entry)| of(entry.next))
-    }
-
     /// Writes the header of a held slice for the peer to read, in one go.
     #[inline]
     pub(super) fn write_header(&self, id: SliceId) -> u32 {
