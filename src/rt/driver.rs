@@ -60,7 +60,11 @@ impl SessionInner {
         let spins = self.config.spin != Spin::Never;
         self.set_in_place_turns(if spins { IN_PLACE_TURNS } else { 0 });
         let moved = match self.drain(EVENTS_PER_TURN) {
-            Ok(count) => count > 0,
+            Ok(0) => false,
+            Ok(count) => {
+                self.activity.last_batch.set(count);
+                true
+            }
             Err(error) => {
                 self.fail(error.into());
                 false
@@ -78,9 +82,6 @@ impl SessionInner {
         if let Some(error) = self.lanes.manager.take_broken() {
             self.fail(error.into());
         }
-        if moved || sent {
-            self.activity.last_traffic.set(now);
-        }
         self.stay(now, moved || sent)
     }
 
@@ -94,13 +95,14 @@ impl SessionInner {
             return Stay::Asleep;
         }
         let spins = match self.config.spin {
-            Spin::Never => false,
-            Spin::For(budget) => {
-                now.saturating_duration_since(self.activity.last_traffic.get()) < budget
-            }
+            Spin::Never => had_traffic,
+            Spin::For(budget) => had_traffic || !self.activity.is_idle_for(budget, now),
             Spin::Forever => true,
         };
-        if had_traffic || spins {
+        if had_traffic {
+            self.activity.idle_turns.set(0);
+        }
+        if spins {
             return Stay::Busy;
         }
         if !self.lanes.queue_waiting.is_empty() || !self.lanes.pool_waiting.is_empty() {
@@ -161,7 +163,10 @@ impl SessionInner {
     /// and for a while after waits in vain.
     pub(super) fn wait_in_place(self: &Rc<Self>, stream: &StreamInner) {
         let activity = &self.activity;
-        if activity.in_place.get().turns == 0 || activity.waiting_readers.get() > 0 {
+        if activity.in_place.get().turns == 0
+            || activity.waiting_readers.get() > 0
+            || activity.last_batch.get() > 1
+        {
             return;
         }
         let mut in_place = activity.in_place.get();
@@ -172,8 +177,9 @@ impl SessionInner {
         self.flush_queue();
         for _ in 0..IN_PLACE_LOOKS {
             if self.has_events() {
-                if let Err(error) = self.drain(BATCH) {
-                    return self.fail(error.into());
+                match self.drain(BATCH) {
+                    Ok(count) => activity.last_batch.set(count),
+                    Err(error) => return self.fail(error.into()),
                 }
                 if stream.has_news() {
                     return activity

@@ -97,7 +97,7 @@ impl Poller {
         if !session.activity.is_active.replace(true) {
             session.lanes.consumer.borrow().set_working();
             session.lanes.manager.set_resting(false);
-            session.activity.last_traffic.set(Instant::now());
+            session.activity.idle_turns.set(0);
             self.active.borrow_mut().push(Rc::clone(session));
             self.task.wake();
         }
@@ -191,7 +191,7 @@ struct Clock {
 }
 
 impl Clock {
-    const PASSES: u32 = 8;
+    const PASSES: u32 = 4;
 
     fn new() -> Self {
         Self { now: Instant::now(), passes: 0 }

@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::driver;
 use super::handshake::{Established, SessionMemory};
@@ -71,10 +71,32 @@ pub(super) struct Accepts {
 /// Whether the core's poller looks at this session, and since when it found nothing.
 pub(super) struct Activity {
     pub(super) is_active: Cell<bool>,
-    pub(super) last_traffic: Cell<Instant>,
+    /// Turns in a row that found nothing.
+    pub(super) idle_turns: Cell<u32>,
+    /// When the first [`Self::IDLE_TURNS`] of them were over.
+    idle_since: Cell<Instant>,
+    /// How many events came together the last time.
+    pub(super) last_batch: Cell<usize>,
     /// How many tasks wait for data of their streams.
     pub(super) waiting_readers: Cell<u32>,
     pub(super) in_place: Cell<InPlace>,
+}
+
+impl Activity {
+    /// So many turns that find nothing are not worth a look at the clock: a session that exchanges
+    /// messages has them all the time.
+    const IDLE_TURNS: u32 = 16;
+
+    /// Counts a turn that found nothing, and says whether there was nothing for as long as
+    /// `budget`.
+    pub(super) fn is_idle_for(&self, budget: Duration, now: Instant) -> bool {
+        let turns = self.idle_turns.get().saturating_add(1);
+        self.idle_turns.set(turns);
+        if turns == Self::IDLE_TURNS {
+            self.idle_since.set(Instant::now());
+        }
+        turns > Self::IDLE_TURNS && now.saturating_duration_since(self.idle_since.get()) >= budget
+    }
 }
 
 /// Waiting for the peer without the poller.
@@ -253,7 +275,9 @@ impl Session {
             accepts: Accepts::default(),
             activity: Activity {
                 is_active: Cell::new(false),
-                last_traffic: Cell::new(Instant::now()),
+                idle_turns: Cell::new(0),
+                idle_since: Cell::new(Instant::now()),
+                last_batch: Cell::new(0),
                 waiting_readers: Cell::new(0),
                 in_place: Cell::default(),
             },

@@ -138,6 +138,14 @@ impl<M: Memory> Ring<M> {
         (index % i64::from(self.capacity)) as u32
     }
 
+    #[inline]
+    fn load(&self, slot: u32) -> Event {
+        let at = self.slot_offset(slot);
+        // Relaxed: the acquire load of the tail orders them.
+        let word = |at| self.memory.load_u32(at, Ordering::Relaxed);
+        Event::from_words([word(at), word(at + 4), word(at + 8)])
+    }
+
     fn flag(&self) -> usize {
         self.base + self.layout.flag_offset()
     }
@@ -251,12 +259,15 @@ pub(crate) struct Consumer<M> {
     /// The peer's tail as last read; the true one may be further.
     known_tail: i64,
     slot: u32,
+    /// What stood in the next slot right after the tail was read the last time.
+    next: Event,
 }
 
 impl<M: Memory> Consumer<M> {
     fn starting_at(ring: Ring<M>, head: i64, tail: i64) -> Self {
         let slot = ring.slot_of(head);
-        Self { ring, head, published: head, known_tail: tail, slot }
+        let next = Event { stream_id: 0, offset: 0, status: 0 };
+        Self { ring, head, published: head, known_tail: tail, slot, next }
     }
 
     /// How many events the queue holds.
@@ -278,21 +289,15 @@ impl<M: Memory> Consumer<M> {
         to: &mut [Event],
         mut near: impl FnMut(&Event),
     ) -> Result<usize, MemoryError> {
-        if !self.has_events()? {
+        let is_fresh = self.head == self.known_tail;
+        if is_fresh && !self.look()? {
             return Ok(0);
         }
         let available = self.known_tail - self.head;
-        // Between 1 and the capacity, by `has_events` and the check in `look`.
+        // Between 1 and the capacity, by the check in `look`.
         let count = to.len().min(available as usize);
-        let memory = &self.ring.memory;
-        for event in &mut to[..count] {
-            let at = self.ring.slot_offset(self.slot);
-            // Relaxed: the acquire load of the tail ordered them.
-            *event = Event::from_words([
-                memory.load_u32(at, Ordering::Relaxed),
-                memory.load_u32(at + 4, Ordering::Relaxed),
-                memory.load_u32(at + 8, Ordering::Relaxed),
-            ]);
+        for (index, event) in to[..count].iter_mut().enumerate() {
+            *event = if is_fresh && index == 0 { self.next } else { self.ring.load(self.slot) };
             near(event);
             self.slot = self.ring.next_slot(self.slot);
         }
@@ -309,6 +314,10 @@ impl<M: Memory> Consumer<M> {
     fn look(&mut self) -> Result<bool, MemoryError> {
         // Acquire, pairs with the release store of the tail in the peer's `Producer::publish`.
         let tail = self.ring.memory.load_i64(self.ring.tail());
+        // The slot is read before it is known whether the tail shows it: both lines are with the
+        // peer, and this way they travel at the same time. Since it is read after the tail, it is
+        // what the tail shows, if it shows it.
+        self.next = self.ring.load(self.slot);
         if tail == self.known_tail {
             return Ok(self.head != tail);
         }
