@@ -16,8 +16,8 @@ use futures_lite::future::{or, poll_fn, poll_once, yield_now, zip};
 use futures_lite::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use glommio::{LocalExecutorBuilder, Placement};
 use shmipc_glommio::{
-    Config, ConfigBuilder, Connector, Error, Listener, MemoryKind, ProtocolVersion, Session, Spin,
-    Stream,
+    Config, ConfigBuilder, Connector, Error, Listener, MemoryKind, PeerTrust, ProtocolVersion,
+    Session, Spin, Stream,
 };
 
 /// Runs a test on an executor of its own, and stops it when it hangs.
@@ -633,5 +633,156 @@ fn a_busy_pair_sends_no_wake_ups() {
         let (client, server) = (client.stats(), server.stats());
         assert!(client.sync_events_sent <= 1 && server.sync_events_sent <= 1);
         assert_eq!(client.events_sent, 1000);
+    });
+}
+
+/// Two ends of a session whose peers are trusted to keep off what they have sent.
+async fn trusting_pair(trust: &PeerTrust, config: Config) -> (Session, Session) {
+    let path = socket_path();
+    let listener = Listener::bind(&path, config.clone()).unwrap().trusting(trust);
+    let connector = Connector::new(config).trusting(trust);
+    let (client, server) = zip(connector.connect(path), listener.accept()).await;
+    (client.unwrap(), server.unwrap())
+}
+
+fn trust() -> PeerTrust {
+    // SAFETY: both ends are this test.
+    unsafe { PeerTrust::promise() }
+}
+
+#[test]
+fn a_loan_becomes_the_peers_message_without_a_copy() {
+    run(|| async {
+        let trust = trust();
+        let (client, server) = trusting_pair(&trust, Config::default()).await;
+        let mut stream = client.open_stream().unwrap();
+        for len in [1, 8172, 8173, 131_052, 131_053, 1 << 20] {
+            let bytes = pattern(len, len);
+            let mut loan = stream.alloc(len).await.unwrap();
+            assert_eq!((loan.capacity(), loan.remaining(), loan.is_empty()), (len, len, true));
+            let mut at = 0;
+            for view in loan.views(&trust).unwrap() {
+                view.copy_from_slice(&bytes[at..at + view.len()]);
+                at += view.len();
+            }
+            assert_eq!(at, len, "the views are the whole loan");
+            loan.advance(len);
+            assert_eq!((loan.len(), loan.remaining()), (len, 0));
+            stream.send(loan).await.unwrap();
+        }
+        let mut accepted = server.accept().await.unwrap();
+        for len in [1, 8172, 8173, 131_052, 131_053, 1 << 20] {
+            let message = accepted.recv().await.unwrap().unwrap();
+            assert_eq!(message.len(), len, "a flush arrives as it was sent");
+            let seen: Vec<u8> = message.views(&trust).unwrap().flatten().copied().collect();
+            assert!(seen == pattern(len, len), "{len}");
+            assert!(message.is_shared());
+        }
+        drop(stream);
+        assert!(accepted.recv().await.unwrap().is_none());
+        drop(accepted);
+        until(|| all_free(&client, &server)).await;
+    });
+}
+
+#[test]
+fn loans_are_filled_in_parts_and_messages_are_read_in_parts() {
+    run(|| async {
+        let (_listener, client, server) = default_pair().await;
+        let mut stream = client.open_stream().unwrap();
+        let bytes = pattern(9, 50_000);
+        let mut loan = stream.alloc(60_000).await.unwrap();
+        assert_eq!(loan.write(&bytes[..20_000]), 20_000);
+        io::Write::write_all(&mut loan, &bytes[20_000..]).unwrap();
+        assert_eq!(loan.remaining(), 10_000);
+        assert_eq!(loan.write(&[1; 20_000]), 10_000, "no more than was asked for");
+        stream.send(loan).await.unwrap();
+        // An empty one sends nothing, and one that is dropped neither.
+        let empty = stream.alloc(100).await.unwrap();
+        stream.send(empty).await.unwrap();
+        drop(stream.alloc(100_000).await.unwrap());
+        stream.write_all(b"next").await.unwrap();
+
+        let mut accepted = server.accept().await.unwrap();
+        let mut message = accepted.recv().await.unwrap().unwrap();
+        assert_eq!(message.len(), 60_000);
+        let mut part = vec![0; 12_345];
+        assert_eq!(message.peek(&mut part), 12_345);
+        assert!(part == bytes[..12_345]);
+        message.skip(345);
+        io::Read::read_exact(&mut message, &mut part).unwrap();
+        assert!(part == bytes[345..12_690]);
+        let rest = message.into_bytes();
+        assert!(rest[..37_310] == bytes[12_690..] && rest[37_310..] == [1; 10_000]);
+        let next = accepted.recv().await.unwrap().unwrap();
+        assert_eq!(&next.into_bytes()[..], b"next");
+        until(|| all_free(&client, &server)).await;
+        let sent = client.stats();
+        assert_eq!((sent.events_sent, sent.bytes_sent), (2, 60_004));
+    });
+}
+
+#[test]
+fn a_promise_counts_for_its_own_sessions_only() {
+    run(|| async {
+        let (trust, other) = (trust(), trust());
+        let config = small().build().unwrap();
+        let (client, server) = trusting_pair(&trust, config.clone()).await;
+        let mut stream = client.open_stream().unwrap();
+        let mut loan = stream.alloc(10).await.unwrap();
+        assert!(matches!(loan.views(&other).map(drop), Err(Error::NotTrusted)));
+        loan.write(b"x");
+        stream.send(loan).await.unwrap();
+        let mut accepted = server.accept().await.unwrap();
+        let message = accepted.recv().await.unwrap().unwrap();
+        assert!(matches!(message.views(&other).map(drop), Err(Error::NotTrusted)));
+        assert!(message.views(&trust).is_ok());
+
+        let (_listener, stranger, _server) = default_pair().await;
+        let mut elsewhere = stranger.open_stream().unwrap();
+        assert!(elsewhere.alloc(1).await.unwrap().views(&trust).is_err());
+        // A loan is of its session's memory.
+        let mut loan = stream.alloc(10).await.unwrap();
+        loan.write(b"x");
+        let refused = elsewhere.send(loan).await;
+        assert!(matches!(refused, Err(Error::ForeignLoan)), "{refused:?}");
+        drop(message);
+        until(|| all_free(&client, &server)).await;
+    });
+}
+
+#[test]
+fn a_loan_from_an_empty_pool_goes_over_the_socket() {
+    run(|| async {
+        let trust = trust();
+        let config = small().pool_wait(Duration::from_micros(200)).build().unwrap();
+        let (client, server) = trusting_pair(&trust, config).await;
+        let mut first = client.open_stream().unwrap();
+        let hoard = first.alloc(700_000).await.unwrap();
+        assert!(hoard.is_shared());
+        let mut stream = client.open_stream().unwrap();
+        let mut loan = stream.alloc(700_000).await.unwrap();
+        assert!(!loan.is_shared() && stream.is_fallen_back());
+        let bytes = pattern(5, 700_000);
+        for view in loan.views(&trust).unwrap() {
+            view.copy_from_slice(&bytes);
+        }
+        loan.advance(700_000);
+        let receiving = async {
+            let mut accepted = server.accept().await.unwrap();
+            let mut all: Vec<u8> = Vec::new();
+            while all.len() < bytes.len() {
+                let message = accepted.recv().await.unwrap().unwrap();
+                assert!(!message.is_shared());
+                all.extend(message.views(&trust).unwrap().flatten());
+            }
+            assert!(all == bytes);
+            accepted
+        };
+        let (sent, _accepted) = zip(stream.send(loan), receiving).await;
+        sent.unwrap();
+        drop(hoard);
+        until(|| all_free(&client, &server)).await;
+        assert_eq!(server.stats().bytes_received, 0);
     });
 }
