@@ -334,6 +334,10 @@ impl SessionInner {
                 return false;
             }
             match self.receive_once() {
+                // Less than there was room for is all that there was.
+                Ok(Received::Bytes(room)) if room > 0 => {
+                    return self.inbox.deframer.borrow().is_empty();
+                }
                 Ok(Received::Bytes(_)) => {}
                 Ok(Received::Nothing) => return self.inbox.deframer.borrow().is_empty(),
                 Ok(Received::End) => {
@@ -349,15 +353,17 @@ impl SessionInner {
         false
     }
 
+    /// Receives once. `Bytes` tells how much room was left.
     fn receive_once(self: &Rc<Self>) -> Result<Received, Error> {
         let received = {
             let mut deframer = self.inbox.deframer.borrow_mut();
             let hint = deframer.receive_hint();
-            let received = self.socket().try_receive(deframer.space(hint));
-            match received {
+            let space = deframer.space(hint);
+            let room = space.len();
+            match self.socket().try_receive(space) {
                 Ok(Received::Bytes(count)) => {
                     deframer.commit(count);
-                    Received::Bytes(count)
+                    Received::Bytes(room - count)
                 }
                 Ok(other) => other,
                 // A peer that died with our bytes unread is gone like any other.

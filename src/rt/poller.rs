@@ -128,15 +128,19 @@ impl Poller {
     }
 
     /// Looks at the queues a few more times before other tasks get their turn: when there are none,
-    /// what comes meanwhile is seen sooner than after a way through the scheduler.
-    fn look_out(&self) {
-        let active = self.active.borrow();
+    /// what comes meanwhile is seen sooner than after a way through the scheduler. Whether it came.
+    fn look_out(&self) -> bool {
         for _ in 0..LOOKS_PER_PASS {
-            if active.iter().any(|session| session.has_events()) {
-                return;
+            if self.has_events() {
+                return true;
             }
             std::hint::spin_loop();
         }
+        false
+    }
+
+    fn has_events(&self) -> bool {
+        self.active.borrow().iter().any(|session| session.has_events())
     }
 
     /// Waits until a session becomes active.
@@ -159,12 +163,15 @@ async fn run(poller: Rc<Poller>) {
     let _cleanup = Cleanup(Rc::clone(&poller));
     let kick = Kick::new(&poller);
     let mut clock = Clock::new();
+    let mut give_way = GiveWay::default();
     loop {
         let now = clock.now();
         match poller.pass(now) {
             Stay::Busy => {
                 kick.after_pass(&poller, now);
-                poller.look_out();
+                if !poller.look_out() {
+                    give_way.after_idle_pass(&poller);
+                }
                 glommio::executor().yield_task_queue_now().await;
             }
             Stay::Waiting => {
@@ -180,6 +187,48 @@ async fn run(poller: Rc<Poller>) {
                 poller.last_reactor_pass.set(None);
                 clock = Clock::new();
             }
+        }
+    }
+}
+
+/// Gives the processor away when the peer needs it to answer.
+///
+/// Two processes that poll on the same processor wait for each other until the kernel takes it
+/// from one of them, which is after milliseconds. Nobody tells a process that it shares its
+/// processor with its peer; but when it gives way, somebody else runs for a while, and then there
+/// is an answer, that is what it looks like.
+#[derive(Default)]
+struct GiveWay {
+    idle_passes: u32,
+    /// How sure it is that the peer is on this processor.
+    evidence: u32,
+}
+
+impl GiveWay {
+    /// How many passes find nothing before giving way is tried: longer than a peer on a processor
+    /// of its own takes to answer.
+    const PATIENCE: u32 = 64;
+    /// How many do when the peer is on this processor.
+    const PATIENCE_WHEN_SHARED: u32 = 2;
+    /// A system call that takes longer than this has let somebody else run.
+    const SOMEBODY_RAN: Duration = Duration::from_nanos(1200);
+    const MOST_EVIDENCE: u32 = 16;
+
+    fn after_idle_pass(&mut self, poller: &Poller) {
+        self.idle_passes += 1;
+        let shared = self.evidence > 0;
+        let patience = if shared { Self::PATIENCE_WHEN_SHARED } else { Self::PATIENCE };
+        if self.idle_passes < patience {
+            return;
+        }
+        self.idle_passes = 0;
+        let began = Instant::now();
+        std::thread::yield_now();
+        let somebody_ran = began.elapsed() > Self::SOMEBODY_RAN;
+        if somebody_ran && poller.has_events() {
+            self.evidence = (self.evidence + 4).min(Self::MOST_EVIDENCE);
+        } else {
+            self.evidence = self.evidence.saturating_sub(1);
         }
     }
 }
