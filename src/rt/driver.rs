@@ -35,11 +35,11 @@ const BATCH: usize = 16;
 const NO_EVENT: Event = Event { stream_id: 0, offset: 0, status: 0 };
 /// How often a task looks at the queue itself before it sleeps: a microsecond or so, within which a
 /// peer answers that is at it, even if its own task has to go over its poller.
-const IN_PLACE_LOOKS: usize = 48;
+const IN_PLACE_LOOKS: usize = 250;
 /// How many waits are not made in place after some that were in vain.
 const IN_PLACE_SKIPS: u32 = 63;
 /// How often in a row a session's tasks may go on without the poller's turn.
-const IN_PLACE_TURNS: u32 = 16;
+const IN_PLACE_TURNS: u32 = 32;
 /// The most receives in a row from one socket.
 const RECEIVES_PER_TURN: usize = 16;
 
@@ -176,6 +176,7 @@ impl SessionInner {
         }
         self.flush_queue();
         for _ in 0..IN_PLACE_LOOKS {
+            // Without a pause: it would take longer than the look, and this ends soon.
             if self.has_events() {
                 match self.drain(BATCH) {
                     Ok(count) => activity.last_batch.set(count),
@@ -187,7 +188,6 @@ impl SessionInner {
                         .set(InPlace { turns: in_place.turns - 1, ..InPlace::default() });
                 }
             }
-            std::hint::spin_loop();
         }
         in_place.penalty = (in_place.penalty * 2 + 1).min(IN_PLACE_SKIPS);
         in_place.skips = in_place.penalty;

@@ -5,10 +5,9 @@
 use std::cell::Cell;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use super::socket::{Received, Socket};
@@ -273,16 +272,8 @@ fn map_descriptors(
 fn map_files(paths: &MemoryPaths, config: &Config) -> Result<SessionMemory, Error> {
     let limit = config.limits.mapped_bytes;
     let directory = config.path_prefix.parent().unwrap_or(Path::new("/"));
-    for path in [&paths.queue, &paths.buffer] {
-        let climbs = path.components().any(|part| part == Component::ParentDir);
-        if climbs || !path.starts_with(directory) {
-            let problem = "not below the directory of the configured prefix";
-            let error = io::Error::new(io::ErrorKind::PermissionDenied, problem);
-            return Err(Error::os("open the peer's shared-memory file", error));
-        }
-    }
-    let queue = Region::map_file(&paths.queue, "queue", limit)?;
-    let buffer = Region::map_file(&paths.buffer, "buffer", limit)?;
+    let queue = Region::map_file(directory, &paths.queue, "queue", limit)?;
+    let buffer = Region::map_file(directory, &paths.buffer, "buffer", limit)?;
     let mut memory = map_memory(buffer, queue)?;
     // Only now: a file that turned out to be something else is not this session's to remove.
     memory.files = vec![SharedFile::new(&paths.queue), SharedFile::new(&paths.buffer)];

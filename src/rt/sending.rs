@@ -22,8 +22,13 @@ impl SessionInner {
     /// more, and the rest at the next turn, which also looks whether the peer must be woken.
     pub(super) fn send_event(self: &Rc<Self>, event: Event) -> Result<bool, Error> {
         let mut producer = self.lanes.producer.borrow_mut();
-        if !producer.push(event)? {
-            return Ok(false);
+        match producer.push(event) {
+            Ok(true) => {}
+            Ok(false) => return Ok(false),
+            Err(error) => {
+                drop(producer);
+                return Err(self.broken(error));
+            }
         }
         if !self.lanes.must_look.replace(true) || producer.unpublished() >= PUBLISH_EVERY {
             producer.publish();
@@ -96,7 +101,8 @@ impl SessionInner {
             match self.send_event(Event { stream_id, offset: 0, status }) {
                 Ok(true) => return,
                 Ok(false) => {}
-                Err(error) => return self.fail(error),
+                // The session is over.
+                Err(_) => return,
             }
         }
         let mut message = Vec::new();

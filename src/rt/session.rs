@@ -21,7 +21,7 @@ use super::socket::Socket;
 use super::stream::{Stream, StreamInner};
 use super::wakers::WakerList;
 use crate::config::{Config, ProtocolVersion};
-use crate::error::{Error, Result};
+use crate::error::{Error, MemoryError, Result};
 use crate::proto::session::{Role, StreamTable};
 use crate::shm::manager::BufferManager;
 use crate::shm::queue::{Consumer, Producer};
@@ -183,6 +183,14 @@ impl SessionInner {
         self.ending.files.borrow_mut().clear();
     }
 
+    /// Ends the session because its memory does not hold together, and gives the error on.
+    #[cold]
+    pub(super) fn broken(&self, error: MemoryError) -> Error {
+        let error = Error::from(error);
+        self.fail(error.clone());
+        error
+    }
+
     /// The version byte of this session's messages.
     pub(super) fn version_byte(&self) -> u8 {
         self.version.as_u8()
@@ -292,6 +300,13 @@ impl Session {
             socket,
             outbox: Outbox::default(),
             ending: Ending { files: RefCell::new(files), ..Ending::default() },
+        });
+        let session = Rc::downgrade(&inner);
+        inner.lanes.manager.on_broken(move || {
+            // Its turn with the poller finds out what it is.
+            if let Some(session) = session.upgrade() {
+                session.activate();
+            }
         });
         inner.poller.demand(config.reactor_interval);
         inner.poller.spawn(driver::read_socket(Rc::clone(&inner)));

@@ -26,8 +26,9 @@ use nix::sys::socket::{
 
 use crate::error::Error;
 
-/// The most descriptors that one message of a peer is taken apart for; the kernel drops the rest.
-const MAX_DESCRIPTORS: usize = 16;
+/// The most descriptors that one message can carry (`SCM_MAX_FD`). With room for all of them none is
+/// ever cut off, and every one that a peer sends is closed here or used.
+const MAX_DESCRIPTORS: usize = 253;
 
 /// A connected stream socket.
 pub(super) struct Socket {
@@ -106,7 +107,11 @@ impl Socket {
     pub(super) async fn readable(&self) -> Result<(), Error> {
         match self.stream.peek(&mut [0]).await {
             Ok(_) => Ok(()),
-            Err(error) => Err(Error::os("wait for the socket", io::Error::from(error))),
+            Err(error) => match io::Error::from(error) {
+                // What came before can still be received, and then the end.
+                error if error.kind() == io::ErrorKind::ConnectionReset => Ok(()),
+                error => Err(Error::os("wait for the socket", error)),
+            },
         }
     }
 

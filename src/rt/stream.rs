@@ -243,7 +243,8 @@ impl Stream {
         if self.inner.life.get().path() == Path::SharedMemory {
             // Before any slice is taken: only an active session comes to rest again and gives back.
             session.activate();
-            if let Some(chain) = session.lanes.manager.allocate(len, false)? {
+            let allocated = session.lanes.manager.allocate(len, false);
+            if let Some(chain) = allocated.map_err(|error| session.broken(error))? {
                 self.pool_deadline = None;
                 return Poll::Ready(Ok(Loan::new(LoanMemory::Slices(chain), len, session.trust)));
             }
@@ -288,7 +289,7 @@ impl Stream {
         if !chain.is_of(&self.session().lanes.manager) {
             return Err(Error::ForeignLoan);
         }
-        if self.session().lanes.producer.borrow_mut().is_full()? {
+        if self.is_queue_full()? {
             poll_fn(|context| self.poll_queue(context)).await?;
         }
         let count = chain.len();
@@ -359,8 +360,9 @@ impl Stream {
     ) -> Poll<Result<Option<usize>>> {
         ready!(self.poll_queue(context))?;
         let want = bytes.len().min(WRITE_AT_MOST);
-        let manager = &self.session().lanes.manager;
-        let Some((offset, count)) = manager.write_message(&bytes[..want])? else {
+        let written = self.session().lanes.manager.write_message(&bytes[..want]);
+        let written = written.map_err(|error| self.session().broken(error))?;
+        let Some((offset, count)) = written else {
             return self.poll_pool(context).map_ok(|()| None);
         };
         self.pool_deadline = None;
@@ -374,12 +376,17 @@ impl Stream {
         let session = self.session();
         // Before any slice is taken: only an active session comes to rest again and gives back.
         session.activate();
-        if session.lanes.producer.borrow_mut().is_full()? {
+        if self.is_queue_full()? {
             session.counters.queue_full.add(1);
             session.lanes.queue_waiting.register(context, None);
             return Poll::Pending;
         }
         Poll::Ready(Ok(()))
+    }
+
+    fn is_queue_full(&self) -> Result<bool> {
+        let is_full = self.session().lanes.producer.borrow_mut().is_full();
+        is_full.map_err(|error| self.session().broken(error))
     }
 
     /// Sends the event that hands slices to the peer. There is room for it.

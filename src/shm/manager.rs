@@ -90,6 +90,8 @@ pub(crate) struct BufferManager<M = Region> {
     ledger: Box<[Cell<Entry>]>,
     /// What was found broken where nobody could be told, in a `Drop`.
     broken: RefCell<Option<MemoryError>>,
+    /// Called when something was.
+    alarm: RefCell<Option<Box<dyn Fn()>>>,
     /// Slices that this side holds, magazines not counted.
     held: Cell<u32>,
     /// Whether slices go past the magazines.
@@ -205,6 +207,7 @@ impl<M: Memory> BufferManager<M> {
             classes,
             ledger: vec![Cell::new(Entry::default()); total as usize].into_boxed_slice(),
             broken: RefCell::new(None),
+            alarm: RefCell::new(None),
             held: Cell::new(0),
             is_resting: Cell::new(false),
         }))
@@ -219,8 +222,18 @@ impl<M: Memory> BufferManager<M> {
         self.broken.borrow_mut().take()
     }
 
+    /// Calls `alarm` when something is found broken in a `Drop`, so that somebody comes and
+    /// [takes](Self::take_broken) it.
+    pub(crate) fn on_broken(&self, alarm: impl Fn() + 'static) {
+        *self.alarm.borrow_mut() = Some(Box::new(alarm));
+    }
+
+    #[cold]
     fn note_broken(&self, error: MemoryError) {
         self.broken.borrow_mut().get_or_insert(error);
+        if let Some(alarm) = &*self.alarm.borrow() {
+            alarm();
+        }
     }
 
     /// Slices that chains of this side hold.

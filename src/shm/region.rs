@@ -18,7 +18,8 @@ use std::ptr::NonNull;
 use std::sync::{Mutex, PoisonError};
 
 use memmap2::{MmapOptions, MmapRaw};
-use nix::fcntl::{FcntlArg, SealFlag};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, OpenHow, ResolveFlag, SealFlag};
 use nix::sys::memfd::MFdFlags;
 
 use crate::error::{Error, HandshakeError, MemoryError};
@@ -107,17 +108,31 @@ impl Region {
         Self::map_given(&File::from(fd), role, limit)
     }
 
-    /// Maps what a peer named by a path. `role` names the memory in errors.
-    pub(crate) fn map_file(path: &Path, role: &'static str, limit: u64) -> Result<Self, Error> {
-        // Not blocking, since the path may name a pipe; not following, since it may name a link.
-        let flags = nix::libc::O_NOFOLLOW | nix::libc::O_CLOEXEC | nix::libc::O_NONBLOCK;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(flags)
-            .open(path)
-            .map_err(|error| Error::os("open the peer's shared-memory file", error))?;
-        Self::map_given(&file, role, limit)
+    /// Maps what a peer named by a path below `directory`. `role` names the memory in errors.
+    ///
+    /// No link is followed on the way, and no way out of the directory.
+    pub(crate) fn map_file(
+        directory: &Path,
+        path: &Path,
+        role: &'static str,
+        limit: u64,
+    ) -> Result<Self, Error> {
+        let failed = |error| Error::os("open the peer's shared-memory file", error);
+        let outside = io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "not below the directory of the configured prefix",
+        );
+        let Ok(relative) = path.strip_prefix(directory) else { return Err(failed(outside)) };
+        let directory = File::open(directory).map_err(failed)?;
+        // Not blocking, since the path may name a pipe.
+        let how = OpenHow::new()
+            .flags(OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)
+            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+        let file = match nix::fcntl::openat2(&directory, relative, how) {
+            Err(Errno::EXDEV) => return Err(failed(outside)),
+            result => result.map_err(|errno| failed(errno.into()))?,
+        };
+        Self::map_given(&File::from(file), role, limit)
     }
 
     fn map_given(file: &File, role: &'static str, limit: u64) -> Result<Self, Error> {
@@ -257,7 +272,7 @@ mod tests {
         let (_region, entry) = Region::create_file(&path, 4096).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         assert!(matches!(Region::create_file(&path, 4096), Err(Error::Os { .. })));
-        let _mapped = Region::map_file(&path, "queue", 1 << 20).unwrap();
+        let _mapped = Region::map_file(&std::env::temp_dir(), &path, "queue", 1 << 20).unwrap();
         let other = SharedFile::new(&path);
         drop(entry);
         assert!(path.exists(), "another session of this process has it");
@@ -281,7 +296,7 @@ mod tests {
         let link = path("link");
         fs::write(&target, [0; 64]).unwrap();
         std::os::unix::fs::symlink(&target, &link).unwrap();
-        let text = refused(Region::map_file(&link, "queue", 100));
+        let text = refused(Region::map_file(&std::env::temp_dir(), &link, "queue", 100));
         assert!(text.contains("open the peer's"), "{text}");
         assert!(target.exists(), "a refused file is not removed");
         fs::remove_file(&target).unwrap();
