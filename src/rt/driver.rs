@@ -79,10 +79,15 @@ impl SessionInner {
         self.wake_waiting(now);
         let sent = self.lanes.must_look.get();
         self.flush_queue();
-        if let Some(error) = self.lanes.manager.take_broken() {
-            self.fail(error.into());
+        let stay = self.stay(now, moved || sent);
+        // Last, since slices go back when the session comes to rest, too.
+        match self.lanes.manager.take_broken() {
+            None => stay,
+            Some(error) => {
+                self.fail(error.into());
+                Stay::Asleep
+            }
         }
-        self.stay(now, moved || sent)
     }
 
     fn set_in_place_turns(&self, turns: u32) {
