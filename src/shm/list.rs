@@ -36,6 +36,10 @@ pub(crate) const MAX_BATCH: usize = 32;
 /// to have moved in between, so an honest peer does not come near.
 const TAKE_TRIES: usize = 256;
 
+/// How often in a row the walk must lead nowhere, from a head that stands still, before the list is
+/// called broken.
+const ASTRAY_TRIES: usize = 16;
+
 /// Where a list stands and what it holds, in private memory.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BufferList {
@@ -235,37 +239,58 @@ impl BufferList {
 
     fn take_reserved<M: Memory>(&self, memory: &M, want: usize) -> Result<Batch, MemoryError> {
         let head_at = self.header + LIST_HEAD_OFFSET;
-        let mut batch = Batch::EMPTY;
+        let mut astray = 0;
         for _ in 0..TAKE_TRIES {
             // Acquire, pairs with the compare-and-swap of another taker.
             let head = memory.load_u32(head_at, Ordering::Acquire);
-            batch.len = 0;
-            let mut relative = head;
-            while batch.len < want {
-                let place = self.checked_place("list head or link", relative)?;
-                let slice = self.slice(place);
-                // Acquire, pairs with the release store of the flag in `give`: `next` is written.
-                if memory.load_u8(slice + SLICE_FLAGS_OFFSET, Ordering::Acquire) & FLAG_HAS_NEXT
-                    == 0
-                {
-                    break;
+            match self.walk(memory, head, want) {
+                Ok((batch, next)) if batch.len > 0 => {
+                    if memory.compare_exchange_u32(head_at, head, next).is_ok() {
+                        self.check_taken(memory, &batch, next)?;
+                        return Ok(batch);
+                    }
                 }
-                batch.places[batch.len] = place;
-                batch.len += 1;
-                relative = memory.load_u32(slice + SLICE_NEXT_OFFSET, Ordering::Acquire);
-            }
-            if batch.len > 0 {
-                self.checked_place("link of a free slice", relative)?;
-                if memory.compare_exchange_u32(head_at, head, relative).is_ok() {
-                    self.check_taken(memory, &batch, relative)?;
-                    return Ok(batch);
+                Ok(_) => {}
+                Err(error) => {
+                    // A slice that the peer took meanwhile has another kind of link by now. Only
+                    // where the head has not moved, and again and again, is the list itself astray.
+                    let is_still = memory.load_u32(head_at, Ordering::Acquire) == head;
+                    astray = if is_still { astray + 1 } else { 0 };
+                    if astray >= ASTRAY_TRIES {
+                        return Err(error);
+                    }
                 }
             }
             // Either the peer took in between, or it has swapped the tail and not yet linked.
             std::hint::spin_loop();
         }
-        batch.len = 0;
-        Ok(batch)
+        Ok(Batch::EMPTY)
+    }
+
+    /// Follows up to `want` links from `head`. Gives the slices on the way, and where the last link
+    /// leads. All of it is true only if the head has not moved meanwhile.
+    fn walk<M: Memory>(
+        &self,
+        memory: &M,
+        head: u32,
+        want: usize,
+    ) -> Result<(Batch, u32), MemoryError> {
+        let mut batch = Batch::EMPTY;
+        let mut relative = head;
+        let mut place = self.checked_place("list head", head)?;
+        while batch.len < want {
+            let slice = self.slice(place);
+            // Acquire, pairs with the release store of the flag in `give`: `next` is written.
+            let flags = memory.load_u8(slice + SLICE_FLAGS_OFFSET, Ordering::Acquire);
+            if flags & FLAG_HAS_NEXT == 0 {
+                break;
+            }
+            batch.places[batch.len] = place;
+            batch.len += 1;
+            relative = memory.load_u32(slice + SLICE_NEXT_OFFSET, Ordering::Acquire);
+            place = self.checked_place("link of a free slice", relative)?;
+        }
+        Ok((batch, relative))
     }
 
     /// Checks that the links of the batch are still those that were walked, and that the headers
