@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Sends messages to an echo server, and checks every byte that comes back.
+//!
+//! `cargo run --release --example echo_client -- --socket /tmp/echo.sock --size 4096`
+//!
+//! It ends with one line of JSON on stdout, and with status 0 only if every byte came back.
+
+#[path = "support/mod.rs"]
+mod support;
+
+use std::cell::Cell;
+use std::io;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use futures_lite::future::{or, try_zip};
+use futures_lite::io::{ReadHalf, WriteHalf, split};
+use futures_lite::{AsyncReadExt, AsyncWriteExt};
+use serde_json::{Value, json};
+use shmipc_glommio::{Config, Connector, MemoryKind, ProtocolVersion, Session, Stream};
+use support::Address;
+
+const USAGE: &str = "\
+usage: echo_client --socket PATH | --tcp 127.0.0.1:PORT [OPTION]…
+  --memory memfd|file   how the memory is handed over (memfd; file over TCP)
+  --protocol 2|3        highest protocol version; 2 knows file memory only (3)
+  --size BYTES          payload of a message (64)
+  --count N             messages on all streams together (10000)
+  --streams N           streams at the same time (1)
+  --pool BYTES          buffer memory, at least 1 MiB (33554432)
+  --queue EVENTS        room in each IO queue, a multiple of 16 (8192)
+  --reopen              a fresh stream for every message
+  --verify|--no-verify  check every byte (yes)
+  --timeout SECONDS     give up after that long (60)";
+const LEAST_POOL: u64 = 1 << 20;
+/// How long the peer gets to give back the slices it holds, once all streams are closed.
+const POOL_GRACE: Duration = Duration::from_secs(1);
+/// How much later than `--timeout` the process ends if even its executor hangs.
+const WATCHDOG_GRACE: Duration = Duration::from_secs(3);
+
+#[derive(Clone)]
+struct Options {
+    address: Address,
+    config: Config,
+    size: usize,
+    count: u64,
+    streams: u64,
+    reopen: bool,
+    verify: bool,
+    timeout: Duration,
+}
+
+fn main() -> ExitCode {
+    let options = match parse() {
+        Ok(Some(options)) => options,
+        Ok(None) => {
+            println!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return support::refuse_arguments(&error, USAGE),
+    };
+    let done = Rc::new(Cell::new(0));
+    watch(options.timeout + WATCHDOG_GRACE);
+    match support::run(echo(&options, &done)) {
+        Ok(report) => {
+            println!("{report}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            println!("{}", json!({"ok": false, "error": error, "done": done.get()}));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Ends the process from outside of the executor, should a task keep that from looking at a clock.
+fn watch(limit: Duration) {
+    thread::spawn(move || {
+        thread::sleep(limit);
+        println!("{}", json!({"ok": false, "error": "the executor hangs"}));
+        std::process::exit(1);
+    });
+}
+
+fn parse() -> Result<Option<Options>, lexopt::Error> {
+    use lexopt::prelude::*;
+    let mut address = None;
+    let mut memory = None;
+    let mut protocol = ProtocolVersion::V3;
+    let mut pool = 32 << 20;
+    let mut queue = Config::default().queue_capacity();
+    let (mut size, mut count, mut streams) = (64, 10_000, 1);
+    let (mut reopen, mut verify, mut timeout) = (false, true, 60);
+    let mut parser = lexopt::Parser::from_env();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long(option @ ("socket" | "tcp")) if address.is_none() => {
+                let option = option.to_owned();
+                address = Some(Address::parse(&option, &mut parser)?);
+            }
+            Long("memory") => memory = Some(parser.value()?.parse_with(memory_kind)?),
+            Long("protocol") => protocol = parser.value()?.parse_with(protocol_version)?,
+            Long("size") => size = parser.value()?.parse_with(at_least_one)?,
+            Long("count") => count = parser.value()?.parse_with(at_least_one)?,
+            Long("streams") => streams = parser.value()?.parse_with(at_least_one)?,
+            Long("pool") => pool = parser.value()?.parse()?,
+            Long("queue") => queue = parser.value()?.parse()?,
+            Long("timeout") => timeout = parser.value()?.parse_with(at_least_one)?,
+            Long("reopen") => reopen = true,
+            Long("verify") => verify = true,
+            Long("no-verify") => verify = false,
+            Long("help") => return Ok(None),
+            _ => return Err(argument.unexpected()),
+        }
+    }
+    let address = address.ok_or("--socket or --tcp is needed")?;
+    let is_tcp = matches!(address, Address::Tcp(_));
+    let kind = memory.unwrap_or(if is_tcp { MemoryKind::File } else { MemoryKind::Memfd });
+    if is_tcp && kind == MemoryKind::Memfd {
+        return Err("TCP carries no descriptors: --memory file".into());
+    }
+    if pool < LEAST_POOL {
+        return Err(format!("--pool {pool} is less than {LEAST_POOL}").into());
+    }
+    let config = Config::builder()
+        .memory(kind)
+        .protocol(protocol)
+        .buffer_size(pool)
+        .queue_capacity(queue)
+        .build()
+        .map_err(|error| lexopt::Error::Custom(error.into()))?;
+    Ok(Some(Options {
+        address,
+        config,
+        size: usize::try_from(size).map_err(|_| "--size is too large")?,
+        count,
+        streams,
+        reopen,
+        verify,
+        timeout: Duration::from_secs(timeout),
+    }))
+}
+
+fn memory_kind(text: &str) -> Result<MemoryKind, &'static str> {
+    match text {
+        "memfd" => Ok(MemoryKind::Memfd),
+        "file" => Ok(MemoryKind::File),
+        _ => Err("expected memfd or file"),
+    }
+}
+
+fn protocol_version(text: &str) -> Result<ProtocolVersion, &'static str> {
+    match text {
+        "2" => Ok(ProtocolVersion::V2),
+        "3" => Ok(ProtocolVersion::V3),
+        _ => Err("expected 2 or 3"),
+    }
+}
+
+fn at_least_one(text: &str) -> Result<u64, &'static str> {
+    match text.parse() {
+        Ok(number) if number > 0 => Ok(number),
+        _ => Err("expected a number of at least 1"),
+    }
+}
+
+/// Connects, echoes, and reports. `done` counts the messages that came back, also when it fails.
+async fn echo(options: &Options, done: &Rc<Cell<u64>>) -> Result<Value, String> {
+    let too_late = async {
+        glommio::timer::sleep(options.timeout).await;
+        Err(format!("not done after {:?}", options.timeout))
+    };
+    let connector = Connector::new(options.config.clone());
+    let work = async {
+        let session = match &options.address {
+            Address::Unix(path) => connector.connect(path).await,
+            Address::Tcp(address) => connector.connect_tcp(*address).await,
+        };
+        let session = session.map_err(|error| error.to_string())?;
+        let report = talk(options, &session, done).await;
+        // Also after a failure: streams that are still open hold the session, and its files.
+        session.close().await;
+        report
+    };
+    or(work, too_late).await
+}
+
+/// Sends all messages on all streams.
+async fn talk(options: &Options, session: &Session, done: &Rc<Cell<u64>>) -> Result<Value, String> {
+    let started = Instant::now();
+    let tasks: Vec<_> = (0..options.streams)
+        .map(|number| {
+            let lane = Lane {
+                number,
+                options: options.clone(),
+                session: session.clone(),
+                done: Rc::clone(done),
+            };
+            glommio::spawn_local(lane.run())
+        })
+        .collect();
+    let mut latencies = Vec::new();
+    for task in tasks {
+        latencies.append(&mut task.await?);
+    }
+    let elapsed = started.elapsed();
+    settle(session).await;
+    Ok(summary(options, session, latencies, elapsed))
+}
+
+/// Waits until every slice is free again, but not for ever: a peer may never give back.
+async fn settle(session: &Session) {
+    let closed = Instant::now();
+    while !session.pool_usage().is_full() && closed.elapsed() < POOL_GRACE {
+        glommio::timer::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+fn summary(
+    options: &Options,
+    session: &Session,
+    mut latencies: Vec<u64>,
+    elapsed: Duration,
+) -> Value {
+    latencies.sort_unstable();
+    let percentile = |of_hundred: usize| latencies[(latencies.len() - 1) * of_hundred / 100];
+    let count = latencies.len() as u64;
+    let stats = session.stats();
+    let line = json!({
+        "ok": true,
+        "count": count,
+        "bytes": count * options.size as u64,
+        "streams": options.streams,
+        "p50_ns": percentile(50),
+        "p99_ns": percentile(99),
+        "per_op_ns": elapsed.as_nanos() as u64 / count,
+        "fallback": stats.fallback_sent + stats.fallback_received,
+    });
+    support::with_report(line, session)
+}
+
+/// One of the streams that run at the same time, or a row of streams with `--reopen`.
+struct Lane {
+    number: u64,
+    options: Options,
+    session: Session,
+    done: Rc<Cell<u64>>,
+}
+
+impl Lane {
+    /// Sends this lane's share of the messages. Gives the time that each took, in nanoseconds.
+    async fn run(self) -> Result<Vec<u64>, String> {
+        let Options { count, streams, size, .. } = self.options;
+        let share = count / streams + u64::from(self.number < count % streams);
+        let mut latencies = Vec::with_capacity(share as usize);
+        let mut message = pattern(self.number, 0, size);
+        let mut answer = vec![0; size];
+        let mut pipe = None;
+        for index in 0..share {
+            if self.options.verify {
+                fill(&mut message, self.number, index);
+            }
+            let started = Instant::now();
+            let mut open = match pipe.take() {
+                Some(open) => open,
+                None => Pipe::open(&self.session)?,
+            };
+            let result = open.exchange(&message, &mut answer).await;
+            result.map_err(|error| self.explain(index, &error))?;
+            if !self.options.reopen {
+                pipe = Some(open);
+            }
+            latencies.push(started.elapsed().as_nanos() as u64);
+            if self.options.verify {
+                self.check(index, &message, &answer)?;
+            }
+            self.done.set(self.done.get() + 1);
+        }
+        Ok(latencies)
+    }
+
+    fn explain(&self, index: u64, error: &io::Error) -> String {
+        format!("stream {}, message {index}: {error}", self.number)
+    }
+
+    fn check(&self, index: u64, message: &[u8], answer: &[u8]) -> Result<(), String> {
+        if message == answer {
+            return Ok(());
+        }
+        let wrong = message.iter().zip(answer).position(|(sent, came)| sent != came);
+        let at = wrong.unwrap_or_default();
+        let (sent, came) = (message[at], answer[at]);
+        Err(format!(
+            "stream {}, message {index}: byte {at} is {came:#04x}, should be {sent:#04x}",
+            self.number
+        ))
+    }
+}
+
+/// A stream whose two directions are used at the same time.
+struct Pipe {
+    reader: ReadHalf<Stream>,
+    writer: WriteHalf<Stream>,
+}
+
+impl Pipe {
+    fn open(session: &Session) -> Result<Self, String> {
+        let stream = session.open_stream().map_err(|error| error.to_string())?;
+        let (reader, writer) = split(stream);
+        Ok(Self { reader, writer })
+    }
+
+    /// Sends a message and takes as many bytes back. Both at the same time: a message can be
+    /// larger than everything that the pool, the queue and the socket hold.
+    async fn exchange(&mut self, message: &[u8], answer: &mut [u8]) -> io::Result<()> {
+        let write = self.writer.write_all(message);
+        let read = self.reader.read_exact(answer);
+        try_zip(write, read).await.map(|_| ())
+    }
+}
+
+/// The payload of one message: it depends on the stream, the message and the position, so that
+/// bytes of another message, or from another place, are noticed.
+fn pattern(stream: u64, message: u64, size: usize) -> Vec<u8> {
+    let mut bytes = vec![0; size];
+    fill(&mut bytes, stream, message);
+    bytes
+}
+
+fn fill(bytes: &mut [u8], stream: u64, message: u64) {
+    const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
+    let seed = (stream + 1).wrapping_mul(MIX).rotate_left(32) ^ message.wrapping_mul(MIX);
+    for (position, piece) in (0u64..).zip(bytes.chunks_mut(8)) {
+        let word = (seed ^ position).wrapping_mul(MIX);
+        let word = word ^ (word >> 29);
+        piece.copy_from_slice(&word.to_le_bytes()[..piece.len()]);
+    }
+}

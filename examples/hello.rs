@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The example of the README: a server and a client on one executor.
+
+use futures_lite::{AsyncReadExt, AsyncWriteExt, io};
+use shmipc_glommio::{Config, Connector, Listener};
+
+/// Sends back whatever comes, on all streams of all sessions.
+async fn serve(listener: Listener) {
+    while let Ok(session) = listener.accept().await {
+        glommio::spawn_local(async move {
+            while let Ok(stream) = session.accept().await {
+                let (reader, writer) = io::split(stream);
+                glommio::spawn_local(async move { io::copy(reader, writer).await.ok() }).detach();
+            }
+        })
+        .detach();
+    }
+}
+
+async fn hello() -> io::Result<()> {
+    let path = std::env::temp_dir().join(format!("hello-{}.sock", std::process::id()));
+    // In earnest the server is another process.
+    let server = glommio::spawn_local(serve(Listener::bind(&path, Config::default())?));
+
+    let session = Connector::new(Config::default()).connect(&path).await?;
+    let mut stream = session.open_stream()?;
+    stream.write_all(b"hello").await?;
+    let mut answer = [0; 5];
+    stream.read_exact(&mut answer).await?;
+    println!("{}", String::from_utf8_lossy(&answer));
+    server.cancel().await;
+    Ok(())
+}
+
+fn main() -> io::Result<()> {
+    glommio::LocalExecutorBuilder::default().make()?.run(hello())
+}

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Bad peers: whatever they send, write or leave out ends in an error that names it, soon, and in
+//! nothing else; honest peers of the same executor notice nothing.
+
+use std::time::Duration;
+
+use shmipc_glommio::{Config, ConfigBuilder};
+
+mod support {
+    pub(crate) mod bad {
+        mod accepting;
+        mod attacks;
+        mod bytes;
+        mod connecting;
+        pub(crate) mod due;
+        mod files;
+        mod memories;
+        mod nonsense;
+        mod running;
+    }
+    pub(crate) mod bed;
+    pub(crate) mod raw;
+}
+
+use support::bed::Bed;
+
+/// Limits that are soon reached, and more time than anything here takes.
+fn config() -> ConfigBuilder {
+    Config::builder()
+        .max_message_len(1 << 20)
+        .max_mapped_bytes(256 << 20)
+        .handshake_timeout(Duration::from_secs(5))
+}
+
+fn bed() -> Bed {
+    Bed::start(config().build().unwrap())
+}

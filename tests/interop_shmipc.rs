@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Sessions with the crate `shmipc` 0.2.1 in another process, in both roles and with every kind of
+//! memory that it speaks without version 4.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use futures_lite::{AsyncReadExt, AsyncWriteExt};
+use shmipc_glommio::{
+    Config, ConfigBuilder, Connector, Error, Listener, MemoryKind, ProtocolVersion, Session,
+    SessionStats, Stream,
+};
+
+mod support {
+    pub(crate) mod executor;
+    pub(crate) mod lists;
+    pub(crate) mod payload;
+    pub(crate) mod peer;
+    pub(crate) mod process_memory;
+}
+
+use support::executor::{run, socket_path, within};
+use support::lists;
+use support::payload::{Way, check, payload};
+use support::peer::{Order, Peer, Plan, Role, be_peer};
+use support::process_memory::{mapping, shared_files};
+
+/// Until when the other process must have done a thing that takes it a moment.
+const SOON: Duration = Duration::from_secs(10);
+const MIB: u32 = 1 << 20;
+
+/// The entry of the other process; nothing in this one.
+#[test]
+fn peer_process() {
+    be_peer();
+}
+
+/// What the other process is, and the memory between the two.
+const COMBINATIONS: [(Role, MemoryKind, ProtocolVersion); 5] = [
+    (Role::Server, MemoryKind::Memfd, ProtocolVersion::V3),
+    (Role::Server, MemoryKind::File, ProtocolVersion::V2),
+    // The crate serves this, though its own client never asks for it.
+    (Role::Server, MemoryKind::File, ProtocolVersion::V3),
+    (Role::Client, MemoryKind::Memfd, ProtocolVersion::V3),
+    (Role::Client, MemoryKind::File, ProtocolVersion::V2),
+];
+
+/// One case of a test: what is exchanged, through how much memory, and what must be counted.
+struct Case {
+    name: &'static str,
+    pool: u32,
+    plan: Plan,
+    is_due: fn(&SessionStats) -> bool,
+}
+
+fn no_fallback(stats: &SessionStats) -> bool {
+    stats.fallback_sent == 0 && stats.fallback_received == 0
+}
+
+fn fallback_both_ways(stats: &SessionStats) -> bool {
+    stats.fallback_sent > 0 && stats.fallback_received > 0
+}
+
+/// Runs a case in every combination, each with a process of its own.
+fn in_every_combination(case: Case) {
+    let limit = Duration::from_secs(120);
+    run(limit, move || async move {
+        for (number, (role, memory, protocol)) in COMBINATIONS.into_iter().enumerate() {
+            let context = format!("{}: they are {role:?}, {memory:?} {protocol:?}", case.name);
+            println!("{context}");
+            let prefix = format!("/dev/shm/interop{}{}{number}", std::process::id(), case.name);
+            let builder = Config::builder()
+                .memory(memory)
+                .protocol(protocol)
+                .buffer_size(u64::from(case.pool))
+                .path_prefix(&prefix)
+                .handshake_timeout(SOON);
+            let order = Order {
+                role,
+                address: socket_path().to_str().unwrap().to_owned(),
+                is_file: memory == MemoryKind::File,
+                prefix,
+                pool: case.pool,
+                plan: case.plan.clone(),
+            };
+            let stats = match role {
+                Role::Server => as_client(builder, &order).await,
+                Role::Client => as_server(builder, &order).await,
+            };
+            println!("{stats:?}");
+            assert!((case.is_due)(&stats), "{context}: {stats:?}");
+        }
+    });
+}
+
+/// Our client against their server.
+async fn as_client(config: ConfigBuilder, order: &Order) -> SessionStats {
+    let mut peer = Peer::start("peer_process", order);
+    assert!(within(SOON, || peer.is_ready()).await, "{:?}", peer.ended());
+    let connector = Connector::new(config.build().unwrap());
+    let session = connector.connect(&order.address).await.unwrap();
+    let plan = Rc::new(order.plan.clone());
+    let workers: Vec<_> = (0..plan.at_once)
+        .map(|_| {
+            let (session, plan) = (session.clone(), Rc::clone(&plan));
+            glommio::spawn_local(async move {
+                for _ in 0..plan.streams / plan.at_once {
+                    ask(session.open_stream().unwrap(), &plan).await;
+                }
+            })
+        })
+        .collect();
+    for worker in workers {
+        worker.await;
+    }
+    assert!(within(SOON, || peer.is_done()).await, "{:?}", peer.ended());
+    nothing_is_missing(&session, order).await;
+    let stats = session.stats();
+    drop(session);
+    peer.dismiss();
+    gone_without_a_trace(&mut peer, order).await;
+    stats
+}
+
+/// Our server against their client.
+async fn as_server(config: ConfigBuilder, order: &Order) -> SessionStats {
+    let listener = Listener::bind(&order.address, config.build().unwrap()).unwrap();
+    let mut peer = Peer::start("peer_process", order);
+    let session = listener.accept().await.unwrap();
+    let plan = Rc::new(order.plan.clone());
+    let mut streams = Vec::new();
+    for _ in 0..plan.streams {
+        let stream = session.accept().await.unwrap();
+        let plan = Rc::clone(&plan);
+        streams.push(glommio::spawn_local(async move {
+            answer(stream, &plan).await;
+        }));
+    }
+    for stream in streams {
+        stream.await;
+    }
+    assert!(within(SOON, || peer.is_done()).await, "{:?}", peer.ended());
+    nothing_is_missing(&session, order).await;
+    let stats = session.stats();
+    peer.dismiss();
+    let reason = session.closed().await;
+    assert!(matches!(reason, Error::PeerClosed), "{reason}");
+    drop(session);
+    gone_without_a_trace(&mut peer, order).await;
+    stats
+}
+
+/// The client's side of one stream.
+async fn ask(mut stream: Stream, plan: &Plan) {
+    let id = stream.id();
+    for (number, &len) in (0..).zip(&plan.lengths) {
+        send(&mut stream, &payload(Way::Request, id, number, len)).await;
+        let mut reply = vec![0; len];
+        stream.read_exact(&mut reply).await.unwrap();
+        check(&reply, Way::Reply, id, number);
+    }
+}
+
+/// The server's side of one stream.
+async fn answer(mut stream: Stream, plan: &Plan) {
+    let id = stream.id();
+    for (number, &len) in (0..).zip(&plan.lengths) {
+        let mut request = vec![0; len];
+        stream.read_exact(&mut request).await.unwrap();
+        check(&request, Way::Request, id, number);
+        send(&mut stream, &payload(Way::Reply, id, number, len)).await;
+    }
+    assert_eq!(stream.read(&mut [0]).await.unwrap(), 0, "stream {id} goes on");
+}
+
+async fn send(stream: &mut Stream, bytes: &[u8]) {
+    stream.write_all(bytes).await.unwrap();
+    stream.flush().await.unwrap();
+}
+
+/// The peer gives its slices back when it hears that a stream is closed, which takes a moment.
+async fn nothing_is_missing(session: &Session, order: &Order) {
+    let is_full = within(SOON, || session.pool_usage().is_full()).await;
+    assert!(is_full, "{:#?}", session.pool_usage());
+    assert_eq!(session.stream_count(), 0);
+    let name = [order.prefix.as_str(), "_buffer"];
+    let lists = || lists::all_free(&mapping(&name).expect("the buffer memory is mapped"));
+    let is_whole = within(SOON, || lists().is_ok()).await;
+    assert!(is_whole, "{:?}, {:?}", lists(), session.pool_usage());
+}
+
+async fn gone_without_a_trace(peer: &mut Peer, order: &Order) {
+    assert!(within(SOON, || peer.ended().is_some()).await, "the peer stays");
+    let status = peer.ended().unwrap();
+    assert!(status.success(), "{status}");
+    let prefix = order.prefix.strip_prefix("/dev/shm/").unwrap().to_owned();
+    let names = [prefix, format!("_{}_", peer.id())];
+    let left = || shared_files(&names);
+    assert!(within(SOON, || left().is_empty()).await, "{:?}", left());
+    let maps = || std::fs::read_to_string("/proc/self/maps").unwrap();
+    assert!(within(SOON, || !maps().contains(&order.prefix)).await, "still mapped");
+}
+
+/// Lengths below, at and above a slice, and two that take many slices.
+const LENGTHS: [usize; 6] = [1, 64, 4 << 10, 100_000, 1 << 20, 16 << 20];
+
+#[test]
+fn messages_of_all_sizes_through_memory_that_holds_them() {
+    in_every_combination(Case {
+        name: "large",
+        pool: 64 * MIB,
+        plan: Plan { lengths: LENGTHS.repeat(2), streams: 2, at_once: 1 },
+        is_due: no_fallback,
+    });
+}
+
+#[test]
+fn messages_of_all_sizes_through_the_default_memory() {
+    in_every_combination(Case {
+        name: "default",
+        pool: 32 * MIB,
+        plan: Plan { lengths: LENGTHS.to_vec(), streams: 2, at_once: 1 },
+        is_due: |stats| stats.bytes_received >= 2 * (1 << 20),
+    });
+}
+
+#[test]
+fn sixty_four_streams_at_once() {
+    in_every_combination(Case {
+        name: "many",
+        pool: 32 * MIB,
+        plan: Plan {
+            lengths: [64, 4 << 10, 1, 100_000, 8172, 8173].repeat(4),
+            streams: 64,
+            at_once: 64,
+        },
+        is_due: |stats| stats.events_sent >= 64 * 24,
+    });
+}
+
+#[test]
+fn ten_thousand_streams_one_after_the_other() {
+    in_every_combination(Case {
+        name: "churn",
+        pool: 32 * MIB,
+        plan: Plan { lengths: vec![64], streams: 10_000, at_once: 1 },
+        is_due: |stats| no_fallback(stats) && stats.events_received >= 10_000,
+    });
+}
+
+#[test]
+fn memory_that_runs_empty_in_the_middle_of_messages() {
+    in_every_combination(Case {
+        name: "empty",
+        pool: MIB,
+        // Small ones between, which find slices again and must still stay in order.
+        plan: Plan {
+            lengths: [1 << 20, 64, 1 << 20, 4096, 3 << 20].repeat(2),
+            streams: 4,
+            at_once: 2,
+        },
+        is_due: fallback_both_ways,
+    });
+}
+
+#[test]
+fn sixty_four_streams_over_memory_for_a_few() {
+    in_every_combination(Case {
+        name: "crowded",
+        pool: MIB,
+        plan: Plan {
+            lengths: [64, 4 << 10, 1, 8172, 40_000, 8173].repeat(6),
+            streams: 192,
+            at_once: 64,
+        },
+        is_due: |stats| stats.pool_empty > 0,
+    });
+}
