@@ -26,8 +26,8 @@ use nix::sys::socket::{
 
 use crate::error::Error;
 
-/// The most descriptors that one message can carry (`SCM_MAX_FD`). With room for all of them none is
-/// ever cut off, and every one that a peer sends is closed here or used.
+/// The most descriptors that one message can carry (`SCM_MAX_FD`). With room for all of them none
+/// is ever cut off, and every one that a peer sends is closed here or used.
 const MAX_DESCRIPTORS: usize = 253;
 
 /// A connected stream socket.
