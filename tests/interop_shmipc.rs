@@ -19,7 +19,7 @@ mod support {
     pub(crate) mod process_memory;
 }
 
-use support::executor::{run, socket_path, within};
+use support::executor::{SocketPath, run, within};
 use support::lists;
 use support::payload::{Way, check, payload};
 use support::peer::{Order, Peer, Plan, Role, be_peer};
@@ -75,9 +75,10 @@ fn in_every_combination(case: Case) {
                 .buffer_size(u64::from(case.pool))
                 .path_prefix(&prefix)
                 .handshake_timeout(SOON);
+            let path = SocketPath::new();
             let order = Order {
                 role,
-                address: socket_path().to_str().unwrap().to_owned(),
+                address: path.as_str().to_owned(),
                 is_file: memory == MemoryKind::File,
                 prefix,
                 pool: case.pool,

@@ -46,7 +46,7 @@ enum Order {
 /// The executor, seen from the test.
 pub(crate) struct Bed {
     name: String,
-    path: PathBuf,
+    socket: SocketFile,
     tcp_address: SocketAddr,
     orders: Sender<Order>,
     fates: Receiver<Fate>,
@@ -54,6 +54,16 @@ pub(crate) struct Bed {
     /// What was not as it must be. All of it is told at the end, since one case of a table tells
     /// little of the others.
     problems: RefCell<Vec<String>>,
+}
+
+/// Removes the listener's socket: a glommio executor that ends does not drop its tasks, so the
+/// listener, which would do it, stays.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
@@ -105,7 +115,8 @@ impl Bed {
         let executor = std::thread::spawn(|| executor.join().unwrap());
         let tcp_address = ready.recv_timeout(DEADLINE).expect("the executor starts");
         let problems = RefCell::default();
-        Self { name, path, tcp_address, orders, fates, executor, problems }
+        let socket = SocketFile(path);
+        Self { name, socket, tcp_address, orders, fates, executor, problems }
     }
 
     /// Where the TCP listener listens.
@@ -115,7 +126,7 @@ impl Bed {
 
     /// Where the listener listens.
     pub(crate) fn path(&self) -> &Path {
-        &self.path
+        &self.socket.0
     }
 
     /// A name that nothing outside of this bed has.

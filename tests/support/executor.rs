@@ -39,10 +39,25 @@ pub(crate) async fn within(limit: Duration, mut is_so: impl FnMut() -> bool) -> 
     true
 }
 
-/// A path for a socket that no other test has.
-pub(crate) fn socket_path() -> PathBuf {
-    static NUMBER: AtomicU32 = AtomicU32::new(0);
-    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    let name = format!("shmipc-test-{}-{number}.sock", std::process::id());
-    std::env::temp_dir().join(name)
+/// A path for a socket that no other test has. Nothing stays there when this goes.
+pub(crate) struct SocketPath(PathBuf);
+
+impl SocketPath {
+    pub(crate) fn new() -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("shmipc-test-{}-{number}.sock", std::process::id());
+        Self(std::env::temp_dir().join(name))
+    }
+
+    pub(crate) fn as_str(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+impl Drop for SocketPath {
+    fn drop(&mut self) {
+        // The crate `shmipc` leaves its sockets; ours are gone by now.
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
