@@ -538,7 +538,9 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore)]
     fn two_threads_never_hold_the_same_slice() {
-        const CAPACITY: u32 = 512;
+        // Long, so that a thread which stalls in the middle of a take does not meet its head again:
+        // the list cannot be safe from that, only report it.
+        const CAPACITY: u32 = 8192;
         const ROUNDS: u32 = 30_000;
         let len = list_len(CAPACITY, SLICE) as usize + 8;
         let (memory, fd) = Region::create_memfd(Path::new("list-test"), len).unwrap();
@@ -553,6 +555,11 @@ mod tests {
                     let before = owners[place as usize].swap(owner, Ordering::Relaxed);
                     assert_eq!(before, 0, "slice {place} has two owners");
                     held.push_back(place);
+                    // As in a message: linked by an offset that is none of the list's.
+                    let slice = list.slice(place);
+                    let next = slice as u32;
+                    memory.store_u32(slice + SLICE_NEXT_OFFSET, next, Ordering::Relaxed);
+                    memory.store_u8(slice + SLICE_FLAGS_OFFSET, 3, Ordering::Relaxed);
                 }
                 if held.len() > 60 || round % 3 == 0 {
                     let count = held.len().min(MAX_BATCH / 2);
