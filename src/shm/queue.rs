@@ -631,10 +631,8 @@ mod tests {
                     consumer.publish();
                     // One that is withdrawn may have been seen, and rung for, too.
                     attempts += 1;
-                    if consumer.try_sleep().unwrap() {
-                        if expected < EVENTS {
-                            doorbell.recv().expect("the producer rings before it ends");
-                        }
+                    if consumer.try_sleep().unwrap() && expected < EVENTS {
+                        doorbell.recv().expect("the producer rings before it ends");
                     }
                 }
                 attempts
