@@ -18,34 +18,43 @@ use std::time::Instant;
 
 use futures_lite::future::{poll_fn, yield_now};
 
-use super::inbound::Segment;
-use super::session::{InPlace, SessionInner};
+use super::session::SessionInner;
 use super::socket::Received;
 use super::stream::StreamInner;
 use crate::config::Spin;
 use crate::error::{Error, HandshakeError, MemoryError};
 use crate::proto::session::Lookup;
 use crate::proto::stream::Path;
+use crate::shm::chain::Chain;
 use crate::wire::{Event, EventState, Header, Message};
 
 /// The most events that one turn takes before the other sessions get theirs.
 const EVENTS_PER_TURN: usize = 256;
-/// How many events are taken from the queue before the first of them is handled.
-const BATCH: usize = 16;
-const NO_EVENT: Event = Event { stream_id: 0, offset: 0, status: 0 };
+/// How many events a task takes at once that looks at the queue itself.
+const EVENTS_IN_PLACE: usize = 16;
+/// After so many events in one go, the queue is looked at again in the same turn.
+const WORTH_LOOKING_AGAIN: usize = 16;
+/// How many events ahead a slice is brought near.
+const LOOK_AHEAD: u32 = 2;
 /// How often a task looks at the queue itself before it sleeps: a microsecond or so, within which a
 /// peer answers that is at it, even if its own task has to go over its poller.
 const IN_PLACE_LOOKS: usize = 250;
 /// How many waits are not made in place after some that were in vain.
 const IN_PLACE_SKIPS: u32 = 63;
-/// How often in a row a session's tasks may go on without the poller's turn.
-const IN_PLACE_TURNS: u32 = 32;
+/// What a session's tasks may spend in a row without the poller's turn: less than 50 us, so that
+/// other tasks are not kept waiting for longer.
+const IN_PLACE_CREDIT: usize = 128;
+/// What a message costs of it: itself, and one more for so many bytes.
+const IN_PLACE_COST: usize = 1;
+const IN_PLACE_BYTES: usize = 8 << 10;
 /// The most receives in a row from one socket.
 const RECEIVES_PER_TURN: usize = 16;
 
 /// What a session does next with its place among the active ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stay {
+    /// It had traffic in this turn.
+    Moving,
     /// It had traffic within its spin budget.
     Busy,
     /// Tasks wait for the peer, which tells nobody when it makes room.
@@ -58,7 +67,7 @@ impl SessionInner {
     /// One turn of the poller.
     pub(super) fn turn(self: &Rc<Self>, now: Instant) -> Stay {
         let spins = self.config.spin != Spin::Never;
-        self.set_in_place_turns(if spins { IN_PLACE_TURNS } else { 0 });
+        self.activity.in_place.credit.set(if spins { IN_PLACE_CREDIT } else { 0 });
         let moved = match self.drain(EVENTS_PER_TURN) {
             Ok(0) => false,
             Ok(count) => {
@@ -90,11 +99,6 @@ impl SessionInner {
         }
     }
 
-    fn set_in_place_turns(&self, turns: u32) {
-        let in_place = &self.activity.in_place;
-        in_place.set(InPlace { turns, ..in_place.get() });
-    }
-
     fn stay(&self, now: Instant, had_traffic: bool) -> Stay {
         if self.is_over() {
             return Stay::Asleep;
@@ -108,7 +112,7 @@ impl SessionInner {
             self.activity.idle_turns.set(0);
         }
         if spins {
-            return Stay::Busy;
+            return if had_traffic { Stay::Moving } else { Stay::Busy };
         }
         if !self.lanes.queue_waiting.is_empty() || !self.lanes.pool_waiting.is_empty() {
             return Stay::Waiting;
@@ -116,7 +120,7 @@ impl SessionInner {
         let result = self.lanes.consumer.borrow_mut().try_sleep();
         match result {
             Ok(true) => {
-                self.set_in_place_turns(0);
+                self.activity.in_place.credit.set(0);
                 self.lanes.manager.set_resting(true);
                 self.counters.sleeps.add(1);
                 Stay::Asleep
@@ -130,21 +134,27 @@ impl SessionInner {
     }
 
     /// Takes up to `limit` events from the queue. Gives how many there were.
+    #[inline]
     fn drain(self: &Rc<Self>, limit: usize) -> Result<usize, MemoryError> {
         let mut taken = 0;
         while taken < limit && !self.is_over() {
-            let mut events = [NO_EVENT; BATCH];
-            let manager = &self.lanes.manager;
-            let count = self
-                .lanes
-                .consumer
-                .borrow_mut()
-                .pop(&mut events, |event| manager.prefetch(event.offset))?;
-            for &event in &events[..count] {
-                self.handle_event(event)?;
+            let available = self.lanes.consumer.borrow_mut().available()? as usize;
+            let count = available.min(limit - taken);
+            for _ in 0..count {
+                let (event, ahead) = {
+                    let mut consumer = self.lanes.consumer.borrow_mut();
+                    (consumer.pop(), consumer.offset_ahead(LOOK_AHEAD))
+                };
+                if let Some(offset) = ahead {
+                    self.lanes.manager.prefetch(offset);
+                }
+                if let Some(event) = event {
+                    self.handle_event(event)?;
+                }
             }
             taken += count;
-            if count < BATCH {
+            // What came while these were handled waits for the next turn, unless it is much.
+            if count < WORTH_LOOKING_AGAIN {
                 break;
             }
         }
@@ -160,43 +170,80 @@ impl SessionInner {
     }
 
     /// Waits a moment for data of a stream that the calling task would otherwise sleep for, and
-    /// drains the queue itself.
+    /// drains the queue itself. Gives the stream's next chain when that is what came; everything
+    /// else goes its way, behind it.
     ///
     /// The way over the poller and back costs more than a peer that is at it takes to answer. It
     /// is taken all the same when other streams wait too, since their tasks could run meanwhile;
-    /// after every [`IN_PLACE_TURNS`] shortcuts, since a task that never sleeps lets no other run;
-    /// and for a while after waits in vain.
-    pub(super) fn wait_in_place(self: &Rc<Self>, stream: &StreamInner) {
+    /// when the [credit](IN_PLACE_CREDIT) is spent, since a task that never sleeps lets no other
+    /// run; and for a while after waits in vain.
+    pub(super) fn wait_in_place(self: &Rc<Self>, stream: &StreamInner) -> Option<Chain> {
         let activity = &self.activity;
-        if activity.in_place.get().turns == 0
+        let in_place = &activity.in_place;
+        if in_place.credit.get() == 0
             || activity.waiting_readers.get() > 0
             || activity.last_batch.get() > 1
         {
-            return;
+            return None;
         }
-        let mut in_place = activity.in_place.get();
-        if in_place.skips > 0 {
-            in_place.skips -= 1;
-            return activity.in_place.set(in_place);
+        let skips = in_place.skips.get();
+        if skips > 0 {
+            in_place.skips.set(skips - 1);
+            return None;
         }
         self.flush_queue();
         for _ in 0..IN_PLACE_LOOKS {
             // Without a pause: it would take longer than the look, and this ends soon.
-            if self.has_events() {
-                match self.drain(BATCH) {
-                    Ok(count) => activity.last_batch.set(count),
-                    Err(error) => return self.fail(error.into()),
+            if !self.has_events() {
+                continue;
+            }
+            let chain = match self.drain_in_place(stream) {
+                Ok(chain) => chain,
+                Err(error) => {
+                    self.fail(error.into());
+                    return None;
                 }
-                if stream.has_news() {
-                    return activity
-                        .in_place
-                        .set(InPlace { turns: in_place.turns - 1, ..InPlace::default() });
-                }
+            };
+            if chain.is_some() || stream.has_news() {
+                let len = chain.as_ref().map_or(0, Chain::len);
+                let cost = IN_PLACE_COST + len / IN_PLACE_BYTES;
+                in_place.credit.set(in_place.credit.get().saturating_sub(cost));
+                in_place.penalty.set(0);
+                return chain;
             }
         }
-        in_place.penalty = (in_place.penalty * 2 + 1).min(IN_PLACE_SKIPS);
-        in_place.skips = in_place.penalty;
-        activity.in_place.set(in_place);
+        let penalty = (in_place.penalty.get() * 2 + 1).min(IN_PLACE_SKIPS);
+        in_place.penalty.set(penalty);
+        in_place.skips.set(penalty);
+        None
+    }
+
+    /// Takes the events that are there, and gives the first chain if it is one of this stream.
+    #[inline]
+    fn drain_in_place(
+        self: &Rc<Self>,
+        stream: &StreamInner,
+    ) -> Result<Option<Chain>, MemoryError> {
+        let available = self.lanes.consumer.borrow_mut().available()? as usize;
+        let count = available.min(EVENTS_IN_PLACE);
+        let mut chain = None;
+        for index in 0..count {
+            let event = self.lanes.consumer.borrow_mut().pop();
+            let Some(event) = event else { break };
+            let is_next = index == 0
+                && event.stream_id == stream.id()
+                && event.state() == EventState::Open
+                && !stream.has_news();
+            if is_next {
+                chain = Some(self.adopt(event.offset)?).filter(|chain| chain.len() > 0);
+                stream.note_known_to_peer();
+            } else {
+                self.handle_event(event)?;
+            }
+        }
+        self.activity.last_batch.set(count);
+        self.counters.events_received.add(count as u64);
+        Ok(chain)
     }
 
     /// Takes every event that was published before now.
@@ -231,15 +278,20 @@ impl SessionInner {
     }
 
     fn receive_slices(self: &Rc<Self>, event: Event) -> Result<(), MemoryError> {
-        let chain = self.lanes.manager.adopt(event.offset)?;
-        let len = chain.len() as u64;
-        self.counters.bytes_received.add(len);
-        self.deliver(event.stream_id, Segment::Slices(chain));
+        let chain = self.adopt(event.offset)?;
+        self.deliver(event.stream_id, chain);
         Ok(())
     }
 
+    #[inline]
+    fn adopt(&self, offset: u32) -> Result<Chain, MemoryError> {
+        let chain = self.lanes.manager.adopt(offset)?;
+        self.counters.bytes_received.add(chain.len() as u64);
+        Ok(chain)
+    }
+
     /// Hands data to its stream. What nobody wants goes back where it came from.
-    fn deliver(self: &Rc<Self>, id: u32, data: Segment) {
+    fn deliver(self: &Rc<Self>, id: u32, data: Chain) {
         let found = self.streams.borrow().look_up(id);
         match found {
             Lookup::Known(stream) => self.hand_over(&stream, data),
@@ -249,7 +301,7 @@ impl SessionInner {
                 self.tell_closed(id, Path::SharedMemory);
             }
             Lookup::New => {
-                let stream = Rc::new(StreamInner::new(id));
+                let stream = Rc::new(StreamInner::new(id, &self.lanes.manager));
                 self.streams.borrow_mut().insert(id, Rc::clone(&stream));
                 self.hand_over(&stream, data);
                 self.accepts.ready.borrow_mut().push_back(stream);
@@ -259,9 +311,10 @@ impl SessionInner {
         }
     }
 
-    fn hand_over(&self, stream: &StreamInner, data: Segment) {
-        if let Segment::Bytes(bytes) = &data {
-            self.inbox.unread_bytes.set(self.inbox.unread_bytes.get() + bytes.len());
+    fn hand_over(&self, stream: &StreamInner, data: Chain) {
+        let socket_len = data.socket_len();
+        if socket_len > 0 {
+            self.inbox.unread_bytes.set(self.inbox.unread_bytes.get() + socket_len);
         }
         stream.receive(data);
         self.wake_reader(stream);
@@ -434,7 +487,8 @@ impl SessionInner {
             EventState::Closed => self.peer_closed(stream_id),
             EventState::Open | EventState::HalfClosed => {
                 if !data.is_empty() {
-                    self.deliver(stream_id, Segment::Bytes(data));
+                    let data = Chain::received(Rc::clone(&self.lanes.manager), data);
+                    self.deliver(stream_id, data);
                 }
                 if EventState::from_status(status) == EventState::HalfClosed {
                     self.peer_closed(stream_id);
@@ -463,6 +517,7 @@ impl SessionInner {
     }
 
     /// Puts the session before the poller.
+    #[inline]
     pub(super) fn activate(self: &Rc<Self>) {
         if !self.activity.is_active.get() && !self.is_over() {
             self.poller.activate(self);

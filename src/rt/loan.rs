@@ -4,9 +4,8 @@
 //! Both own their slices. A loan that is dropped, and a message that is read or dropped, give them
 //! back; there is no ritual to forget.
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 
-use super::inbound::Segment;
 use crate::error::{Error, Result};
 use crate::shm::access::PeerTrust;
 use crate::shm::chain::{Chain, SliceViews, SpareViews};
@@ -19,39 +18,21 @@ use crate::shm::chain::{Chain, SliceViews, SpareViews};
 ///
 /// When the pool stays empty for as long as [configured](crate::ConfigBuilder::pool_wait), the
 /// loan is private memory and goes over the socket; nothing else changes.
-#[derive(Debug)]
 pub struct Loan {
-    pub(super) memory: LoanMemory,
-    /// How many bytes were asked for.
-    capacity: usize,
-    /// Which promise speaks for the peer.
-    trust: Option<u64>,
-}
-
-pub(super) enum LoanMemory {
-    Slices(Chain),
-    Private(Vec<u8>),
+    pub(super) chain: Chain,
 }
 
 impl Loan {
-    #[inline]
-    pub(super) fn new(memory: LoanMemory, capacity: usize, trust: Option<u64>) -> Self {
-        Self { memory, capacity, trust }
-    }
-
     /// How many bytes can be written in all.
     #[inline]
     pub fn capacity(&self) -> usize {
-        self.capacity
+        self.chain.capacity()
     }
 
     /// How many bytes have been written.
     #[inline]
     pub fn len(&self) -> usize {
-        match &self.memory {
-            LoanMemory::Slices(chain) => chain.len(),
-            LoanMemory::Private(bytes) => bytes.len(),
-        }
+        self.chain.len()
     }
 
     /// Whether nothing has been written.
@@ -63,25 +44,18 @@ impl Loan {
     /// How many bytes can still be written.
     #[inline]
     pub fn remaining(&self) -> usize {
-        self.capacity - self.len()
+        self.capacity() - self.len()
     }
 
     /// Whether the loan is shared memory, and not private memory that goes over the socket.
     pub fn is_shared(&self) -> bool {
-        matches!(self.memory, LoanMemory::Slices(_))
+        self.chain.is_shared()
     }
 
     /// Copies bytes behind those that were written, as many as there is room for. Gives how many.
     #[inline]
     pub fn write(&mut self, bytes: &[u8]) -> usize {
-        let bytes = &bytes[..bytes.len().min(self.remaining())];
-        match &mut self.memory {
-            LoanMemory::Slices(chain) => chain.write(bytes),
-            LoanMemory::Private(private) => {
-                private.extend_from_slice(bytes);
-                bytes.len()
-            }
-        }
+        self.chain.write(bytes)
     }
 
     /// Gives the room behind what was written, slice by slice, to be written in place. Bytes count
@@ -92,56 +66,26 @@ impl Loan {
     /// [`Error::NotTrusted`]: the token does not speak for the peer of this session.
     #[inline]
     pub fn views<'a>(&'a mut self, trust: &'a PeerTrust) -> Result<ViewsMut<'a>> {
-        if self.trust != Some(trust.id()) {
-            return Err(Error::NotTrusted);
-        }
-        let remaining = self.remaining();
-        let room = match &mut self.memory {
-            LoanMemory::Slices(chain) => Room::Slices(chain.spare_views(trust)),
-            LoanMemory::Private(bytes) => {
-                let written = bytes.len();
-                bytes.resize(self.capacity, 0);
-                Room::Private(Some(&mut bytes[written..]))
-            }
-        };
-        Ok(ViewsMut { room, remaining })
+        self.chain.spare_views(trust).map(ViewsMut).ok_or(Error::NotTrusted)
     }
 
     /// Counts `count` bytes that were written through [`views`](Self::views), or as many as there
     /// is room for.
     #[inline]
     pub fn advance(&mut self, count: usize) {
-        let count = count.min(self.remaining());
-        match &mut self.memory {
-            LoanMemory::Slices(chain) => chain.advance(count),
-            LoanMemory::Private(bytes) => bytes.resize(bytes.len() + count, 0),
-        }
+        self.chain.advance(count);
     }
 }
 
 /// The room in a [`Loan`], slice by slice.
-pub struct ViewsMut<'a> {
-    room: Room<'a>,
-    remaining: usize,
-}
-
-enum Room<'a> {
-    Slices(SpareViews<'a>),
-    Private(Option<&'a mut [u8]>),
-}
+pub struct ViewsMut<'a>(SpareViews<'a>);
 
 impl<'a> Iterator for ViewsMut<'a> {
     type Item = &'a mut [u8];
 
     #[inline]
     fn next(&mut self) -> Option<&'a mut [u8]> {
-        let view = match &mut self.room {
-            Room::Slices(views) => views.next(),
-            Room::Private(bytes) => bytes.take(),
-        }?;
-        let count = view.len().min(self.remaining);
-        self.remaining -= count;
-        (count > 0).then(|| &mut view[..count])
+        self.0.next()
     }
 }
 
@@ -160,22 +104,15 @@ impl std::io::Write for Loan {
 ///
 /// Its bytes stay in shared memory until they are copied out, or looked at through
 /// [`views`](Self::views). Slices go back as they are consumed, and all of them when it is dropped.
-#[derive(Debug)]
 pub struct Message {
-    pub(super) segment: Segment,
-    trust: Option<u64>,
+    pub(super) chain: Chain,
 }
 
 impl Message {
-    #[inline]
-    pub(super) fn new(segment: Segment, trust: Option<u64>) -> Self {
-        Self { segment, trust }
-    }
-
     /// How many bytes there are to read.
     #[inline]
     pub fn len(&self) -> usize {
-        self.segment.len()
+        self.chain.len()
     }
 
     /// Whether everything was read.
@@ -186,44 +123,27 @@ impl Message {
 
     /// Whether it came through shared memory, and not over the socket.
     pub fn is_shared(&self) -> bool {
-        matches!(self.segment, Segment::Slices(_))
+        self.chain.is_shared()
     }
 
     /// Copies the first bytes out, as many as `to` holds, and consumes them. Gives how many.
     pub fn read(&mut self, to: &mut [u8]) -> usize {
-        self.segment.read(to)
+        self.chain.read(to)
     }
 
     /// Copies the first bytes out, as many as `to` holds, and keeps them. Gives how many.
     pub fn peek(&self, to: &mut [u8]) -> usize {
-        match &self.segment {
-            Segment::Slices(chain) => chain.copy_out(to),
-            Segment::Bytes(bytes) => {
-                let count = bytes.len().min(to.len());
-                to[..count].copy_from_slice(&bytes[..count]);
-                count
-            }
-        }
+        self.chain.copy_out(to)
     }
 
     /// Consumes `count` bytes unread, or all there are.
     pub fn skip(&mut self, count: usize) {
-        match &mut self.segment {
-            Segment::Slices(chain) => chain.consume(count),
-            Segment::Bytes(bytes) => bytes.advance(count.min(bytes.len())),
-        }
+        self.chain.consume(count);
     }
 
     /// Copies everything into private memory and gives the slices back.
     pub fn into_bytes(self) -> Bytes {
-        match self.segment {
-            Segment::Bytes(bytes) => bytes,
-            Segment::Slices(chain) => {
-                let mut copy = vec![0; chain.len()];
-                chain.copy_out(&mut copy);
-                copy.into()
-            }
-        }
+        self.chain.into_bytes()
     }
 
     /// Looks at the bytes where they are, slice by slice.
@@ -233,33 +153,19 @@ impl Message {
     /// [`Error::NotTrusted`]: the token does not speak for the peer of this session.
     #[inline]
     pub fn views<'a>(&'a self, trust: &'a PeerTrust) -> Result<Views<'a>> {
-        if self.trust != Some(trust.id()) {
-            return Err(Error::NotTrusted);
-        }
-        Ok(match &self.segment {
-            Segment::Slices(chain) => Views(Part::Slices(chain.views(trust))),
-            Segment::Bytes(bytes) => Views(Part::Private(Some(bytes))),
-        })
+        self.chain.views(trust).map(Views).ok_or(Error::NotTrusted)
     }
 }
 
 /// The bytes of a [`Message`], slice by slice.
-pub struct Views<'a>(Part<'a>);
-
-enum Part<'a> {
-    Slices(SliceViews<'a>),
-    Private(Option<&'a [u8]>),
-}
+pub struct Views<'a>(SliceViews<'a>);
 
 impl<'a> Iterator for Views<'a> {
     type Item = &'a [u8];
 
     #[inline]
     fn next(&mut self) -> Option<&'a [u8]> {
-        match &mut self.0 {
-            Part::Slices(views) => views.next(),
-            Part::Private(bytes) => bytes.take(),
-        }
+        self.0.next()
     }
 }
 
@@ -270,11 +176,23 @@ impl std::io::Read for Message {
     }
 }
 
-impl std::fmt::Debug for LoanMemory {
+impl std::fmt::Debug for Loan {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str(match self {
-            Self::Slices(_) => "Slices",
-            Self::Private(_) => "Private",
-        })
+        formatter
+            .debug_struct("Loan")
+            .field("len", &self.len())
+            .field("capacity", &self.capacity())
+            .field("is_shared", &self.is_shared())
+            .finish()
+    }
+}
+
+impl std::fmt::Debug for Message {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Message")
+            .field("len", &self.len())
+            .field("is_shared", &self.is_shared())
+            .finish()
     }
 }

@@ -16,7 +16,6 @@
 mod connector;
 mod driver;
 mod handshake;
-mod inbound;
 mod listener;
 mod loan;
 mod outbox;

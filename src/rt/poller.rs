@@ -111,16 +111,16 @@ impl Poller {
             let stay = session.turn(now);
             match (stay, pace) {
                 (Stay::Asleep, _) => session.activity.is_active.set(false),
-                (Stay::Busy, _) => pace = Stay::Busy,
-                (Stay::Waiting, Stay::Asleep) => pace = Stay::Waiting,
-                (Stay::Waiting, _) => {}
+                (Stay::Moving, _) | (_, Stay::Moving) => pace = Stay::Moving,
+                (Stay::Busy, _) | (_, Stay::Busy) => pace = Stay::Busy,
+                (Stay::Waiting, _) => pace = Stay::Waiting,
             }
             stay != Stay::Asleep
         });
         // Sessions that became active during the pass are in the new list.
         let mut active = self.active.borrow_mut();
         if !active.is_empty() {
-            pace = Stay::Busy;
+            pace = Stay::Moving;
         }
         sessions.append(&mut active);
         *active = sessions;
@@ -167,6 +167,11 @@ async fn run(poller: Rc<Poller>) {
     loop {
         let now = clock.now();
         match poller.pass(now) {
+            Stay::Moving => {
+                give_way.after_traffic();
+                kick.after_pass(&poller, now);
+                glommio::executor().yield_task_queue_now().await;
+            }
             Stay::Busy => {
                 kick.after_pass(&poller, now);
                 if !poller.look_out() {
@@ -213,6 +218,10 @@ impl GiveWay {
     /// A system call that takes longer than this has let somebody else run.
     const SOMEBODY_RAN: Duration = Duration::from_nanos(1200);
     const MOST_EVIDENCE: u32 = 16;
+
+    fn after_traffic(&mut self) {
+        self.idle_passes = 0;
+    }
 
     fn after_idle_pass(&mut self, poller: &Poller) {
         self.idle_passes += 1;

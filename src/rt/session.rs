@@ -34,8 +34,6 @@ pub(super) struct SessionInner {
     pub(super) role: Role,
     pub(super) version: ProtocolVersion,
     pub(super) config: Rc<Config>,
-    /// Which promise of the user speaks for the peer.
-    pub(super) trust: Option<u64>,
     pub(super) lanes: Lanes,
     pub(super) streams: RefCell<StreamTable<Rc<StreamInner>>>,
     pub(super) accepts: Accepts,
@@ -79,7 +77,7 @@ pub(super) struct Activity {
     pub(super) last_batch: Cell<usize>,
     /// How many tasks wait for data of their streams.
     pub(super) waiting_readers: Cell<u32>,
-    pub(super) in_place: Cell<InPlace>,
+    pub(super) in_place: InPlace,
 }
 
 impl Activity {
@@ -100,14 +98,14 @@ impl Activity {
 }
 
 /// Waiting for the peer without the poller.
-#[derive(Clone, Copy, Default)]
+#[derive(Default)]
 pub(super) struct InPlace {
-    /// How often it may still be done before the poller's next turn.
-    pub(super) turns: u32,
+    /// What is left to spend on it before the poller's next turn.
+    pub(super) credit: Cell<usize>,
     /// How often it is not done, because it was in vain.
-    pub(super) skips: u32,
+    pub(super) skips: Cell<u32>,
     /// How often it was not done the last time it was in vain.
-    pub(super) penalty: u32,
+    pub(super) penalty: Cell<u32>,
 }
 
 /// What came over the socket and is not yet handled.
@@ -270,7 +268,6 @@ impl Session {
             role,
             version,
             config: Rc::clone(config),
-            trust,
             lanes: Lanes {
                 producer: RefCell::new(producer),
                 consumer: RefCell::new(consumer),
@@ -287,7 +284,7 @@ impl Session {
                 idle_since: Cell::new(Instant::now()),
                 last_batch: Cell::new(0),
                 waiting_readers: Cell::new(0),
-                in_place: Cell::default(),
+                in_place: InPlace::default(),
             },
             counters: Counters::default(),
             inbox: Inbox {
@@ -301,6 +298,7 @@ impl Session {
             outbox: Outbox::default(),
             ending: Ending { files: RefCell::new(files), ..Ending::default() },
         });
+        inner.lanes.manager.trust(trust);
         let session = Rc::downgrade(&inner);
         inner.lanes.manager.on_broken(move || {
             // Its turn with the poller finds out what it is.
@@ -335,7 +333,7 @@ impl Session {
             return Err(Error::NotClient);
         }
         let mut streams = inner.streams.borrow_mut();
-        let opened = streams.open(|id| Rc::new(StreamInner::new(id)));
+        let opened = streams.open(|id| Rc::new(StreamInner::new(id, &inner.lanes.manager)));
         let stream = opened.ok_or(Error::TooManyStreams(inner.config.limits.streams))?;
         Ok(Stream::new(Rc::clone(&self.guard), stream))
     }

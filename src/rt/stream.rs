@@ -12,13 +12,13 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures_lite::{AsyncBufRead, AsyncRead, AsyncWrite};
 
-use super::inbound::{Inbound, Segment};
-use super::loan::{Loan, LoanMemory, Message};
+use super::loan::{Loan, Message};
 use super::session::{SessionGuard, SessionInner};
 use super::wakers::WakerSlot;
 use crate::error::{Error, Result};
 use crate::proto::stream::{OnClose, Path, StreamLife, StreamState};
-use crate::shm::chain::Chain;
+use crate::shm::chain::{Chain, ChainQueue};
+use crate::shm::manager::BufferManager;
 use crate::wire::{Event, EventState};
 
 /// The most bytes that one write puts behind one event. The peer reads the first piece while this
@@ -33,18 +33,18 @@ const LENT_AT_MOST: usize = 16 << 10;
 pub(super) struct StreamInner {
     id: u32,
     life: Cell<StreamLife>,
-    inbound: RefCell<Inbound>,
+    inbound: RefCell<ChainQueue>,
     reader: WakerSlot,
     /// Whether the peer has heard of the stream, and so must hear of its end.
     is_known_to_peer: Cell<bool>,
 }
 
 impl StreamInner {
-    pub(super) fn new(id: u32) -> Self {
+    pub(super) fn new(id: u32, manager: &Rc<BufferManager>) -> Self {
         Self {
             id,
             life: Cell::new(StreamLife::new()),
-            inbound: RefCell::default(),
+            inbound: RefCell::new(ChainQueue::new(manager)),
             reader: WakerSlot::default(),
             is_known_to_peer: Cell::new(false),
         }
@@ -58,8 +58,13 @@ impl StreamInner {
         self.is_known_to_peer.get()
     }
 
-    pub(super) fn receive(&self, data: Segment) {
+    pub(super) fn note_known_to_peer(&self) {
         self.is_known_to_peer.set(true);
+    }
+
+    #[inline]
+    pub(super) fn receive(&self, data: Chain) {
+        self.note_known_to_peer();
         self.inbound.borrow_mut().push(data);
     }
 
@@ -181,15 +186,33 @@ impl Stream {
 
     /// Whether there is something to read: `Ok(true)` yes, `Ok(false)` never again.
     fn poll_readable(&self, context: &Context<'_>) -> Poll<Result<bool>> {
-        let (session, inner) = (self.session(), &self.inner);
-        if !inner.has_news() && !session.is_over() {
-            session.wait_in_place(inner);
+        if self.inner.inbound.borrow().is_empty() {
+            let chain = ready!(self.poll_next(context))?;
+            let Some(chain) = chain else { return Poll::Ready(Ok(false)) };
+            self.inner.inbound.borrow_mut().push_front(chain);
         }
-        if !inner.inbound.borrow().is_empty() {
-            return Poll::Ready(Ok(true));
+        Poll::Ready(Ok(true))
+    }
+
+    /// The next flush of the peer; `None` is the end.
+    #[inline]
+    fn poll_next(&self, context: &Context<'_>) -> Poll<Result<Option<Chain>>> {
+        let (session, inner) = (self.session(), &*self.inner);
+        let mut chain = inner.inbound.borrow_mut().pop();
+        if chain.is_none() && inner.life.get().state() == StreamState::Open && !session.is_over() {
+            chain = session.wait_in_place(inner).or_else(|| inner.inbound.borrow_mut().pop());
         }
+        match chain {
+            Some(chain) => Poll::Ready(Ok(Some(chain))),
+            None => self.poll_end(context),
+        }
+    }
+
+    /// Nothing has arrived: for ever, or until now?
+    fn poll_end(&self, context: &Context<'_>) -> Poll<Result<Option<Chain>>> {
+        let (session, inner) = (self.session(), &*self.inner);
         match inner.life.get().state() {
-            StreamState::ClosedByPeer => return Poll::Ready(Ok(false)),
+            StreamState::ClosedByPeer => return Poll::Ready(Ok(None)),
             StreamState::ClosedHere => return Poll::Ready(Err(Error::StreamClosed)),
             StreamState::Open => {}
         }
@@ -214,6 +237,7 @@ impl Stream {
     }
 
     /// Whether this stream may send.
+    #[inline]
     fn check_open(&self) -> Result<()> {
         match self.inner.life.get().state() {
             StreamState::Open => {}
@@ -233,10 +257,12 @@ impl Stream {
     /// # Errors
     ///
     /// The stream is closed, or the session over.
+    #[inline]
     pub async fn alloc(&mut self, len: usize) -> Result<Loan> {
         poll_fn(|context| self.poll_alloc(context, len)).await
     }
 
+    #[inline]
     fn poll_alloc(&mut self, context: &Context<'_>, len: usize) -> Poll<Result<Loan>> {
         self.check_open()?;
         let session = self.session.inner();
@@ -246,13 +272,12 @@ impl Stream {
             let allocated = session.lanes.manager.allocate(len, false);
             if let Some(chain) = allocated.map_err(|error| session.broken(error))? {
                 self.pool_deadline = None;
-                return Poll::Ready(Ok(Loan::new(LoanMemory::Slices(chain), len, session.trust)));
+                return Poll::Ready(Ok(Loan { chain }));
             }
             ready!(self.poll_pool(context))?;
         }
-        // Grows as it is written: what was asked for may be more than what comes.
-        let memory = LoanMemory::Private(Vec::new());
-        Poll::Ready(Ok(Loan::new(memory, len, self.session().trust)))
+        let manager = Rc::clone(&self.session().lanes.manager);
+        Poll::Ready(Ok(Loan { chain: Chain::private(manager, len) }))
     }
 
     /// Sends what was written into a loan, as one flush.
@@ -264,39 +289,49 @@ impl Stream {
     /// # Errors
     ///
     /// The stream is closed, the session over, or [`Error::ForeignLoan`]. The loan is given back.
+    #[inline]
     pub async fn send(&mut self, loan: Loan) -> Result<()> {
-        self.check_open()?;
-        match loan.memory {
-            _ if loan.is_empty() => Ok(()),
-            LoanMemory::Slices(chain) if self.inner.life.get().path() == Path::SharedMemory => {
-                self.send_chain(chain).await
-            }
-            // The stream fell back after the loan was made: in order, it can only follow that way.
-            LoanMemory::Slices(mut chain) => {
-                let mut bytes = vec![0; chain.len()];
-                chain.read(&mut bytes);
-                drop(chain);
-                self.send_private(&bytes).await
-            }
-            LoanMemory::Private(bytes) => {
-                self.inner.change_life(StreamLife::fall_back);
-                self.send_private(&bytes).await
-            }
+        match self.send_now(loan.chain)? {
+            None => Ok(()),
+            Some(chain) => self.send_later(chain).await,
         }
     }
 
-    async fn send_chain(&mut self, chain: Chain) -> Result<()> {
+    /// Sends a chain if nothing has to be waited for; otherwise gives it back.
+    #[inline]
+    fn send_now(&mut self, chain: Chain) -> Result<Option<Chain>> {
+        self.check_open()?;
+        let count = chain.len();
+        if count == 0 {
+            return Ok(None);
+        }
         if !chain.is_of(&self.session().lanes.manager) {
             return Err(Error::ForeignLoan);
         }
-        if self.is_queue_full()? {
-            poll_fn(|context| self.poll_queue(context)).await?;
+        let is_shared = chain.is_shared() && self.inner.life.get().path() == Path::SharedMemory;
+        if !is_shared || self.is_queue_full()? {
+            return Ok(Some(chain));
         }
-        let count = chain.len();
         if let Some(offset) = chain.into_event_offset() {
             self.send_offset(offset, count)?;
         }
-        Ok(())
+        Ok(None)
+    }
+
+    async fn send_later(&mut self, mut chain: Chain) -> Result<()> {
+        loop {
+            if !chain.is_shared() || self.inner.life.get().path() == Path::Socket {
+                // Also when the stream fell back after the loan was made: in order, it can only
+                // follow that way.
+                self.inner.change_life(StreamLife::fall_back);
+                return self.send_private(&chain.into_bytes()).await;
+            }
+            poll_fn(|context| self.poll_queue(context)).await?;
+            match self.send_now(chain)? {
+                None => return Ok(()),
+                Some(left) => chain = left,
+            }
+        }
     }
 
     async fn send_private(&mut self, mut bytes: &[u8]) -> Result<()> {
@@ -318,25 +353,29 @@ impl Stream {
     /// # Errors
     ///
     /// The session is over, and everything that had arrived was taken.
+    #[inline]
     pub async fn recv(&mut self) -> Result<Option<Message>> {
         poll_fn(|context| self.poll_recv(context)).await
     }
 
+    #[inline]
     fn poll_recv(&mut self, context: &Context<'_>) -> Poll<Result<Option<Message>>> {
-        let trust = self.session().trust;
-        let rest = self.lent.rest();
-        if !rest.is_empty() {
-            let bytes = Bytes::copy_from_slice(rest);
-            self.lent = Lent::default();
-            return Poll::Ready(Ok(Some(Message::new(Segment::Bytes(bytes), trust))));
+        if !self.lent.rest().is_empty() {
+            return Poll::Ready(Ok(Some(self.take_lent())));
         }
-        if !ready!(self.poll_readable(context))? {
-            return Poll::Ready(Ok(None));
-        }
-        let segment = self.inner.inbound.borrow_mut().pop();
-        let Some(segment) = segment else { return Poll::Ready(Ok(None)) };
-        self.session().note_unread(segment.socket_len());
-        Poll::Ready(Ok(Some(Message::new(segment, trust))))
+        let chain = ready!(self.poll_next(context))?;
+        let Some(chain) = chain else { return Poll::Ready(Ok(None)) };
+        self.session().note_unread(chain.socket_len());
+        Poll::Ready(Ok(Some(Message { chain })))
+    }
+
+    /// What [`AsyncBufRead`] has shown and nobody consumed.
+    #[cold]
+    fn take_lent(&mut self) -> Message {
+        let bytes = Bytes::copy_from_slice(self.lent.rest());
+        self.lent = Lent::default();
+        let manager = Rc::clone(&self.session().lanes.manager);
+        Message { chain: Chain::received(manager, bytes) }
     }
 
     fn poll_send(&mut self, context: &Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
@@ -384,12 +423,14 @@ impl Stream {
         Poll::Ready(Ok(()))
     }
 
+    #[inline]
     fn is_queue_full(&self) -> Result<bool> {
         let is_full = self.session().lanes.producer.borrow_mut().is_full();
         is_full.map_err(|error| self.session().broken(error))
     }
 
     /// Sends the event that hands slices to the peer. There is room for it.
+    #[inline]
     fn send_offset(&self, offset: u32, count: usize) -> Result<()> {
         let status = EventState::Open.to_status();
         let session = self.session();
@@ -432,6 +473,7 @@ impl Stream {
         Poll::Ready(count)
     }
 
+    #[inline]
     fn session(&self) -> &Rc<SessionInner> {
         self.session.inner()
     }

@@ -10,7 +10,7 @@
 //! Payload is copied byte-wise between private memory and the region; a peer that rewrites payload
 //! under the copy scrambles its own bytes, and no invariant of this process rests on them.
 
-use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use super::region::Region;
 
@@ -26,6 +26,11 @@ pub(crate) trait Memory {
     fn fetch_add_u32(&self, at: usize, value: u32, order: Ordering) -> u32;
     /// Compare and swap, acquire and release when it succeeds, acquire when it fails.
     fn compare_exchange_u32(&self, at: usize, current: u32, new: u32) -> Result<u32, u32>;
+
+    /// Relaxed loads of `N` neighbouring 32-bit fields, each for itself.
+    fn load_words<const N: usize>(&self, at: usize) -> [u32; N];
+    /// Relaxed stores of `N` neighbouring 32-bit fields, each for itself.
+    fn store_words<const N: usize>(&self, at: usize, words: [u32; N]);
 
     fn load_u8(&self, at: usize, order: Ordering) -> u8;
     fn store_u8(&self, at: usize, value: u8, order: Ordering);
@@ -50,7 +55,7 @@ impl Region {
     /// A pointer to `len` bytes at `at`, all of them inside.
     #[inline(always)]
     fn pointer(&self, at: usize, len: usize) -> *mut u8 {
-        let inside = at.checked_add(len).is_some_and(|end| end <= self.len());
+        let inside = self.len().checked_sub(len).is_some_and(|last| at <= last);
         assert!(inside, "access outside the shared memory: {len} bytes at {at}");
         // SAFETY: `at + len <= self.len()`, checked above, so the result stays inside the region.
         unsafe { self.base().as_ptr().add(at) }
@@ -88,6 +93,13 @@ impl Region {
         // SAFETY: `pointer` checked the bounds, the line above the alignment (a region starts at a
         // multiple of 64), and the bytes are only ever accessed atomically.
         unsafe { AtomicU32::from_ptr(self.pointer(at, 4).cast()) }
+    }
+
+    #[inline(always)]
+    fn words<const N: usize>(&self, at: usize) -> &[AtomicU32; N] {
+        assert!(at.is_multiple_of(4), "misaligned 32-bit fields at {at}");
+        // SAFETY: as in `u32`, for all N at once; an array has no padding.
+        unsafe { &*self.pointer(at, 4 * N).cast() }
     }
 
     #[inline(always)]
@@ -179,6 +191,18 @@ impl Memory for Region {
     }
 
     #[inline(always)]
+    fn load_words<const N: usize>(&self, at: usize) -> [u32; N] {
+        self.words(at).each_ref().map(|word| word.load(Ordering::Relaxed))
+    }
+
+    #[inline(always)]
+    fn store_words<const N: usize>(&self, at: usize, words: [u32; N]) {
+        for (field, word) in self.words::<N>(at).iter().zip(words) {
+            field.store(word, Ordering::Relaxed);
+        }
+    }
+
+    #[inline(always)]
     fn load_u8(&self, at: usize, order: Ordering) -> u8 {
         self.u8(at).load(order)
     }
@@ -191,23 +215,13 @@ impl Memory for Region {
     #[inline(always)]
     fn load_i64(&self, at: usize) -> i64 {
         assert!(is_one_access(at), "8-byte field at {at} would be torn");
-        let pointer: *mut i64 = self.pointer(at, 8).cast();
-        if pointer.addr().is_multiple_of(8) {
-            // SAFETY: bounds by `pointer`, alignment by the line above.
-            return unsafe { AtomicI64::from_ptr(pointer) }.load(Ordering::Acquire);
-        }
-        packed::load(pointer)
+        packed::load(self.pointer(at, 8).cast())
     }
 
     #[inline(always)]
     fn store_i64(&self, at: usize, value: i64) {
         assert!(is_one_access(at), "8-byte field at {at} would be torn");
-        let pointer: *mut i64 = self.pointer(at, 8).cast();
-        if pointer.addr().is_multiple_of(8) {
-            // SAFETY: bounds by `pointer`, alignment by the line above.
-            return unsafe { AtomicI64::from_ptr(pointer) }.store(value, Ordering::Release);
-        }
-        packed::store(pointer, value);
+        packed::store(self.pointer(at, 8).cast(), value);
     }
 
     #[inline(always)]
@@ -246,11 +260,13 @@ impl Memory for Region {
 }
 
 /// 8-byte accesses at multiples of four, which no Rust atomic may do.
+///
+/// The callers have checked that the eight bytes are mapped, and that they are read and written in
+/// one go ([`is_one_access`]).
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 mod packed {
     use std::arch::asm;
 
-    /// Both callers have checked that the eight bytes are mapped and inside one cache line.
     #[inline(always)]
     pub(super) fn load(pointer: *const i64) -> i64 {
         let value;
@@ -278,12 +294,18 @@ mod packed {
 
 #[cfg(not(all(target_arch = "x86_64", not(miri))))]
 mod packed {
-    pub(super) fn load(_: *const i64) -> i64 {
-        unreachable!("the packed layout exists on x86-64 only")
+    use std::sync::atomic::{AtomicI64, Ordering};
+
+    #[inline(always)]
+    pub(super) fn load(pointer: *mut i64) -> i64 {
+        // SAFETY: mapped, and aligned: here that is what `is_one_access` asks for.
+        unsafe { AtomicI64::from_ptr(pointer) }.load(Ordering::Acquire)
     }
 
-    pub(super) fn store(_: *mut i64, _: i64) {
-        unreachable!("the packed layout exists on x86-64 only")
+    #[inline(always)]
+    pub(super) fn store(pointer: *mut i64, value: i64) {
+        // SAFETY: as in `load`.
+        unsafe { AtomicI64::from_ptr(pointer) }.store(value, Ordering::Release);
     }
 }
 

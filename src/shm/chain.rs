@@ -3,105 +3,241 @@
 //!
 //! A [`Chain`] owns its slices; whatever happens to it, they go somewhere: on to the peer
 //! ([`Chain::into_event_offset`]), or back among the free (when read, or dropped). Its links live
-//! in the manager's private ledger, so a chain of any length is a few words and no allocation, and
-//! nothing that the peer writes can redirect it.
+//! in the manager's private ledger, so a chain of any length is a few words, and nothing that the
+//! peer writes can redirect it.
+//!
+//! A message that goes over the socket is a chain too, of private memory, so that everything above
+//! deals with one type.
+//!
+//! A chain is moved a lot: out of the queue, into a stream, through the state of a future, to the
+//! user. So the handle is two pointers, which travel in registers. As a larger struct it is copied
+//! through memory, 16 bytes at a time, right after its fields were written one by one; such a load
+//! waits until the stores have left the processor, behind the stores to lines that the peer has
+//! (80 ns a hop). What the second pointer leads to is recycled.
 
+use std::collections::VecDeque;
 use std::rc::Rc;
+
+use bytes::{Buf, Bytes};
 
 use super::access::{Memory, PeerTrust};
 use super::manager::{BufferManager, NO_SLICE, SliceId};
 use super::region::Region;
 
-/// An owned chain of buffer slices, and how many of its bytes count.
+/// An owned chain of buffer slices, or private memory, and how many of its bytes count.
 pub(crate) struct Chain<M: Memory = Region> {
     manager: Rc<BufferManager<M>>,
+    /// Always there, but for the moment in which the chain ends.
+    state: Option<Box<ChainState>>,
+}
+
+/// What a chain consists of. Dropped alone it would keep its slices from everybody; only this file
+/// takes it out of its chain.
+pub(super) struct ChainState {
     first: SliceId,
     last: SliceId,
     /// While it is written: the slice that the next byte goes into. Otherwise unused.
     filling: SliceId,
-    slices: u32,
+    /// How many bytes there are to read, or have been written.
     len: usize,
+    /// While it is written: how many bytes were asked for.
+    capacity: usize,
+    private: Private,
+}
+
+enum Private {
+    No,
+    Writing(Vec<u8>),
+    Received(Bytes),
+}
+
+impl ChainState {
+    pub(super) const fn empty() -> Self {
+        Self {
+            first: NO_SLICE,
+            last: NO_SLICE,
+            filling: NO_SLICE,
+            len: 0,
+            capacity: 0,
+            private: Private::No,
+        }
+    }
 }
 
 impl<M: Memory> Chain<M> {
+    #[inline]
     pub(super) fn empty(manager: Rc<BufferManager<M>>) -> Self {
-        Self { manager, first: NO_SLICE, last: NO_SLICE, filling: NO_SLICE, slices: 0, len: 0 }
+        let state = manager.new_chain_state();
+        Self { manager, state: Some(state) }
+    }
+
+    /// A chain of one held slice, to be written.
+    #[inline]
+    pub(super) fn of(manager: Rc<BufferManager<M>>, id: SliceId) -> Self {
+        let mut chain = Self::empty(manager);
+        let state = chain.state_mut();
+        (state.first, state.last, state.filling) = (id, id, id);
+        chain
+    }
+
+    /// Private memory for up to `capacity` bytes, to be written. It grows as it is written.
+    pub(crate) fn private(manager: Rc<BufferManager<M>>, capacity: usize) -> Self {
+        let mut chain = Self::empty(manager).with_capacity(capacity);
+        chain.state_mut().private = Private::Writing(Vec::new());
+        chain
+    }
+
+    /// Bytes that came over the socket.
+    pub(crate) fn received(manager: Rc<BufferManager<M>>, bytes: Bytes) -> Self {
+        let mut chain = Self::empty(manager);
+        let state = chain.state_mut();
+        state.len = bytes.len();
+        state.private = Private::Received(bytes);
+        chain
+    }
+
+    #[inline]
+    fn state(&self) -> &ChainState {
+        self.state.as_deref().expect("a chain that has not ended")
+    }
+
+    #[inline]
+    fn state_mut(&mut self) -> &mut ChainState {
+        self.state.as_deref_mut().expect("a chain that has not ended")
+    }
+
+    #[inline]
+    pub(super) fn with_capacity(mut self, capacity: usize) -> Self {
+        self.state_mut().capacity = capacity;
+        self
     }
 
     /// Says that the chain is as it is, and nothing more is written to it.
     pub(super) fn complete(mut self) -> Self {
-        self.filling = self.last;
+        let state = self.state_mut();
+        state.filling = state.last;
         self
     }
 
     /// Puts a held slice behind the others, with the bytes that its ledger entry counts.
+    #[inline]
     pub(super) fn push_back(&mut self, id: SliceId) {
-        if self.last == NO_SLICE {
-            self.first = id;
-            self.filling = id;
+        let len = self.manager.entry(id).len.get() as usize;
+        let state = self.state.as_deref_mut().expect("a chain that has not ended");
+        if state.last == NO_SLICE {
+            state.first = id;
+            state.filling = id;
         } else {
-            self.manager.update(self.last, |entry| entry.next = id);
+            self.manager.entry(state.last).next.set(id);
         }
-        self.last = id;
-        self.slices += 1;
-        self.len += self.manager.entry(id).len as usize;
+        state.last = id;
+        state.len += len;
     }
 
     /// How many bytes there are to read, or have been written.
+    #[inline]
     pub(crate) fn len(&self) -> usize {
-        self.len
+        self.state().len
     }
 
+    /// How many bytes can be written in all.
+    #[inline]
+    pub(crate) fn capacity(&self) -> usize {
+        self.state().capacity
+    }
+
+    /// Whether it is slices, and not private memory.
+    #[inline]
+    pub(crate) fn is_shared(&self) -> bool {
+        matches!(self.state().private, Private::No)
+    }
+
+    /// How many of its bytes came over the socket.
+    #[inline]
+    pub(crate) fn socket_len(&self) -> usize {
+        if matches!(self.state().private, Private::Received(_)) { self.len() } else { 0 }
+    }
+
+    /// How many slices it has.
+    #[cfg_attr(not(test), allow(dead_code))]
     pub(crate) fn slices(&self) -> u32 {
-        self.slices
+        let mut count = 0;
+        let mut id = self.state().first;
+        while id != NO_SLICE {
+            count += 1;
+            id = self.manager.entry(id).next.get();
+        }
+        count
     }
 
     /// Copies as much of `from` as there is room for behind what was written. Gives how much.
-    pub(crate) fn write(&mut self, mut from: &[u8]) -> usize {
+    #[inline]
+    pub(crate) fn write(&mut self, from: &[u8]) -> usize {
+        let manager = &self.manager;
+        let state = self.state.as_deref_mut().expect("a chain that has not ended");
+        let mut from = &from[..from.len().min(state.capacity - state.len)];
+        if let Private::Writing(bytes) = &mut state.private {
+            bytes.extend_from_slice(from);
+            state.len = bytes.len();
+            return from.len();
+        }
         let mut written = 0;
-        while !from.is_empty() && self.filling != NO_SLICE {
-            let entry = self.manager.entry(self.filling);
-            let used = (entry.start + entry.len) as usize;
-            let room = self.manager.capacity_of(self.filling) as usize - used;
+        while !from.is_empty() && state.filling != NO_SLICE {
+            let entry = manager.entry(state.filling);
+            let room = manager.room_in(state.filling);
             if room == 0 {
                 // Only now, so that the slice being filled is never an empty one behind a full one.
-                if self.filling == self.last {
+                if state.filling == state.last {
                     break;
                 }
-                self.filling = entry.next;
+                state.filling = entry.next.get();
                 continue;
             }
             let count = room.min(from.len());
-            self.manager.memory().copy_in(entry.data() + entry.len as usize, &from[..count]);
+            let len = entry.len.get();
+            manager.memory().copy_in(entry.data() + len as usize, &from[..count]);
             // Fits: a slice's capacity does.
-            self.manager.update(self.filling, |entry| entry.len += count as u32);
+            entry.len.set(len + count as u32);
             from = &from[count..];
             written += count;
         }
-        self.len += written;
+        state.len += written;
         written
     }
 
     /// Counts `count` bytes behind what was written as written too, or as many as there is room
     /// for.
-    pub(crate) fn advance(&mut self, mut count: usize) {
-        while count > 0 && self.filling != NO_SLICE {
-            let entry = self.manager.entry(self.filling);
-            let room = self.manager.capacity_of(self.filling) - entry.start - entry.len;
-            let step = (room as usize).min(count);
-            self.manager.update(self.filling, |entry| entry.len += step as u32);
-            self.len += step;
+    #[inline]
+    pub(crate) fn advance(&mut self, count: usize) {
+        let manager = &self.manager;
+        let state = self.state.as_deref_mut().expect("a chain that has not ended");
+        let mut count = count.min(state.capacity - state.len);
+        if let Private::Writing(bytes) = &mut state.private {
+            state.len += count;
+            // `spare_views` has made them, or nobody wrote them.
+            if bytes.len() < state.len {
+                bytes.resize(state.len, 0);
+            }
+            return;
+        }
+        while count > 0 && state.filling != NO_SLICE {
+            let entry = manager.entry(state.filling);
+            let step = manager.room_in(state.filling).min(count);
+            // Fits: a slice's capacity does.
+            entry.len.set(entry.len.get() + step as u32);
+            state.len += step;
             count -= step;
             if count > 0 {
-                if self.filling == self.last {
+                if state.filling == state.last {
                     return;
                 }
-                self.filling = entry.next;
+                state.filling = entry.next.get();
             }
         }
     }
 
     /// Whether the slices are those of this memory.
+    #[inline]
     pub(crate) fn is_of(&self, manager: &Rc<BufferManager<M>>) -> bool {
         Rc::ptr_eq(&self.manager, manager)
     }
@@ -116,99 +252,145 @@ impl<M: Memory> Chain<M> {
 
     /// Copies the first bytes out, as many as `to` holds, and keeps them.
     pub(crate) fn copy_out(&self, to: &mut [u8]) -> usize {
+        let state = self.state();
+        let private = match &state.private {
+            Private::No => None,
+            Private::Writing(bytes) => Some(&bytes[..state.len]),
+            Private::Received(bytes) => Some(&bytes[..]),
+        };
+        if let Some(bytes) = private {
+            let count = bytes.len().min(to.len());
+            to[..count].copy_from_slice(&bytes[..count]);
+            return count;
+        }
         let mut copied = 0;
-        let mut id = self.first;
+        let mut id = state.first;
         while copied < to.len() && id != NO_SLICE {
             let entry = self.manager.entry(id);
-            let count = (entry.len as usize).min(to.len() - copied);
+            let count = (entry.len.get() as usize).min(to.len() - copied);
             self.manager.memory().copy_out(entry.data(), &mut to[copied..copied + count]);
             copied += count;
-            id = entry.next;
+            id = entry.next.get();
         }
         copied
     }
 
     /// Drops the first `count` bytes, or all there are, and gives emptied slices back.
-    pub(crate) fn consume(&mut self, mut count: usize) {
-        count = count.min(self.len);
-        self.len -= count;
-        while self.first != NO_SLICE {
-            let entry = self.manager.entry(self.first);
-            let step = (entry.len as usize).min(count);
-            if step < entry.len as usize {
-                self.manager.update(self.first, |entry| {
-                    entry.start += step as u32;
-                    entry.len -= step as u32;
-                });
-                break;
+    pub(crate) fn consume(&mut self, count: usize) {
+        let manager = &self.manager;
+        let state = self.state.as_deref_mut().expect("a chain that has not ended");
+        let mut count = count.min(state.len);
+        state.len -= count;
+        match &mut state.private {
+            Private::No => {}
+            Private::Received(bytes) => return bytes.advance(count),
+            Private::Writing(bytes) => return drop(bytes.drain(..count)),
+        }
+        while state.first != NO_SLICE {
+            let entry = manager.entry(state.first);
+            let (start, len) = (entry.start.get(), entry.len.get());
+            let step = (len as usize).min(count);
+            if step < len as usize {
+                entry.start.set(start + step as u32);
+                entry.len.set(len - step as u32);
+                return;
             }
             count -= step;
-            self.pop_front();
+            state.first = manager.release(state.first);
         }
+        (state.last, state.filling) = (NO_SLICE, NO_SLICE);
     }
 
-    fn pop_front(&mut self) {
-        self.first = self.manager.release(self.first);
-        self.slices -= 1;
-        if self.first == NO_SLICE {
-            self.last = NO_SLICE;
-            self.filling = NO_SLICE;
+    /// Takes everything out of it as private memory, and gives the slices back.
+    pub(crate) fn into_bytes(mut self) -> Bytes {
+        match std::mem::replace(&mut self.state_mut().private, Private::No) {
+            Private::Received(bytes) => bytes,
+            Private::Writing(mut bytes) => {
+                bytes.truncate(self.len());
+                bytes.into()
+            }
+            Private::No => {
+                let mut copy = vec![0; self.len()];
+                self.copy_out(&mut copy);
+                copy.into()
+            }
         }
     }
 
     /// Writes the headers of all slices that hold bytes, strikes them out of the ledger and gives
     /// the offset for the event that hands them to the peer. Slices that hold nothing go back.
     ///
-    /// `None`: nothing was written; all slices are back.
+    /// `None`: nothing was written, or it is private memory; all slices are back.
     ///
     /// From here on the slices are the peer's, so the event must be on its way without fail.
     #[inline]
     pub(crate) fn into_event_offset(mut self) -> Option<u32> {
-        if self.len == 0 {
+        let manager = &self.manager;
+        let state = self.state.as_deref_mut().expect("a chain that has not ended");
+        if state.len == 0 || state.first == NO_SLICE {
             return None;
         }
-        if self.first == self.last {
+        let first = std::mem::replace(&mut state.first, NO_SLICE);
+        if first == state.last {
             // One slice, the common message: nothing to link, nothing to give back.
-            let offset = self.manager.write_header(self.first);
-            self.manager.forget(self.first);
-            self.first = NO_SLICE;
+            let offset = manager.write_header(first);
+            manager.forget(first);
             return Some(offset);
         }
         // Only slices behind the one being filled can be empty: they are filled front to back.
-        let unused =
-            self.manager.update(self.filling, |entry| std::mem::replace(&mut entry.next, NO_SLICE));
-        let mut id = unused;
-        while id != NO_SLICE {
-            id = self.manager.release(id);
+        let mut unused = manager.entry(state.filling).next.replace(NO_SLICE);
+        while unused != NO_SLICE {
+            unused = manager.release(unused);
         }
-        let offset = self.manager.write_header(self.first);
-        let mut id = self.manager.entry(self.first).next;
+        let offset = manager.write_header(first);
+        let mut id = manager.entry(first).next.get();
         while id != NO_SLICE {
-            self.manager.write_header(id);
-            id = self.manager.entry(id).next;
+            manager.write_header(id);
+            id = manager.entry(id).next.get();
         }
-        let mut id = self.first;
+        let mut id = first;
         while id != NO_SLICE {
-            id = self.manager.forget(id);
+            id = manager.forget(id);
         }
-        self.first = NO_SLICE;
         Some(offset)
     }
 }
 
 /// References into the memory itself, for peers that a promise speaks for.
 impl Chain<Region> {
-    /// The bytes of each slice, first to last.
+    /// The bytes of each slice, first to last. `None`: the promise is not about this peer.
     #[inline]
-    pub(crate) fn views<'a>(&'a self, _proof: &'a PeerTrust) -> SliceViews<'a> {
-        SliceViews { manager: &self.manager, next: self.first }
+    pub(crate) fn views<'a>(&'a self, proof: &'a PeerTrust) -> Option<SliceViews<'a>> {
+        if !self.manager.is_trusted_by(proof) {
+            return None;
+        }
+        let state = self.state();
+        let private = match &state.private {
+            Private::No => None,
+            Private::Writing(bytes) => Some(&bytes[..state.len]),
+            Private::Received(bytes) => Some(&bytes[..]),
+        };
+        Some(SliceViews { manager: &self.manager, next: state.first, private })
     }
 
     /// The room behind what was written, slice by slice. [`Self::advance`] says how much of it was
-    /// filled.
+    /// filled. `None`: the promise is not about this peer.
     #[inline]
-    pub(crate) fn spare_views<'a>(&'a mut self, _proof: &'a PeerTrust) -> SpareViews<'a> {
-        SpareViews { manager: &self.manager, next: self.filling }
+    pub(crate) fn spare_views<'a>(&'a mut self, proof: &'a PeerTrust) -> Option<SpareViews<'a>> {
+        let manager = &*self.manager;
+        if !manager.is_trusted_by(proof) {
+            return None;
+        }
+        let state = self.state.as_deref_mut().expect("a chain that has not ended");
+        let remaining = state.capacity - state.len;
+        let private = match &mut state.private {
+            Private::Writing(bytes) => {
+                bytes.resize(state.capacity, 0);
+                Some(&mut bytes[state.len..])
+            }
+            _ => None,
+        };
+        Some(SpareViews { manager, next: state.filling, private, remaining })
     }
 }
 
@@ -216,6 +398,7 @@ impl Chain<Region> {
 pub(crate) struct SliceViews<'a> {
     manager: &'a BufferManager,
     next: SliceId,
+    private: Option<&'a [u8]>,
 }
 
 impl<'a> Iterator for SliceViews<'a> {
@@ -224,15 +407,15 @@ impl<'a> Iterator for SliceViews<'a> {
     #[inline]
     fn next(&mut self) -> Option<&'a [u8]> {
         if self.next == NO_SLICE {
-            return None;
+            return self.private.take();
         }
         let entry = self.manager.entry(self.next);
-        self.next = entry.next;
+        self.next = entry.next.get();
         // SAFETY: the chain holds the slice, by the ledger; its bytes are inside it, checked when
         // it was taken in; the chain is borrowed for as long as the reference lives, so nobody
         // here writes to it; and the peer does not, by the promise that was shown to
         // `Chain::views`.
-        Some(unsafe { self.manager.memory().view(entry.data(), entry.len as usize) })
+        Some(unsafe { self.manager.memory().view(entry.data(), entry.len.get() as usize) })
     }
 }
 
@@ -240,6 +423,8 @@ impl<'a> Iterator for SliceViews<'a> {
 pub(crate) struct SpareViews<'a> {
     manager: &'a BufferManager,
     next: SliceId,
+    private: Option<&'a mut [u8]>,
+    remaining: usize,
 }
 
 impl<'a> Iterator for SpareViews<'a> {
@@ -248,23 +433,113 @@ impl<'a> Iterator for SpareViews<'a> {
     #[inline]
     fn next(&mut self) -> Option<&'a mut [u8]> {
         if self.next == NO_SLICE {
-            return None;
+            return self.private.take();
         }
         let entry = self.manager.entry(self.next);
-        let room = self.manager.capacity_of(self.next) - entry.start - entry.len;
-        self.next = entry.next;
-        let at = entry.data() + entry.len as usize;
+        let room = self.manager.room_in(self.next).min(self.remaining);
+        self.remaining -= room;
+        self.next = if self.remaining == 0 { NO_SLICE } else { entry.next.get() };
+        let at = entry.data() + entry.len.get() as usize;
         // SAFETY: as in `SliceViews`; the chain is borrowed exclusively, a slice is in one chain
         // only and once in it, so each byte is in one of these references.
-        Some(unsafe { self.manager.memory().view_mut(at, room as usize) })
+        (room > 0).then(|| unsafe { self.manager.memory().view_mut(at, room) })
     }
 }
 
 impl<M: Memory> Drop for Chain<M> {
+    #[inline]
     fn drop(&mut self) {
-        let mut id = self.first;
-        while id != NO_SLICE {
-            id = self.manager.release(id);
+        if let Some(mut state) = self.state.take() {
+            let mut id = std::mem::replace(&mut state.first, NO_SLICE);
+            while id != NO_SLICE {
+                id = self.manager.release(id);
+            }
+            self.manager.recycle_chain_state(state);
         }
+    }
+}
+
+/// Chains in the order in which they came, and how many bytes they hold together.
+pub(crate) struct ChainQueue<M: Memory = Region> {
+    manager: Rc<BufferManager<M>>,
+    states: VecDeque<Box<ChainState>>,
+    len: usize,
+    /// How much of it came over the socket.
+    socket_len: usize,
+}
+
+impl<M: Memory> ChainQueue<M> {
+    pub(crate) fn new(manager: &Rc<BufferManager<M>>) -> Self {
+        Self { manager: Rc::clone(manager), states: VecDeque::new(), len: 0, socket_len: 0 }
+    }
+
+    /// Puts a chain of the same memory behind the others. One without bytes is given back.
+    #[inline]
+    pub(crate) fn push(&mut self, mut chain: Chain<M>) {
+        debug_assert!(chain.is_of(&self.manager));
+        if chain.len() > 0 {
+            self.len += chain.len();
+            self.socket_len += chain.socket_len();
+            self.states.extend(chain.state.take());
+        }
+    }
+
+    /// Puts a chain of the same memory before the others.
+    pub(crate) fn push_front(&mut self, mut chain: Chain<M>) {
+        debug_assert!(chain.is_of(&self.manager));
+        if chain.len() > 0 {
+            self.len += chain.len();
+            self.socket_len += chain.socket_len();
+            self.states.push_front(chain.state.take().expect("a chain that has not ended"));
+        }
+    }
+
+    /// Takes the oldest chain.
+    #[inline]
+    pub(crate) fn pop(&mut self) -> Option<Chain<M>> {
+        let state = self.states.pop_front()?;
+        let chain = Chain { manager: Rc::clone(&self.manager), state: Some(state) };
+        self.len -= chain.len();
+        self.socket_len -= chain.socket_len();
+        Some(chain)
+    }
+
+    /// Copies out the first bytes, as many as `to` holds. Gives how many.
+    #[inline]
+    pub(crate) fn read(&mut self, to: &mut [u8]) -> usize {
+        let mut copied = 0;
+        while copied < to.len()
+            && let Some(mut chain) = self.pop()
+        {
+            copied += chain.read(&mut to[copied..]);
+            self.push_front(chain);
+        }
+        copied
+    }
+
+    #[inline]
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    #[inline]
+    pub(crate) fn socket_len(&self) -> usize {
+        self.socket_len
+    }
+
+    /// Throws everything away.
+    pub(crate) fn clear(&mut self) {
+        while self.pop().is_some() {}
+    }
+}
+
+impl<M: Memory> Drop for ChainQueue<M> {
+    fn drop(&mut self) {
+        self.clear();
     }
 }

@@ -24,22 +24,24 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
-use super::access::Memory;
-use super::chain::Chain;
+use super::access::{Memory, PeerTrust};
+use super::chain::{Chain, ChainState};
 use super::list::{BufferList, MAX_BATCH};
 use super::region::Region;
 use crate::config::SliceClass;
 use crate::error::MemoryError;
 use crate::wire::layout::{
     FLAG_HAS_NEXT, FLAG_IN_USE, LIST_HEADER_LEN, MANAGER_HEADER_LEN, MANAGER_LIST_COUNT_OFFSET,
-    MANAGER_USED_LEN_OFFSET, SLICE_CAPACITY_OFFSET, SLICE_FLAGS_OFFSET, SLICE_HEADER_LEN,
-    SLICE_NEXT_OFFSET, SLICE_SIZE_OFFSET, SLICE_START_OFFSET, list_len,
+    MANAGER_USED_LEN_OFFSET, SLICE_HEADER_LEN, SLICE_SIZE_OFFSET, list_len,
+
 };
 
 /// The most lists that this side maps.
 const MAX_LISTS: usize = 32;
 /// The most slices that this side keeps a ledger for: 64 MiB of ledger.
 const MAX_SLICES: u64 = 4 << 20;
+/// The most chains that are kept to be used again.
+const MAX_CHAIN_STATES: usize = 1024;
 /// The most slices in a magazine.
 const MAX_MAGAZINE: usize = 2 * MAX_BATCH;
 
@@ -49,34 +51,46 @@ pub(super) type SliceId = u32;
 pub(super) const NO_SLICE: SliceId = u32::MAX;
 
 /// What the ledger says about one slice.
-#[derive(Debug, Clone, Copy, Default)]
+///
+/// Each field is read and written alone, never the whole entry: see the page of
+/// [`chain`](super::chain) for what a load that spans two fresh stores costs.
+#[derive(Debug, Default)]
 pub(super) struct Entry {
     /// Offset of the slice from the start of the memory; 0 while this side has it neither in a
     /// chain nor in a magazine. No slice starts at 0, where the header of the memory stands.
-    offset: u32,
+    offset: Cell<u32>,
     /// The next slice of the chain, or [`NO_SLICE`].
-    pub(super) next: SliceId,
+    pub(super) next: Cell<SliceId>,
     /// Where the bytes that count start, behind the slice header.
-    pub(super) start: u32,
+    pub(super) start: Cell<u32>,
     /// How many bytes count.
-    pub(super) len: u32,
+    pub(super) len: Cell<u32>,
 }
 
 impl Entry {
-    fn of(offset: u32) -> Self {
-        Self { offset, next: NO_SLICE, start: 0, len: 0 }
+    #[inline]
+    fn set(&self, offset: u32, start: u32, len: u32) {
+        self.offset.set(offset);
+        self.next.set(NO_SLICE);
+        self.start.set(start);
+        self.len.set(len);
     }
 
     /// Offset of the first byte that counts, from the start of the memory.
+    #[inline]
     pub(super) fn data(&self) -> usize {
-        self.offset as usize + SLICE_HEADER_LEN + self.start as usize
+        self.offset.get() as usize + SLICE_HEADER_LEN + self.start.get() as usize
     }
 }
 
 struct Class {
     list: BufferList,
+    /// Offset of the first byte behind the list. Fits: the whole memory does.
+    end: u32,
     /// The ledger index of the list's first slice.
     first: SliceId,
+    /// The ledger index behind that of its last slice.
+    behind: SliceId,
     /// The private stack, the hottest slice last.
     magazine: RefCell<Vec<SliceId>>,
     magazine_limit: usize,
@@ -87,7 +101,12 @@ pub(crate) struct BufferManager<M = Region> {
     memory: Rc<M>,
     /// Smallest slices first.
     classes: Vec<Class>,
-    ledger: Box<[Cell<Entry>]>,
+    ledger: Box<[Entry]>,
+    /// Kept for the chains to come, so that none of them allocates.
+    #[allow(clippy::vec_box, reason = "they come from chains and go to chains, as they are")]
+    chain_states: RefCell<Vec<Box<ChainState>>>,
+    /// Which promise of the user speaks for the peer.
+    trust: Cell<Option<u64>>,
     /// What was found broken where nobody could be told, in a `Drop`.
     broken: RefCell<Option<MemoryError>>,
     /// Called when something was.
@@ -199,13 +218,17 @@ impl<M: Memory> BufferManager<M> {
         for &list in lists {
             let magazine_limit = (list.capacity() as usize / 8).min(MAX_MAGAZINE);
             let magazine = RefCell::new(Vec::with_capacity(magazine_limit + 1));
-            classes.push(Class { list, first, magazine, magazine_limit });
-            first += list.capacity();
+            let behind = first + list.capacity();
+            let end = list.end() as u32;
+            classes.push(Class { list, end, first, behind, magazine, magazine_limit });
+            first = behind;
         }
         Ok(Rc::new(Self {
             memory: Rc::clone(memory),
             classes,
-            ledger: vec![Cell::new(Entry::default()); total as usize].into_boxed_slice(),
+            ledger: (0..total).map(|_| Entry::default()).collect(),
+            chain_states: RefCell::default(),
+            trust: Cell::new(None),
             broken: RefCell::new(None),
             alarm: RefCell::new(None),
             held: Cell::new(0),
@@ -213,6 +236,31 @@ impl<M: Memory> BufferManager<M> {
         }))
     }
 
+    /// Says which promise of the user speaks for the peer.
+    pub(crate) fn trust(&self, promise: Option<u64>) {
+        self.trust.set(promise);
+    }
+
+    #[inline]
+    pub(super) fn is_trusted_by(&self, promise: &PeerTrust) -> bool {
+        self.trust.get() == Some(promise.id())
+    }
+
+    #[inline]
+    pub(super) fn new_chain_state(&self) -> Box<ChainState> {
+        self.chain_states.borrow_mut().pop().unwrap_or_else(|| Box::new(ChainState::empty()))
+    }
+
+    #[inline]
+    pub(super) fn recycle_chain_state(&self, mut state: Box<ChainState>) {
+        let mut states = self.chain_states.borrow_mut();
+        if states.len() < MAX_CHAIN_STATES {
+            *state = ChainState::empty();
+            states.push(state);
+        }
+    }
+
+    #[inline]
     pub(super) fn memory(&self) -> &M {
         &self.memory
     }
@@ -256,17 +304,26 @@ impl<M: Memory> BufferManager<M> {
     ///
     /// One slice when one is large enough, of the smallest class that has one; otherwise a chain
     /// from the largest class down. `None`: there is not enough, or nothing at all.
+    #[inline]
     pub(crate) fn allocate(
         self: &Rc<Self>,
         len: usize,
         partial: bool,
     ) -> Result<Option<Chain<M>>, MemoryError> {
-        let mut chain = Chain::empty(Rc::clone(self));
-        if let Some(id) = self.take_one_slice(len)? {
-            chain.push_back(id);
-            return Ok(Some(chain));
+        match self.take_one_slice(len)? {
+            Some(id) => Ok(Some(Chain::of(Rc::clone(self), id).with_capacity(len))),
+            None => self.allocate_many(len, partial),
         }
+    }
+
+    fn allocate_many(
+        self: &Rc<Self>,
+        len: usize,
+        partial: bool,
+    ) -> Result<Option<Chain<M>>, MemoryError> {
+        let mut chain = Chain::empty(Rc::clone(self));
         let mut missing = len;
+        let mut has_slices = false;
         for class in self.classes.iter().rev() {
             let capacity = class.list.slice_capacity() as usize;
             while missing > 0 {
@@ -276,38 +333,41 @@ impl<M: Memory> BufferManager<M> {
                 else {
                     break;
                 };
-                missing = missing.saturating_sub(self.capacity_of(id) as usize);
+                missing = missing.saturating_sub(self.class_of(id).list.slice_capacity() as usize);
                 chain.push_back(id);
+                has_slices = true;
             }
         }
-        let enough = missing == 0 || (partial && chain.slices() > 0);
+        let enough = missing == 0 || (partial && has_slices);
         // What is not enough goes back here, by the chain's own drop.
-        Ok(enough.then_some(chain))
+        Ok(enough.then(|| chain.with_capacity(len - missing)))
     }
 
     /// Writes a message, or as much of it as there are slices for, ready to be sent: gives the
     /// offset for the event, and how many bytes are in it. `None`: there is no slice.
     ///
     /// From here on the slices are the peer's, so the event must be on its way without fail.
+    #[inline]
     pub(crate) fn write_message(
         self: &Rc<Self>,
         bytes: &[u8],
     ) -> Result<Option<(u32, usize)>, MemoryError> {
         // Most messages fit one slice, and need no chain to be built.
         if let Some(id) = self.take_one_slice(bytes.len())? {
-            let mut entry = self.entry(id);
+            let entry = self.entry(id);
             self.memory.copy_in(entry.data(), bytes);
             // Fits: the slice holds them.
-            entry.len = bytes.len() as u32;
-            self.write_header_of(entry);
+            entry.len.set(bytes.len() as u32);
+            let offset = self.write_header(id);
             self.forget(id);
-            return Ok(Some((entry.offset, bytes.len())));
+            return Ok(Some((offset, bytes.len())));
         }
-        let Some(mut chain) = self.allocate(bytes.len(), true)? else { return Ok(None) };
+        let Some(mut chain) = self.allocate_many(bytes.len(), true)? else { return Ok(None) };
         let count = chain.write(bytes);
         Ok(chain.into_event_offset().map(|offset| (offset, count)))
     }
 
+    #[inline]
     fn take_one_slice(&self, len: usize) -> Result<Option<SliceId>, MemoryError> {
         for class in &self.classes {
             if class.list.slice_capacity() as usize >= len
@@ -330,24 +390,31 @@ impl<M: Memory> BufferManager<M> {
     fn take_from(&self, class: &Class) -> Result<Option<SliceId>, MemoryError> {
         let mut magazine = class.magazine.borrow_mut();
         if magazine.is_empty() {
-            let rests = self.is_resting.get();
-            let want = if rests { 1 } else { (class.magazine_limit / 2).clamp(1, MAX_BATCH) };
-            let batch = class.list.take(&*self.memory, want)?;
-            // The first of the list is the last of the stack: taken in the list's order.
-            for &place in batch.places().iter().rev() {
-                let id = class.first + place;
-                // It fits 32 bits: the whole memory does.
-                let offset = class.list.slice(place) as u32;
-                if self.entry(id).offset != 0 {
-                    return Err(MemoryError::SharedTwice { offset });
-                }
-                self.ledger[id as usize].set(Entry::of(offset));
-                magazine.push(id);
-            }
+            self.fill(class, &mut magazine)?;
         }
         let id = magazine.pop();
         self.held.set(self.held.get() + u32::from(id.is_some()));
         Ok(id)
+    }
+
+    #[cold]
+    fn fill(&self, class: &Class, magazine: &mut Vec<SliceId>) -> Result<(), MemoryError> {
+        let rests = self.is_resting.get();
+        let want = if rests { 1 } else { (class.magazine_limit / 2).clamp(1, MAX_BATCH) };
+        let batch = class.list.take(&*self.memory, want)?;
+        // The first of the list is the last of the stack: taken in the list's order.
+        for &place in batch.places().iter().rev() {
+            let id = class.first + place;
+            // It fits 32 bits: the whole memory does.
+            let offset = class.list.slice(place) as u32;
+            let entry = self.entry(id);
+            if entry.offset.get() != 0 {
+                return Err(MemoryError::SharedTwice { offset });
+            }
+            entry.set(offset, 0, 0);
+            magazine.push(id);
+        }
+        Ok(())
     }
 
     /// Takes over the chain that starts at `offset`, as an event of the peer names it.
@@ -377,17 +444,15 @@ impl<M: Memory> BufferManager<M> {
     #[inline]
     fn adopt_slice(&self, offset: u32) -> Result<(SliceId, Option<u32>), MemoryError> {
         let (class, id) = self.locate(offset)?;
-        if self.entry(id).offset != 0 {
+        let entry = self.entry(id);
+        if entry.offset.get() != 0 {
             return Err(MemoryError::SharedTwice { offset });
         }
         let at = offset as usize;
         let memory = &*self.memory;
         // Relaxed: the acquire load of the queue's tail ordered them, for an honest peer.
-        let capacity = memory.load_u32(at + SLICE_CAPACITY_OFFSET, Ordering::Relaxed);
-        let len = memory.load_u32(at + SLICE_SIZE_OFFSET, Ordering::Relaxed);
-        let start = memory.load_u32(at + SLICE_START_OFFSET, Ordering::Relaxed);
-        let next = memory.load_u32(at + SLICE_NEXT_OFFSET, Ordering::Relaxed);
-        let flags = memory.load_u8(at + SLICE_FLAGS_OFFSET, Ordering::Relaxed);
+        let [capacity, len, start, next, flags] = memory.load_words(at);
+        let [flags, ..] = flags.to_ne_bytes();
         let limit = class.list.slice_capacity();
         let wrong = |what, value, limit| MemoryError::SliceHeader { offset, what, value, limit };
         if capacity != limit {
@@ -399,14 +464,14 @@ impl<M: Memory> BufferManager<M> {
         if len > limit - start {
             return Err(wrong("size", len, limit - start));
         }
-        self.ledger[id as usize].set(Entry { start, len, ..Entry::of(offset) });
+        entry.set(offset, start, len);
         self.held.set(self.held.get() + 1);
         Ok((id, (flags & FLAG_HAS_NEXT != 0).then_some(next)))
     }
 
     #[inline]
     fn locate(&self, offset: u32) -> Result<(&Class, SliceId), MemoryError> {
-        let class = self.classes.iter().find(|class| (offset as usize) < class.list.end());
+        let class = self.classes.iter().find(|class| offset < class.end);
         let place = class.and_then(|class| Some((class, class.list.place_of_slice(offset)?)));
         match place {
             Some((class, place)) => Ok((class, class.first + place)),
@@ -417,88 +482,77 @@ impl<M: Memory> BufferManager<M> {
     #[inline]
     fn class_of(&self, id: SliceId) -> &Class {
         // Small slices are the common case and come first.
-        let class = self.classes.iter().find(|class| id < class.first + class.list.capacity());
+        let class = self.classes.iter().find(|class| id < class.behind);
         class.expect("a slice that was located before")
     }
 
-    /// Bytes of payload that the slice can hold.
+    /// How many more bytes the slice can hold behind those that count.
     #[inline]
-    pub(super) fn capacity_of(&self, id: SliceId) -> u32 {
-        self.class_of(id).list.slice_capacity()
+    pub(super) fn room_in(&self, id: SliceId) -> usize {
+        let entry = self.entry(id);
+        let used = entry.start.get() + entry.len.get();
+        (self.class_of(id).list.slice_capacity() - used) as usize
     }
 
     #[inline]
-    pub(super) fn entry(&self, id: SliceId) -> Entry {
-        self.ledger[id as usize].get()
-    }
-
-    #[inline]
-    pub(super) fn update<T>(&self, id: SliceId, change: impl FnOnce(&mut Entry) -> T) -> T {
-        let mut entry = self.entry(id);
-        let result = change(&mut entry);
-        self.ledger[id as usize].set(entry);
-        result
+    pub(super) fn entry(&self, id: SliceId) -> &Entry {
+        &self.ledger[id as usize]
     }
 
     /// Writes the header of a held slice for the peer to read, in one go.
     #[inline]
     pub(super) fn write_header(&self, id: SliceId) -> u32 {
-        self.write_header_of(self.entry(id))
-    }
-
-    #[inline]
-    fn write_header_of(&self, entry: Entry) -> u32 {
-        let at = entry.offset as usize;
+        let entry = self.entry(id);
+        let offset = entry.offset.get();
+        let at = offset as usize;
         let memory = &*self.memory;
         // Relaxed: the release store of the queue's tail publishes them. The capacity stands there
         // since the memory was laid out; a peer that relies on it finds its own.
-        memory.store_u32(at + SLICE_SIZE_OFFSET, entry.len, Ordering::Relaxed);
-        memory.store_u32(at + SLICE_START_OFFSET, entry.start, Ordering::Relaxed);
-        let mut flags = FLAG_IN_USE;
-        if entry.next != NO_SLICE {
-            flags |= FLAG_HAS_NEXT;
-            let next = self.entry(entry.next).offset;
-            memory.store_u32(at + SLICE_NEXT_OFFSET, next, Ordering::Relaxed);
-        }
-        memory.store_u8(at + SLICE_FLAGS_OFFSET, flags, Ordering::Relaxed);
-        entry.offset
+        let (next, flags) = match entry.next.get() {
+            NO_SLICE => (0, FLAG_IN_USE),
+            next => (self.entry(next).offset.get(), FLAG_IN_USE | FLAG_HAS_NEXT),
+        };
+        let flags = u32::from(flags).to_le();
+        let words = [entry.len.get(), entry.start.get(), next, flags];
+        memory.store_words(at + SLICE_SIZE_OFFSET, words);
+        offset
     }
 
     /// Strikes a slice out of the ledger: it was sent, and is the peer's.
     #[inline]
     pub(super) fn forget(&self, id: SliceId) -> SliceId {
         self.held.set(self.held.get() - 1);
-        self.ledger[id as usize].take().next
+        let entry = self.entry(id);
+        entry.offset.set(0);
+        entry.next.get()
     }
 
     /// Puts a held slice among the free. Gives the next of its chain.
     #[inline]
     pub(super) fn release(&self, id: SliceId) -> SliceId {
         self.held.set(self.held.get() - 1);
-        let next = self.update(id, |entry| {
-            let next = entry.next;
-            *entry = Entry::of(entry.offset);
-            next
-        });
+        let entry = self.entry(id);
+        let next = entry.next.get();
+        entry.set(entry.offset.get(), 0, 0);
         let class = self.class_of(id);
         let mut magazine = class.magazine.borrow_mut();
         magazine.push(id);
-        if self.is_resting.get() {
-            self.give_from(class, &mut magazine, 1);
-        } else if magazine.len() > class.magazine_limit {
+        let rests = self.is_resting.get();
+        if rests || magazine.len() > class.magazine_limit {
             // The coldest half goes, in one batch; the hot end of the stack stays.
-            let count = magazine.len().div_ceil(2);
+            let count = if rests { 1 } else { magazine.len().div_ceil(2) };
             self.give_from(class, &mut magazine, count);
         }
         next
     }
 
     /// Puts the `count` coldest slices of a magazine back into its list, [`MAX_BATCH`] at the most.
+    #[inline(never)]
     fn give_from(&self, class: &Class, magazine: &mut Vec<SliceId>, count: usize) {
         let count = count.min(MAX_BATCH).min(magazine.len());
         let mut places = [0; MAX_BATCH];
         for (place, id) in places.iter_mut().zip(magazine.drain(..count)) {
-            self.ledger[id as usize].set(Entry::default());
+            self.entry(id).offset.set(0);
             *place = id - class.first;
         }
         if let Err(error) = class.list.give(&*self.memory, &places[..count]) {
@@ -666,7 +720,7 @@ mod tests {
         // A free list that leads to a slice which this side holds.
         let held = message(&client, b"held");
         client.set_resting(true);
-        let offset = client.ledger.iter().map(|entry| entry.get().offset).max().unwrap();
+        let offset = client.ledger.iter().map(|entry| entry.offset.get()).max().unwrap();
         let list = MANAGER_HEADER_LEN;
         let relative = offset - (list + LIST_HEADER_LEN) as u32;
         memory.store_u32(list + LIST_HEAD_OFFSET, relative, Ordering::Relaxed);

@@ -52,7 +52,7 @@ pub(crate) fn create<M: Memory>(
         memory.store_i64(base + layout.head_offset(), 0);
         memory.store_i64(base + layout.tail_offset(), 0);
     }
-    let ring = |base| Ring { memory: Rc::clone(memory), base, capacity, layout };
+    let ring = |base| Ring::new(memory, base, capacity, layout);
     (Producer::starting_at(ring(0), 0, 0), Consumer::starting_at(ring(half), 0, 0))
 }
 
@@ -106,7 +106,7 @@ fn map_ring<M: Memory>(
     let tail = memory.load_i64(tail_at);
     check_index("head", head, 0, INDEX_LIMIT)?;
     check_index("tail", tail, head, head + i64::from(capacity))?;
-    Ok((Ring { memory: Rc::clone(memory), base, capacity, layout }, tail, head))
+    Ok((Ring::new(memory, base, capacity, layout), tail, head))
 }
 
 fn check_index(index: &'static str, value: i64, low: i64, high: i64) -> Result<(), MemoryError> {
@@ -119,16 +119,32 @@ fn check_index(index: &'static str, value: i64, low: i64, high: i64) -> Result<(
 /// Where a queue stands. The capacity is private: what the peer writes over it has no effect.
 struct Ring<M> {
     memory: Rc<M>,
-    base: usize,
     capacity: u32,
-    layout: QueueLayout,
+    /// Offsets of the fields and of the first slot.
+    flag: usize,
+    head: usize,
+    tail: usize,
+    slots: usize,
 }
 
 impl<M: Memory> Ring<M> {
-    fn slot_offset(&self, slot: u32) -> usize {
-        self.base + QUEUE_HEADER_LEN + EVENT_LEN * slot as usize
+    fn new(memory: &Rc<M>, base: usize, capacity: u32, layout: QueueLayout) -> Self {
+        Self {
+            memory: Rc::clone(memory),
+            capacity,
+            flag: base + layout.flag_offset(),
+            head: base + layout.head_offset(),
+            tail: base + layout.tail_offset(),
+            slots: base + QUEUE_HEADER_LEN,
+        }
     }
 
+    #[inline]
+    fn slot_offset(&self, slot: u32) -> usize {
+        self.slots + EVENT_LEN * slot as usize
+    }
+
+    #[inline]
     fn next_slot(&self, slot: u32) -> u32 {
         if slot + 1 == self.capacity { 0 } else { slot + 1 }
     }
@@ -140,22 +156,8 @@ impl<M: Memory> Ring<M> {
 
     #[inline]
     fn load(&self, slot: u32) -> Event {
-        let at = self.slot_offset(slot);
         // Relaxed: the acquire load of the tail orders them.
-        let word = |at| self.memory.load_u32(at, Ordering::Relaxed);
-        Event::from_words([word(at), word(at + 4), word(at + 8)])
-    }
-
-    fn flag(&self) -> usize {
-        self.base + self.layout.flag_offset()
-    }
-
-    fn head(&self) -> usize {
-        self.base + self.layout.head_offset()
-    }
-
-    fn tail(&self) -> usize {
-        self.base + self.layout.tail_offset()
+        Event::from_words(self.memory.load_words(self.slot_offset(slot)))
     }
 }
 
@@ -182,13 +184,8 @@ impl<M: Memory> Producer<M> {
         if self.is_full()? {
             return Ok(false);
         }
-        let at = self.ring.slot_offset(self.slot);
-        let [stream_id, offset, status] = event.to_words();
         // Relaxed: `publish` releases them together.
-        let memory = &self.ring.memory;
-        memory.store_u32(at, stream_id, Ordering::Relaxed);
-        memory.store_u32(at + 4, offset, Ordering::Relaxed);
-        memory.store_u32(at + 8, status, Ordering::Relaxed);
+        self.ring.memory.store_words(self.ring.slot_offset(self.slot), event.to_words());
         self.tail += 1;
         self.slot = self.ring.next_slot(self.slot);
         Ok(true)
@@ -203,7 +200,7 @@ impl<M: Memory> Producer<M> {
         }
         // Acquire, pairs with the release store of the head in the peer's `Consumer::publish`: the
         // peer has read the slots that it gives up.
-        let head = self.ring.memory.load_i64(self.ring.head());
+        let head = self.ring.memory.load_i64(self.ring.head);
         check_index("head", head, self.known_head, self.published)?;
         self.known_head = head;
         Ok(self.tail - head >= capacity)
@@ -221,7 +218,7 @@ impl<M: Memory> Producer<M> {
         if self.unpublished() > 0 {
             // Release, pairs with the acquire load of the tail in the peer's `Consumer::pop`: the
             // events, and the slices they name, are written before.
-            self.ring.memory.store_i64(self.ring.tail(), self.tail);
+            self.ring.memory.store_i64(self.ring.tail, self.tail);
             self.published = self.tail;
         }
     }
@@ -233,7 +230,7 @@ impl<M: Memory> Producer<M> {
     pub(crate) fn must_ring(&self) -> bool {
         let memory = &self.ring.memory;
         memory.full_fence();
-        let flag = self.ring.flag();
+        let flag = self.ring.flag;
         // The plain load first: while the peer is awake the line stays shared between both cores.
         memory.load_u32(flag, Ordering::Acquire) == 0
             && memory.compare_exchange_u32(flag, 0, 1).is_ok()
@@ -242,7 +239,7 @@ impl<M: Memory> Producer<M> {
     /// How many published events the peer has not taken yet, by its head of this moment.
     #[cfg_attr(not(test), allow(dead_code))]
     pub(crate) fn in_flight(&mut self) -> Result<u32, MemoryError> {
-        let head = self.ring.memory.load_i64(self.ring.head());
+        let head = self.ring.memory.load_i64(self.ring.head);
         check_index("head", head, self.known_head, self.published)?;
         self.known_head = head;
         // At most the capacity, by the check.
@@ -259,15 +256,12 @@ pub(crate) struct Consumer<M> {
     /// The peer's tail as last read; the true one may be further.
     known_tail: i64,
     slot: u32,
-    /// What stood in the next slot right after the tail was read the last time.
-    next: Event,
 }
 
 impl<M: Memory> Consumer<M> {
     fn starting_at(ring: Ring<M>, head: i64, tail: i64) -> Self {
         let slot = ring.slot_of(head);
-        let next = Event { stream_id: 0, offset: 0, status: 0 };
-        Self { ring, head, published: head, known_tail: tail, slot, next }
+        Self { ring, head, published: head, known_tail: tail, slot }
     }
 
     /// How many events the queue holds.
@@ -281,43 +275,50 @@ impl<M: Memory> Consumer<M> {
         if self.head != self.known_tail { Ok(true) } else { self.look() }
     }
 
-    /// Takes the next events, as many as there are and `to` holds. `near` is told of each of them
-    /// before the first is handled, so that it can bring near what the event names.
+    /// How many events there are, by the peer's tail of this moment if none are known.
     #[inline]
-    pub(crate) fn pop(
-        &mut self,
-        to: &mut [Event],
-        mut near: impl FnMut(&Event),
-    ) -> Result<usize, MemoryError> {
-        let is_fresh = self.head == self.known_tail;
-        if is_fresh && !self.look()? {
-            return Ok(0);
+    pub(crate) fn available(&mut self) -> Result<u32, MemoryError> {
+        // At most the capacity, by the check in `look`.
+        Ok(if self.has_events()? { (self.known_tail - self.head) as u32 } else { 0 })
+    }
+
+    /// Takes the next of the events that are [available](Self::available).
+    #[inline]
+    pub(crate) fn pop(&mut self) -> Option<Event> {
+        if self.head == self.known_tail {
+            return None;
         }
-        let available = self.known_tail - self.head;
-        // Between 1 and the capacity, by the check in `look`.
-        let count = to.len().min(available as usize);
-        for (index, event) in to[..count].iter_mut().enumerate() {
-            *event = if is_fresh && index == 0 { self.next } else { self.ring.load(self.slot) };
-            near(event);
-            self.slot = self.ring.next_slot(self.slot);
-        }
-        self.head += count as i64;
+        let event = self.ring.load(self.slot);
+        self.slot = self.ring.next_slot(self.slot);
+        self.head += 1;
         // A producer that waits for room should not have to wait for the end of the batch.
         if self.head - self.published >= i64::from(self.ring.capacity / 2).max(1) {
             self.publish();
         }
-        Ok(count)
+        Some(event)
+    }
+
+    /// The slice that the event at `distance` behind the next one names, if there is such an event:
+    /// so that it can be brought near before its turn.
+    #[inline]
+    pub(crate) fn offset_ahead(&self, distance: u32) -> Option<u32> {
+        if self.known_tail - self.head <= i64::from(distance) {
+            return None;
+        }
+        // No more than the capacity, by the line above, so that one subtraction wraps it.
+        let slot = self.slot + distance;
+        let slot = if slot >= self.ring.capacity { slot - self.ring.capacity } else { slot };
+        Some(self.ring.load(slot).offset)
     }
 
     /// Reads the peer's tail. Whether it shows events.
     #[inline]
     fn look(&mut self) -> Result<bool, MemoryError> {
         // Acquire, pairs with the release store of the tail in the peer's `Producer::publish`.
-        let tail = self.ring.memory.load_i64(self.ring.tail());
-        // The slot is read before it is known whether the tail shows it: both lines are with the
-        // peer, and this way they travel at the same time. Since it is read after the tail, it is
-        // what the tail shows, if it shows it.
-        self.next = self.ring.load(self.slot);
+        let tail = self.ring.memory.load_i64(self.ring.tail);
+        // Before it is known whether the tail shows the slot: both lines are with the peer, and
+        // this way they travel at the same time.
+        self.ring.memory.prefetch(self.ring.slot_offset(self.slot));
         if tail == self.known_tail {
             return Ok(self.head != tail);
         }
@@ -334,7 +335,7 @@ impl<M: Memory> Consumer<M> {
         if self.head != self.published {
             // Release, pairs with the acquire load of the head in the peer's `Producer::is_full`:
             // the events have been read.
-            self.ring.memory.store_i64(self.ring.head(), self.head);
+            self.ring.memory.store_i64(self.ring.head, self.head);
             self.published = self.head;
         }
     }
@@ -343,14 +344,14 @@ impl<M: Memory> Consumer<M> {
     #[inline]
     pub(crate) fn set_working(&self) {
         // Relaxed: a producer that still sees 0 rings once more, which does no harm.
-        self.ring.memory.store_u32(self.ring.flag(), 1, Ordering::Relaxed);
+        self.ring.memory.store_u32(self.ring.flag, 1, Ordering::Relaxed);
     }
 
     /// Says that this side stops draining. `Ok(false)`: an event came meanwhile, and this side goes
     /// on. The argument is on the module's page.
     pub(crate) fn try_sleep(&mut self) -> Result<bool, MemoryError> {
         self.publish();
-        self.ring.memory.store_u32(self.ring.flag(), 0, Ordering::Release);
+        self.ring.memory.store_u32(self.ring.flag, 0, Ordering::Release);
         self.ring.memory.full_fence();
         if self.look()? {
             self.set_working();
