@@ -19,6 +19,12 @@ const FIRST_STREAM: u32 = 2;
 /// How many ranges of numbers that were passed over are remembered. Beyond, the oldest counts as
 /// used: a stream whose first event comes that late is refused.
 const MAX_GAPS: usize = 1024;
+/// How many streams can be looked up without hashing.
+const NEAR: usize = 64;
+
+const fn place(id: u32) -> usize {
+    id as usize % NEAR
+}
 
 /// Which end of the session this side is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,22 +33,14 @@ pub(crate) enum Role {
     Server,
 }
 
-/// What the table knows about the number in an event.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Lookup<T> {
-    /// A stream of the table.
-    Known(T),
-    /// The peer opens it now.
-    New,
-    /// It was closed here, or never existed: what comes is given back.
-    Gone,
-}
-
 /// The streams of a session by number.
 pub(crate) struct StreamTable<T> {
     role: Role,
     limit: usize,
     streams: HashMap<u32, T, BuildHasherDefault<StreamHasher>>,
+    /// The same streams again, each at the place that its number gives, as far as there is room:
+    /// numbers are given out in order, so the streams of a session mostly have a place each.
+    near: [Option<(u32, T)>; NEAR],
     /// Client: the number to try next.
     next: u32,
     /// Server: what the peer has used.
@@ -55,6 +53,7 @@ impl<T: Clone> StreamTable<T> {
             role,
             limit,
             streams: HashMap::default(),
+            near: [const { None }; NEAR],
             next: FIRST_STREAM,
             used: UsedNumbers::new(),
         }
@@ -68,19 +67,19 @@ impl<T: Clone> StreamTable<T> {
         self.streams.len() >= self.limit
     }
 
-    /// What an open event for this number means.
-    #[inline]
-    pub(crate) fn look_up(&self, id: u32) -> Lookup<T> {
-        match self.streams.get(&id) {
-            Some(stream) => Lookup::Known(stream.clone()),
-            None if self.role == Role::Server && !self.used.contains(id) => Lookup::New,
-            None => Lookup::Gone,
-        }
+    /// Whether data for this number, which is not in the table, opens a stream. If not, the stream
+    /// was closed here, or never existed: what comes is given back.
+    pub(crate) fn is_new(&self, id: u32) -> bool {
+        self.role == Role::Server && !self.used.contains(id)
     }
 
+    /// A stream of the table.
     #[inline]
     pub(crate) fn get(&self, id: u32) -> Option<&T> {
-        self.streams.get(&id)
+        match &self.near[place(id)] {
+            Some((number, stream)) if *number == id => Some(stream),
+            _ => self.streams.get(&id),
+        }
     }
 
     /// Server: notes that the peer has used this number, whether the stream is accepted or not.
@@ -91,6 +90,11 @@ impl<T: Clone> StreamTable<T> {
     /// Server: enters a stream that the peer opened.
     pub(crate) fn insert(&mut self, id: u32, stream: T) {
         self.used.insert(id);
+        self.enter(id, stream);
+    }
+
+    fn enter(&mut self, id: u32, stream: T) {
+        self.near[place(id)] = Some((id, stream.clone()));
         self.streams.insert(id, stream);
     }
 
@@ -104,12 +108,16 @@ impl<T: Clone> StreamTable<T> {
             self.next = self.next.wrapping_add(1);
         }
         let stream = make(self.next);
-        self.streams.insert(self.next, stream.clone());
+        self.enter(self.next, stream.clone());
         self.next = self.next.wrapping_add(1);
         Some(stream)
     }
 
     pub(crate) fn remove(&mut self, id: u32) -> Option<T> {
+        let near = &mut self.near[place(id)];
+        if near.as_ref().is_some_and(|(number, _)| *number == id) {
+            *near = None;
+        }
         self.streams.remove(&id)
     }
 
@@ -219,9 +227,9 @@ mod tests {
         let ids: Vec<_> = (0..4).map(|_| table.open(|id| id)).collect();
         assert_eq!(ids, [Some(2), Some(3), Some(4), None]);
         assert_eq!(table.remove(3), Some(3));
-        assert_eq!(table.look_up(3), Lookup::Gone);
+        assert!(table.get(3).is_none() && !table.is_new(3));
         assert_eq!(table.open(|id| id), Some(5));
-        assert_eq!(table.look_up(99), Lookup::Gone, "a server opens no streams");
+        assert!(!table.is_new(99), "a server opens no streams");
     }
 
     #[test]
@@ -238,11 +246,11 @@ mod tests {
     #[test]
     fn late_data_of_a_closed_stream_opens_nothing() {
         let mut table = server();
-        assert_eq!(table.look_up(2), Lookup::New);
+        assert!(table.is_new(2));
         table.insert(2, 2);
-        assert_eq!(table.look_up(2), Lookup::Known(2));
+        assert_eq!(table.get(2), Some(&2));
         table.remove(2);
-        assert_eq!(table.look_up(2), Lookup::Gone);
+        assert!(table.get(2).is_none() && !table.is_new(2));
     }
 
     #[test]
@@ -250,25 +258,25 @@ mod tests {
         let mut table = server();
         table.insert(7, 7);
         for id in [3, 2, 6, 4] {
-            assert_eq!(table.look_up(id), Lookup::New, "{id}");
+            assert!(table.is_new(id), "{id}");
             table.note_used(id);
-            assert_eq!(table.look_up(id), Lookup::Gone, "{id}");
+            assert!(!table.is_new(id), "{id}");
         }
-        assert_eq!(table.look_up(5), Lookup::New);
-        assert_eq!(table.look_up(8), Lookup::New);
+        assert!(table.is_new(5));
+        assert!(table.is_new(8));
     }
 
     #[test]
     fn numbers_wrap_around() {
         let mut table = server();
         table.used.highest = Some(u32::MAX - 1);
-        assert_eq!(table.look_up(u32::MAX - 1), Lookup::Gone);
+        assert!(!table.is_new(u32::MAX - 1));
         table.note_used(1);
         for id in [u32::MAX, 0] {
-            assert_eq!(table.look_up(id), Lookup::New, "{id}");
+            assert!(table.is_new(id), "{id}");
         }
-        assert_eq!(table.look_up(1), Lookup::Gone);
-        assert_eq!(table.look_up(2), Lookup::New);
+        assert!(!table.is_new(1));
+        assert!(table.is_new(2));
     }
 
     #[test]

@@ -23,7 +23,6 @@ use super::socket::Received;
 use super::stream::StreamInner;
 use crate::config::Spin;
 use crate::error::{Error, HandshakeError, MemoryError};
-use crate::proto::session::Lookup;
 use crate::proto::stream::Path;
 use crate::shm::chain::Chain;
 use crate::wire::{Event, EventState, Header, Message};
@@ -255,6 +254,7 @@ impl SessionInner {
         }
     }
 
+    #[inline]
     fn handle_event(self: &Rc<Self>, event: Event) -> Result<(), MemoryError> {
         match event.state() {
             EventState::Open => self.receive_slices(event)?,
@@ -277,13 +277,14 @@ impl SessionInner {
         Ok(())
     }
 
+    #[inline]
     fn receive_slices(self: &Rc<Self>, event: Event) -> Result<(), MemoryError> {
         let chain = self.adopt(event.offset)?;
         self.deliver(event.stream_id, chain);
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     fn adopt(&self, offset: u32) -> Result<Chain, MemoryError> {
         let chain = self.lanes.manager.adopt(offset)?;
         self.counters.bytes_received.add(chain.len() as u64);
@@ -291,26 +292,34 @@ impl SessionInner {
     }
 
     /// Hands data to its stream. What nobody wants goes back where it came from.
+    #[inline]
     fn deliver(self: &Rc<Self>, id: u32, data: Chain) {
-        let found = self.streams.borrow().look_up(id);
-        match found {
-            Lookup::Known(stream) => self.hand_over(&stream, data),
-            Lookup::New if self.streams.borrow().is_full() => {
-                self.streams.borrow_mut().note_used(id);
-                tracing::debug!(stream = id, "refused: too many streams");
-                self.tell_closed(id, Path::SharedMemory);
-            }
-            Lookup::New => {
-                let stream = Rc::new(StreamInner::new(id, &self.lanes.manager));
-                self.streams.borrow_mut().insert(id, Rc::clone(&stream));
-                self.hand_over(&stream, data);
-                self.accepts.ready.borrow_mut().push_back(stream);
-                self.accepts.waiting.wake_all();
-            }
-            Lookup::Gone => {}
+        let known = self.streams.borrow().get(id).cloned();
+        match known {
+            Some(stream) => self.hand_over(&stream, data),
+            None => self.deliver_first(id, data),
         }
     }
 
+    /// Hands data to a stream that is not in the table, if the peer opens it now.
+    #[inline(never)]
+    fn deliver_first(self: &Rc<Self>, id: u32, data: Chain) {
+        if !self.streams.borrow().is_new(id) {
+            return;
+        }
+        if self.streams.borrow().is_full() {
+            self.streams.borrow_mut().note_used(id);
+            tracing::debug!(stream = id, "refused: too many streams");
+            return self.tell_closed(id, Path::SharedMemory);
+        }
+        let stream = Rc::new(StreamInner::new(id, &self.lanes.manager));
+        self.streams.borrow_mut().insert(id, Rc::clone(&stream));
+        self.hand_over(&stream, data);
+        self.accepts.ready.borrow_mut().push_back(stream);
+        self.accepts.waiting.wake_all();
+    }
+
+    #[inline]
     fn hand_over(&self, stream: &StreamInner, data: Chain) {
         let socket_len = data.socket_len();
         if socket_len > 0 {

@@ -423,14 +423,14 @@ impl Stream {
         Poll::Ready(Ok(()))
     }
 
-    #[inline]
+    #[inline(always)]
     fn is_queue_full(&self) -> Result<bool> {
         let is_full = self.session().lanes.producer.borrow_mut().is_full();
         is_full.map_err(|error| self.session().broken(error))
     }
 
     /// Sends the event that hands slices to the peer. There is room for it.
-    #[inline]
+    #[inline(always)]
     fn send_offset(&self, offset: u32, count: usize) -> Result<()> {
         let status = EventState::Open.to_status();
         let session = self.session();

@@ -65,7 +65,7 @@ impl ChainState {
 }
 
 impl<M: Memory> Chain<M> {
-    #[inline]
+    #[inline(always)]
     pub(super) fn empty(manager: Rc<BufferManager<M>>) -> Self {
         let state = manager.new_chain_state();
         Self { manager, state: Some(state) }

@@ -246,7 +246,7 @@ impl<M: Memory> BufferManager<M> {
         self.trust.get() == Some(promise.id())
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn new_chain_state(&self) -> Box<ChainState> {
         self.chain_states.borrow_mut().pop().unwrap_or_else(|| Box::new(ChainState::empty()))
     }
@@ -500,7 +500,7 @@ impl<M: Memory> BufferManager<M> {
     }
 
     /// Writes the header of a held slice for the peer to read, in one go.
-    #[inline]
+    #[inline(always)]
     pub(super) fn write_header(&self, id: SliceId) -> u32 {
         let entry = self.entry(id);
         let offset = entry.offset.get();
@@ -519,7 +519,7 @@ impl<M: Memory> BufferManager<M> {
     }
 
     /// Strikes a slice out of the ledger: it was sent, and is the peer's.
-    #[inline]
+    #[inline(always)]
     pub(super) fn forget(&self, id: SliceId) -> SliceId {
         self.held.set(self.held.get() - 1);
         let entry = self.entry(id);
@@ -589,7 +589,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::wire::layout::LIST_HEAD_OFFSET;
+    use crate::wire::layout::{
+        LIST_HEAD_OFFSET, SLICE_CAPACITY_OFFSET, SLICE_FLAGS_OFFSET, SLICE_NEXT_OFFSET,
+        SLICE_START_OFFSET,
+    };
 
     const CLASSES: [SliceClass; 3] =
         [SliceClass::new(64, 50), SliceClass::new(256, 30), SliceClass::new(1024, 20)];

@@ -283,7 +283,7 @@ impl<M: Memory> Consumer<M> {
     }
 
     /// Takes the next of the events that are [available](Self::available).
-    #[inline]
+    #[inline(always)]
     pub(crate) fn pop(&mut self) -> Option<Event> {
         if self.head == self.known_tail {
             return None;
@@ -312,7 +312,7 @@ impl<M: Memory> Consumer<M> {
     }
 
     /// Reads the peer's tail. Whether it shows events.
-    #[inline]
+    #[inline(always)]
     fn look(&mut self) -> Result<bool, MemoryError> {
         // Acquire, pairs with the release store of the tail in the peer's `Producer::publish`.
         let tail = self.ring.memory.load_i64(self.ring.tail);
@@ -389,9 +389,12 @@ mod tests {
     }
 
     fn pop(consumer: &mut Consumer<Region>) -> Result<Option<Event>, MemoryError> {
-        let mut events = [event(0)];
-        let count = consumer.pop(&mut events, |_| {})?;
-        Ok(events[..count].first().copied())
+        let available = consumer.available()?;
+        let ahead = consumer.offset_ahead(0);
+        let event = consumer.pop();
+        assert_eq!(event.is_some(), available > 0);
+        assert_eq!(ahead, event.map(|event| event.offset));
+        Ok(event)
     }
 
     fn event(number: u32) -> Event {

@@ -40,8 +40,8 @@ pub(crate) fn serve(path: &Path, point: Point, ready: impl FnOnce() + 'static) {
 async fn echo(mut stream: Stream, point: Point, trust: Rc<PeerTrust>) {
     let mut seed = 0;
     // Ends when the client goes.
-    while receive(&mut stream, point, &trust).await.is_ok() {
-        if send(&mut stream, point, &trust, seed).await.is_err() {
+    while receive(&mut stream, &point, &trust).await.is_ok() {
+        if send(&mut stream, &point, &trust, seed).await.is_err() {
             return;
         }
         seed = seed.wrapping_add(1);
@@ -49,7 +49,7 @@ async fn echo(mut stream: Stream, point: Point, trust: Rc<PeerTrust>) {
 }
 
 /// Sends one message, written in place.
-async fn send(stream: &mut Stream, point: Point, trust: &PeerTrust, seed: u8) -> Result<()> {
+async fn send(stream: &mut Stream, point: &Point, trust: &PeerTrust, seed: u8) -> Result<()> {
     let mut loan = stream.alloc(point.size).await?;
     if point.touch {
         loan.views(trust)?.for_each(|view| payload::write(view, seed));
@@ -59,7 +59,7 @@ async fn send(stream: &mut Stream, point: Point, trust: &PeerTrust, seed: u8) ->
 }
 
 /// Receives one message, read in place, in as many pieces as it comes.
-async fn receive(stream: &mut Stream, point: Point, trust: &PeerTrust) -> Result<()> {
+async fn receive(stream: &mut Stream, point: &Point, trust: &PeerTrust) -> Result<()> {
     let mut received = 0;
     while received < point.size {
         let message = stream.recv().await?.ok_or(Error::StreamClosedByPeer)?;
@@ -113,8 +113,8 @@ async fn ping(
     let mut next = Some(Instant::now());
     while let Some(began) = next {
         for _ in 0..batch {
-            send(&mut stream, point, &trust, seed).await.expect("the server reads");
-            receive(&mut stream, point, &trust).await.expect("the server answers");
+            send(&mut stream, &point, &trust, seed).await.expect("the server reads");
+            receive(&mut stream, &point, &trust).await.expect("the server answers");
             seed = seed.wrapping_add(1);
         }
         next = watch.borrow_mut().lap(began);
