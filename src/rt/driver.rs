@@ -287,6 +287,7 @@ impl SessionInner {
     #[inline(always)]
     fn adopt(&self, offset: u32) -> Result<Chain, MemoryError> {
         let chain = self.lanes.manager.adopt(offset)?;
+        self.activity.note_received();
         self.counters.bytes_received.add(chain.len() as u64);
         Ok(chain)
     }

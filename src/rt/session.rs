@@ -73,6 +73,8 @@ pub(super) struct Activity {
     pub(super) idle_turns: Cell<u32>,
     /// When the first [`Self::IDLE_TURNS`] of them were over.
     idle_since: Cell<Instant>,
+    /// Bytes sent since something came.
+    unanswered: Cell<u64>,
     /// How many events came together the last time.
     pub(super) last_batch: Cell<usize>,
     /// How many tasks wait for data of their streams.
@@ -85,9 +87,26 @@ impl Activity {
     /// messages has them all the time.
     const IDLE_TURNS: u32 = 16;
 
+    /// How many bytes the peer is given a nanosecond for, before the budget begins: it has to read
+    /// them, and to write an answer that may be as long.
+    const BYTES_PER_NANOSECOND: u64 = 16;
+    const MOST_PATIENCE: Duration = Duration::from_millis(1);
+
+    #[inline]
+    pub(super) fn note_sent(&self, bytes: usize) {
+        self.unanswered.set(self.unanswered.get().saturating_add(bytes as u64));
+    }
+
+    #[inline]
+    pub(super) fn note_received(&self) {
+        self.unanswered.set(0);
+    }
+
     /// Counts a turn that found nothing, and says whether there was nothing for as long as
-    /// `budget`.
+    /// `budget`, and as long as the peer needs for what it was sent.
     pub(super) fn is_idle_for(&self, budget: Duration, now: Instant) -> bool {
+        let patience = Duration::from_nanos(self.unanswered.get() / Self::BYTES_PER_NANOSECOND);
+        let budget = budget.saturating_add(patience.min(Self::MOST_PATIENCE));
         let turns = self.idle_turns.get().saturating_add(1);
         self.idle_turns.set(turns);
         if turns == Self::IDLE_TURNS {
@@ -282,6 +301,7 @@ impl Session {
                 is_active: Cell::new(false),
                 idle_turns: Cell::new(0),
                 idle_since: Cell::new(Instant::now()),
+                unanswered: Cell::new(0),
                 last_batch: Cell::new(0),
                 waiting_readers: Cell::new(0),
                 in_place: InPlace::default(),

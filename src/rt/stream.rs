@@ -438,6 +438,7 @@ impl Stream {
         debug_assert!(sent, "there was room a moment ago");
         self.inner.is_known_to_peer.set(true);
         session.counters.bytes_sent.add(count as u64);
+        session.activity.note_sent(count);
         Ok(())
     }
 
