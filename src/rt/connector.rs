@@ -7,6 +7,7 @@ use std::rc::Rc;
 
 use super::handshake;
 use super::listener::within;
+use super::poller::Poller;
 use super::session::Session;
 use super::socket::Socket;
 use crate::config::Config;
@@ -60,6 +61,8 @@ impl Connector {
 
     async fn session(&self, socket: impl Future<Output = Result<Socket>>) -> Result<Session> {
         let config = &self.config;
+        // Started before the handshake, it is ready behind it.
+        Poller::current();
         let connect = async { handshake::connect(socket.await?, config).await };
         let established = within(config, connect).await?;
         Ok(Session::start(established, config, self.trust))

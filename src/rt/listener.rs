@@ -24,6 +24,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 
 use super::handshake;
+use super::poller::Poller;
 use super::session::Session;
 use super::socket::{ListenerSocket, Socket};
 use super::wakers::WakerList;
@@ -128,6 +129,8 @@ impl Listener {
             on_refused: RefCell::default(),
             trust: Cell::new(None),
         });
+        // Started before the first handshake, it is ready behind it.
+        Poller::current();
         let accepting = glommio::spawn_local(accept_connections(socket, Rc::downgrade(&shared)));
         Self { shared, address, _accepting: accepting, _path: path }
     }

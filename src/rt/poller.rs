@@ -162,6 +162,7 @@ async fn run(poller: Rc<Poller>) {
     // When the executor goes, its sessions go too, although they know the poller and it them.
     let _cleanup = Cleanup(Rc::clone(&poller));
     let kick = Kick::new(&poller);
+    kick.first().await;
     let mut clock = Clock::new();
     let mut give_way = GiveWay::default();
     loop {
@@ -296,6 +297,8 @@ struct KickState {
     turn: Cell<usize>,
     /// Whether a byte is on its way, so that none is sent to a receive that is not submitted.
     is_under_way: Cell<bool>,
+    /// The poller, while it waits for the first byte to arrive.
+    arrived: WakerSlot,
 }
 
 impl Kick {
@@ -315,6 +318,31 @@ impl Kick {
         Self { pairs: pairs.into_iter().enumerate().map(start).collect(), state }
     }
 
+    /// Sends the first byte and waits until it has arrived: from then on the kernel has a receive.
+    ///
+    /// While nobody spins, glommio looks at its rings as soon as there is nothing else to do. A byte
+    /// sent while somebody does would wait for the timer of 100 ms.
+    async fn first(&self) {
+        self.send();
+        poll_fn(|context| {
+            if !self.state.is_under_way.get() {
+                return Poll::Ready(());
+            }
+            self.state.arrived.register(context);
+            Poll::Pending
+        })
+        .await;
+    }
+
+    fn send(&self) {
+        if let Some(socket) = self.pairs.get(self.state.turn.get())
+            && !self.state.is_under_way.replace(true)
+        {
+            // One byte at a time always fits.
+            let _ = socket.try_send(&[0]);
+        }
+    }
+
     fn after_pass(&self, poller: &Poller, now: Instant) {
         let Some(last) = poller.last_reactor_pass.get() else {
             poller.last_reactor_pass.set(Some(now));
@@ -325,12 +353,7 @@ impl Kick {
             return;
         }
         poller.last_reactor_pass.set(Some(now));
-        if let Some(socket) = self.pairs.get(self.state.turn.get())
-            && !self.state.is_under_way.replace(true)
-        {
-            // One byte at a time always fits.
-            let _ = socket.try_send(&[0]);
-        }
+        self.send();
     }
 }
 
@@ -341,9 +364,13 @@ async fn swallow(socket: Socket, index: usize, state: Rc<KickState>) {
             Ok(Received::Bytes(_)) => {
                 state.turn.set(1 - index);
                 state.is_under_way.set(false);
+                state.arrived.wake();
             }
             Ok(Received::Nothing) => {}
-            Ok(Received::End) | Err(_) => return,
+            Ok(Received::End) | Err(_) => break,
         }
     }
+    // Nobody will: sessions work without.
+    state.is_under_way.set(false);
+    state.arrived.wake();
 }

@@ -2,6 +2,7 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
 
 use perf_event::events::Tracepoint;
 use perf_event::{Builder, Counter};
@@ -31,18 +32,15 @@ unsafe impl GlobalAlloc for CountingAllocator {
     }
 }
 
-/// Counts from its creation on, for the thread that made it and those that it starts.
-pub(crate) struct Costs {
-    allocations: u64,
-    /// Absent where the kernel shows no tracepoints, or does not let us look.
-    syscalls: Option<Counter>,
-}
-
 /// What was counted.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Cost {
     pub(crate) allocations: u64,
     pub(crate) syscalls: Option<u64>,
+}
+
+impl Cost {
+    const NOTHING: Self = Self { allocations: 0, syscalls: None };
 }
 
 /// The kernel's tracepoint at the entry of every system call: root only, and only where the tracing
@@ -54,22 +52,47 @@ fn syscall_tracepoint() -> Option<Tracepoint> {
     Some(Tracepoint::with_id(id.trim().parse().ok()?))
 }
 
-impl Costs {
-    pub(crate) fn start() -> Self {
-        let syscalls = syscall_tracepoint().and_then(|event| {
-            let mut counter = Builder::new(event).inherit(true).include_kernel().build().ok()?;
-            counter.enable().ok()?;
-            Some(counter)
-        });
-        Self { allocations: ALLOCATIONS.load(Ordering::Relaxed), syscalls }
-    }
+/// The system calls of the thread that is measured, and of those that it starts. Absent where the
+/// kernel shows no tracepoints, or does not let us look.
+static SYSCALLS: Mutex<Option<Counter>> = Mutex::new(None);
+/// What had been counted when the measuring began and ended.
+static WINDOW: Mutex<(Cost, Cost)> = Mutex::new((Cost::NOTHING, Cost::NOTHING));
 
-    pub(crate) fn stop(mut self) -> Cost {
-        let allocations = ALLOCATIONS.load(Ordering::Relaxed) - self.allocations;
-        let syscalls = self.syscalls.as_mut().and_then(|counter| {
-            counter.disable().ok()?;
-            counter.read().ok()
-        });
-        Cost { allocations, syscalls }
+/// From here on it is this thread whose system calls are counted.
+pub(crate) fn watch_this_thread() {
+    let counter = syscall_tracepoint().and_then(|event| {
+        let mut counter = Builder::new(event).inherit(true).include_kernel().build().ok()?;
+        counter.enable().ok()?;
+        Some(counter)
+    });
+    *lock(&SYSCALLS) = counter;
+}
+
+fn so_far() -> Cost {
+    let syscalls = lock(&SYSCALLS).as_mut().and_then(|counter| counter.read().ok());
+    Cost { allocations: ALLOCATIONS.load(Ordering::Relaxed), syscalls }
+}
+
+/// Set-up and warming are over.
+pub(crate) fn begin() {
+    lock(&WINDOW).0 = so_far();
+}
+
+/// The last operation is over.
+pub(crate) fn end() {
+    let now = so_far();
+    lock(&WINDOW).1 = now;
+}
+
+/// What was counted from the last [`begin`] to the last [`end`].
+pub(crate) fn between() -> Cost {
+    let (begin, end) = *lock(&WINDOW);
+    Cost {
+        allocations: end.allocations.saturating_sub(begin.allocations),
+        syscalls: end.syscalls.zip(begin.syscalls).map(|(end, begin)| end.saturating_sub(begin)),
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("nobody panics while counting")
 }

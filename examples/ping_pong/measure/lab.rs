@@ -7,11 +7,12 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Mutex;
 
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
-use super::count::{Cost, Costs};
+use super::count::{self, Cost};
 use super::point::{Point, Slice, Transport};
 use super::{bare, ours, sockets};
 
@@ -30,6 +31,20 @@ pub(crate) fn pin(cpu: usize) {
     }
 }
 
+/// What the server process is told when the measuring begins and ends, so that it counts the same
+/// operations as this side.
+pub(crate) const BEGIN: &str = "begin";
+pub(crate) const END: &str = "end";
+
+static SERVER_INPUT: Mutex<Option<ChildStdin>> = Mutex::new(None);
+
+/// Sends a line to the server process, if there is one.
+pub(crate) fn tell_server(line: &str) {
+    if let Some(input) = &mut *SERVER_INPUT.lock().expect("nobody panics while writing") {
+        writeln!(input, "{line}").expect("a live server");
+    }
+}
+
 /// What one slice gave, and what it cost on both sides.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Outcome {
@@ -38,10 +53,9 @@ pub(crate) struct Outcome {
     pub(crate) allocations_per_op: f64,
 }
 
-/// The server process and the ends of its pipes.
+/// The server process, and the end of its output.
 pub(crate) struct Lab {
     child: Child,
-    input: ChildStdin,
     output: BufReader<ChildStdout>,
     directory: PathBuf,
     slices: usize,
@@ -57,17 +71,17 @@ impl Lab {
             .stdout(Stdio::piped())
             .spawn()
             .expect("this program can be started");
-        let input = child.stdin.take().expect("piped");
+        *SERVER_INPUT.lock().expect("nobody panics while writing") = child.stdin.take();
         let output = BufReader::new(child.stdout.take().expect("piped"));
         pin(CLIENT_CPU);
-        Self { child, input, output, directory, slices: 0 }
+        Self { child, output, directory, slices: 0 }
     }
 
     /// Has the server process serve a point, and gives the path to connect to.
     pub(crate) fn begin(&mut self, point: Point) -> PathBuf {
         self.slices += 1;
         let path = self.directory.join(self.slices.to_string());
-        writeln!(self.input, "{} {}", path.display(), point.to_line()).expect("a live server");
+        tell_server(&format!("{} {}", path.display(), point.to_line()));
         self.expect("ready");
         path
     }
@@ -87,7 +101,7 @@ impl Lab {
     /// Measures one slice of a point.
     pub(crate) fn run(&mut self, point: Point) -> Outcome {
         let path = self.begin(point);
-        let costs = Costs::start();
+        count::watch_this_thread();
         let slice = match point.transport {
             Transport::Floor | Transport::RawSame | Transport::RawRotating => {
                 bare::measure(&path, point)
@@ -98,7 +112,7 @@ impl Lab {
             #[cfg(feature = "dev-shmipc")]
             Transport::ShmipcRs => super::shmipc_rs::measure(&path, point),
         };
-        let cost = costs.stop();
+        let cost = count::between();
         let server = self.finish(&path);
         let operations = slice.operations.max(1) as f64;
         let syscalls = cost.syscalls.zip(server.syscalls);
@@ -125,20 +139,35 @@ impl Drop for Lab {
     }
 }
 
-/// The server process: serves points until its standard input ends.
+/// The server process: serves points until its standard input ends. This thread only listens to what
+/// it is told; each point has a thread of its own.
 pub(crate) fn serve() {
-    for line in std::io::stdin().lines() {
-        let line = line.expect("a pipe of text");
-        let (path, point) = line.split_once(' ').expect("a path and a point");
-        let point = Point::from_line(point).expect("a point");
-        pin(if point.shared_cpu { CLIENT_CPU } else { SERVER_CPU });
-        let costs = Costs::start();
-        serve_point(Path::new(path), point);
-        let Cost { allocations, syscalls } = costs.stop();
-        match syscalls {
-            Some(syscalls) => answer(&format!("done {allocations} {syscalls}")),
-            None => answer(&format!("done {allocations} unknown")),
+    let mut input = std::io::stdin().lock();
+    // Kept, so that listening allocates nothing while something else is counted.
+    let mut line = String::with_capacity(4096);
+    while input.read_line(&mut line).expect("a pipe of text") > 0 {
+        match line.trim_end() {
+            BEGIN => count::begin(),
+            END => count::end(),
+            line => {
+                let (path, point) = line.split_once(' ').expect("a path and a point");
+                let (path, point) = (PathBuf::from(path), Point::from_line(point));
+                let point = point.expect("a point");
+                std::thread::spawn(move || serve_and_answer(&path, point));
+            }
         }
+        line.clear();
+    }
+}
+
+fn serve_and_answer(path: &Path, point: Point) {
+    pin(if point.shared_cpu { CLIENT_CPU } else { SERVER_CPU });
+    count::watch_this_thread();
+    serve_point(path, point);
+    let Cost { allocations, syscalls } = count::between();
+    match syscalls {
+        Some(syscalls) => answer(&format!("done {allocations} {syscalls}")),
+        None => answer(&format!("done {allocations} unknown")),
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use super::{count, lab};
+
 /// What carries the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Transport {
@@ -126,9 +128,12 @@ pub(crate) struct Stopwatch {
 impl Stopwatch {
     /// `batch` round trips are timed together.
     pub(crate) fn start(slice: Duration, batch: u64) -> Self {
-        let started = std::time::Instant::now();
         let histogram = hdrhistogram::Histogram::new_with_bounds(1, 60_000_000_000, 3)
             .expect("bounds that fit");
+        // The last one to start, after the warming, is the one that counts.
+        lab::tell_server(lab::BEGIN);
+        count::begin();
+        let started = std::time::Instant::now();
         Self { histogram, started, until: started + slice, batch, operations: 0 }
     }
 
@@ -149,6 +154,8 @@ impl Stopwatch {
 
     pub(crate) fn stop(self) -> Slice {
         let elapsed = self.started.elapsed().as_nanos() as f64;
+        count::end();
+        lab::tell_server(lab::END);
         let quantile = |q| self.histogram.value_at_quantile(q) as f64 / 10.0;
         Slice {
             p50_ns: quantile(0.5),
