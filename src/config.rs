@@ -120,6 +120,8 @@ pub(crate) struct Limits {
     pub(crate) streams: usize,
     pub(crate) mapped_bytes: u64,
     pub(crate) unread_fallback_bytes: usize,
+    /// `None`: by the size of the buffer memory.
+    pub(crate) stream_window: Option<u64>,
 }
 
 impl Default for Config {
@@ -145,6 +147,7 @@ impl Default for Config {
                 streams: 65536,
                 mapped_bytes: 1 << 30,
                 unread_fallback_bytes: 64 << 20,
+                stream_window: None,
             },
         }
     }
@@ -301,6 +304,18 @@ impl ConfigBuilder {
         self
     }
 
+    /// How much of one stream may wait unread on this side before its sender waits, in bytes of
+    /// slices (a message of one byte keeps a whole slice): the power of two at or below. A sender
+    /// stops when this much is unread, so one message more may be. Default: a sixteenth of the
+    /// buffer memory.
+    ///
+    /// Holds between two sides of this crate. Other senders do not know of it; what they send
+    /// unread is bounded by the buffer memory.
+    pub fn stream_window(mut self, bytes: u64) -> Self {
+        self.config.limits.stream_window = Some(bytes);
+        self
+    }
+
     /// Checks everything and hands out the configuration.
     ///
     /// # Errors
@@ -325,6 +340,7 @@ impl ConfigBuilder {
         at_least("max_streams", limits.streams as u64, 1)?;
         at_least("max_message_len", u64::from(limits.message_len), 4096)?;
         at_least("max_unread_fallback_bytes", limits.unread_fallback_bytes as u64, 4096)?;
+        at_least("stream_window", limits.stream_window.unwrap_or(u64::MAX), 4096)?;
         Ok(config)
     }
 }

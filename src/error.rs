@@ -283,6 +283,9 @@ pub enum Error {
     /// The peer closed the stream; what is written to it now would reach nobody.
     #[error("the peer closed the stream")]
     StreamClosedByPeer,
+    /// The deadline of this stream's reads or writes passed first.
+    #[error("the deadline has passed")]
+    DeadlinePassed,
     /// A token was shown that does not speak for the peer of this session.
     #[error("the promise was not made for this peer")]
     NotTrusted,
@@ -321,6 +324,7 @@ impl Error {
             Self::SessionClosed => io::ErrorKind::ConnectionAborted,
             Self::StreamClosed => io::ErrorKind::NotConnected,
             Self::StreamClosedByPeer => io::ErrorKind::BrokenPipe,
+            Self::DeadlinePassed => io::ErrorKind::TimedOut,
             Self::NotTrusted => io::ErrorKind::PermissionDenied,
             Self::ForeignLoan => io::ErrorKind::InvalidInput,
             Self::NotClient => io::ErrorKind::Unsupported,

@@ -31,6 +31,8 @@ pub struct SessionStats {
     pub queue_full: u64,
     /// Times that a sender found no free slice and waited.
     pub pool_empty: u64,
+    /// Times that a sender found the peer's reader too far behind and waited.
+    pub window_full: u64,
     /// Times that this side's polling found nothing for the whole spin budget and went to sleep.
     pub sleeps: u64,
 }
@@ -82,6 +84,7 @@ counters! {
     fallback_received,
     queue_full,
     pool_empty,
+    window_full,
     sleeps,
 }
 

@@ -17,6 +17,7 @@ pub(crate) mod handshake_client;
 pub(crate) mod handshake_server;
 pub(crate) mod session;
 pub(crate) mod stream;
+pub(crate) mod window;
 
 use crate::error::HandshakeError;
 use crate::wire::{Message, ProtocolVersion};

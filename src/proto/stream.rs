@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What one stream may do next (WIRE chapter 5; spec 6.2 and 7.1).
+//! The state of one stream (WIRE chapter 5; spec 5.1, status of an event).
 //!
-//! A stream is closed as a whole: the event that closes it says that its sender neither sends nor
-//! reads any more. The other side reads what arrived, and then the end.
+//! Each side ends its own direction, or the whole stream. The spec has a number for the first
+//! ("half-closed"), which no other implementation sends or understands; whether the peer does is
+//! for the caller to know.
 
-/// The life of a stream, as one side sees it.
+use std::cell::Cell;
+
+/// How far one side has gone towards the end of the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum StreamState {
-    /// Both sides may send.
+pub(crate) enum Side {
+    /// It may send.
     Open,
-    /// The peer has closed: what arrived can be read, nothing can be sent.
-    ClosedByPeer,
-    /// This side has closed: what still arrives is given back unread.
-    ClosedHere,
+    /// It sends nothing more, and still reads.
+    HalfClosed,
+    /// It neither sends nor reads.
+    Closed,
 }
 
-/// Where the next bytes of a stream go.
-///
-/// There is no way back: the two paths are not ordered against each other, so a stream that sent
-/// over the socket goes on that way.
+/// Which way data of this stream goes out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Path {
     /// Slices, and an event in the IO queue.
@@ -27,7 +27,7 @@ pub(crate) enum Path {
     Socket,
 }
 
-/// What closing a stream asks for.
+/// What has to be done when this side ends something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum OnClose {
     /// The peer must be told, behind all that was sent on this path.
@@ -36,44 +36,95 @@ pub(crate) enum OnClose {
     Nothing,
 }
 
-/// State and path of one stream.
-#[derive(Debug, Clone, Copy)]
+/// The life of a stream, as this side sees it.
+#[derive(Debug)]
 pub(crate) struct StreamLife {
-    state: StreamState,
-    path: Path,
+    here: Cell<Side>,
+    peer: Cell<Side>,
+    path: Cell<Path>,
 }
 
 impl StreamLife {
     pub(crate) const fn new() -> Self {
-        Self { state: StreamState::Open, path: Path::SharedMemory }
+        Self {
+            here: Cell::new(Side::Open),
+            peer: Cell::new(Side::Open),
+            path: Cell::new(Path::SharedMemory),
+        }
     }
 
-    pub(crate) const fn state(&self) -> StreamState {
-        self.state
+    #[inline]
+    pub(crate) fn here(&self) -> Side {
+        self.here.get()
     }
 
-    pub(crate) const fn path(&self) -> Path {
-        self.path
+    #[inline]
+    pub(crate) fn peer(&self) -> Side {
+        self.peer.get()
+    }
+
+    #[inline]
+    pub(crate) fn path(&self) -> Path {
+        self.path.get()
+    }
+
+    /// Whether what this side sends reaches a reader.
+    #[inline]
+    pub(crate) fn can_send(&self) -> bool {
+        self.here.get() == Side::Open && self.peer.get() != Side::Closed
+    }
+
+    /// Whether the peer may still send.
+    #[inline]
+    pub(crate) fn can_receive(&self) -> bool {
+        self.here.get() != Side::Closed && self.peer.get() == Side::Open
     }
 
     /// From now on this stream sends over the socket.
-    pub(crate) fn fall_back(&mut self) {
-        self.path = Path::Socket;
+    pub(crate) fn fall_back(&self) {
+        self.path.set(Path::Socket);
+    }
+
+    /// From now on it sends through shared memory again: the peer has taken all that went over the
+    /// socket.
+    pub(crate) fn return_to_memory(&self) {
+        self.path.set(Path::SharedMemory);
+    }
+
+    /// This side sends nothing more.
+    pub(crate) fn half_close(&self) -> OnClose {
+        if self.here.get() != Side::Open {
+            return OnClose::Nothing;
+        }
+        self.here.set(Side::HalfClosed);
+        self.tell_unless_closed()
     }
 
     /// This side closes.
-    pub(crate) fn close(&mut self) -> OnClose {
-        match std::mem::replace(&mut self.state, StreamState::ClosedHere) {
-            StreamState::Open => OnClose::Tell(self.path),
-            StreamState::ClosedByPeer | StreamState::ClosedHere => OnClose::Nothing,
+    pub(crate) fn close(&self) -> OnClose {
+        match self.here.replace(Side::Closed) {
+            Side::Closed => OnClose::Nothing,
+            Side::Open | Side::HalfClosed => self.tell_unless_closed(),
+        }
+    }
+
+    fn tell_unless_closed(&self) -> OnClose {
+        match self.peer.get() {
+            Side::Closed => OnClose::Nothing,
+            Side::Open | Side::HalfClosed => OnClose::Tell(self.path.get()),
+        }
+    }
+
+    /// The peer sends nothing more.
+    pub(crate) fn peer_half_closed(&self) {
+        if self.peer.get() == Side::Open {
+            self.peer.set(Side::HalfClosed);
         }
     }
 
     /// The peer has closed.
-    pub(crate) fn peer_closed(&mut self) {
-        if self.state == StreamState::Open {
-            self.state = StreamState::ClosedByPeer;
-        }
+    pub(crate) fn peer_closed(&self) {
+        self.peer.set(Side::Closed);
     }
 }
 
@@ -83,19 +134,37 @@ mod tests {
 
     #[test]
     fn the_peer_is_told_once_and_on_the_path_of_the_data() {
-        let mut life = StreamLife::new();
+        let life = StreamLife::new();
         life.fall_back();
         assert_eq!(life.close(), OnClose::Tell(Path::Socket));
         assert_eq!(life.close(), OnClose::Nothing);
-        life.peer_closed();
-        assert_eq!(life.state(), StreamState::ClosedHere);
+        assert_eq!(life.half_close(), OnClose::Nothing);
+        assert!(!life.can_send() && !life.can_receive());
     }
 
     #[test]
     fn a_peer_that_closed_is_not_told() {
-        let mut life = StreamLife::new();
+        let life = StreamLife::new();
         life.peer_closed();
-        assert_eq!(life.state(), StreamState::ClosedByPeer);
+        assert!(!life.can_send() && !life.can_receive());
         assert_eq!(life.close(), OnClose::Nothing);
+    }
+
+    #[test]
+    fn each_direction_ends_for_itself() {
+        let life = StreamLife::new();
+        assert_eq!(life.half_close(), OnClose::Tell(Path::SharedMemory));
+        assert_eq!(life.half_close(), OnClose::Nothing);
+        assert!(!life.can_send() && life.can_receive());
+        life.peer_half_closed();
+        assert!(!life.can_receive());
+        assert_eq!(life.close(), OnClose::Tell(Path::SharedMemory), "its table waits for it");
+
+        let life = StreamLife::new();
+        life.peer_half_closed();
+        assert!(life.can_send() && !life.can_receive());
+        life.peer_closed();
+        life.peer_half_closed();
+        assert_eq!(life.peer(), Side::Closed);
     }
 }

@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use super::credit::show_extension;
 use super::socket::{Received, Socket};
 use crate::config::{Config, MemoryKind, ProtocolVersion};
 use crate::error::{Error, HandshakeError};
@@ -253,6 +254,7 @@ fn create_memory(
         }
     };
     let manager = BufferManager::create(&Rc::new(buffer), &config.slice_classes)?;
+    show_extension(&manager, config, Role::Client);
     let layout = QueueLayout::for_version(config.protocol);
     let (producer, consumer) = queue::create(&Rc::new(queue), config.queue_capacity, layout);
     Ok((SessionMemory { producer, consumer, manager, files }, descriptors))
@@ -266,7 +268,7 @@ fn map_descriptors(
     let limit = config.limits.mapped_bytes;
     let buffer = Region::map_descriptor(buffer, "buffer", limit)?;
     let queue = Region::map_descriptor(queue, "queue", limit)?;
-    map_memory(buffer, queue)
+    map_memory(buffer, queue, config)
 }
 
 fn map_files(paths: &MemoryPaths, config: &Config) -> Result<SessionMemory, Error> {
@@ -274,16 +276,17 @@ fn map_files(paths: &MemoryPaths, config: &Config) -> Result<SessionMemory, Erro
     let directory = config.path_prefix.parent().unwrap_or(Path::new("/"));
     let queue = Region::map_file(directory, &paths.queue, "queue", limit)?;
     let buffer = Region::map_file(directory, &paths.buffer, "buffer", limit)?;
-    let mut memory = map_memory(buffer, queue)?;
+    let mut memory = map_memory(buffer, queue, config)?;
     // Only now: a file that turned out to be something else is not this session's to remove.
     memory.files = vec![SharedFile::new(&paths.queue), SharedFile::new(&paths.buffer)];
     Ok(memory)
 }
 
-fn map_memory(buffer: Region, queue: Region) -> Result<SessionMemory, Error> {
+fn map_memory(buffer: Region, queue: Region, config: &Config) -> Result<SessionMemory, Error> {
     // Versions 2 and 3 have the same layout.
     let layout = QueueLayout::for_version(ProtocolVersion::V3);
     let (producer, consumer) = queue::map(&Rc::new(queue), layout)?;
     let manager = BufferManager::map(&Rc::new(buffer))?;
+    show_extension(&manager, config, Role::Server);
     Ok(SessionMemory { producer, consumer, manager, files: Vec::new() })
 }

@@ -6,28 +6,35 @@
 //!
 //! - [`socket`]: a connected socket: readiness, sending without waiting, descriptors.
 //! - [`handshake`]: drives the state machines of `proto` over a socket.
-//! - [`session`]: a session's state; [`driver`]: what arrives; [`sending`]: what is sent;
-//!   [`outbox`]: what waits for the socket.
+//! - [`session`]: a session's state; [`driver`]: its turns; [`receiving`]: what arrives;
+//!   [`sending`]: what is sent; [`outbox`]: what waits for the socket.
 //! - [`poller`]: the one task per core that polls the queues of active sessions.
-//! - [`stream`], [`inbound`]: a stream's handle, and what it has received; [`loan`]: messages as
-//!   values.
+//! - [`stream`]: a stream's handle, of a [`read_half`] and a [`write_half`], each with a
+//!   [`deadline`]; [`loan`]: messages as values; [`credit`]: how far a sender may go.
 //! - [`listener`], [`connector`]: how sessions come to be.
 
 mod connector;
+mod credit;
+mod deadline;
 mod driver;
 mod handshake;
 mod listener;
 mod loan;
 mod outbox;
 mod poller;
+mod read_half;
+mod receiving;
 mod sending;
 mod session;
 mod socket;
 mod stream;
 mod wakers;
+mod write_half;
 
 pub use connector::Connector;
 pub use listener::Listener;
 pub use loan::{Loan, Message, Views, ViewsMut};
+pub use read_half::{Messages, ReadHalf, Recv};
 pub use session::Session;
 pub use stream::Stream;
+pub use write_half::{Alloc, Send, WriteHalf};

@@ -175,9 +175,11 @@ async fn run(poller: Rc<Poller>) {
             }
             Stay::Busy => {
                 kick.after_pass(&poller, now);
-                if !poller.look_out() {
-                    give_way.after_idle_pass(&poller);
+                if poller.look_out() {
+                    // The other tasks have had their turn; the next pass is followed by one.
+                    continue;
                 }
+                give_way.after_idle_pass(&poller);
                 glommio::executor().yield_task_queue_now().await;
             }
             Stay::Waiting => {

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use super::outbox;
 use super::session::SessionInner;
-use super::stream::StreamInner;
+use super::stream::{Half, Halves, StreamInner};
 use crate::error::Error;
 use crate::proto::stream::{OnClose, Path};
 use crate::wire::{Event, EventState, Message, fallback_header, sync_event};
@@ -67,8 +67,8 @@ impl SessionInner {
     }
 
     /// Sends data of a stream over the socket.
-    pub(super) fn send_fallback(self: &Rc<Self>, stream_id: u32, data: &[u8]) {
-        let status = EventState::Open.to_status();
+    pub(super) fn send_fallback(self: &Rc<Self>, stream_id: u32, data: &[u8], state: EventState) {
+        let status = state.to_status();
         // Fits: the caller sends pieces of bounded length.
         let header = fallback_header(self.version_byte(), stream_id, status, data.len() as u32);
         let mut message = Vec::with_capacity(header.len() + data.len());
@@ -82,8 +82,9 @@ impl SessionInner {
     /// peer. Never waits.
     pub(super) fn close_stream(self: &Rc<Self>, stream: &StreamInner) {
         self.note_unread(stream.discard());
+        let on_close = stream.life().close();
         self.wake_reader(stream);
-        let on_close = stream.close();
+        stream.writer.wake();
         if self.streams.borrow_mut().remove(stream.id()).is_none() || self.is_over() {
             return;
         }
@@ -92,6 +93,49 @@ impl SessionInner {
             if stream.is_known_to_peer() {
                 self.tell_closed(stream.id(), path);
             }
+        }
+    }
+
+    /// This side sends nothing more on a stream, and tells the peer if that understands it.
+    pub(super) fn half_close_stream(self: &Rc<Self>, stream: &StreamInner) {
+        let on_close = stream.life().half_close();
+        stream.writer.wake();
+        if !self.credit.is_known() || self.is_over() {
+            return;
+        }
+        // A stream on which nothing was sent is opened by its end.
+        let state = EventState::HalfClosed;
+        let id = stream.id();
+        match on_close {
+            OnClose::Nothing => return,
+            OnClose::Tell(Path::SharedMemory) => {
+                let event = Event { stream_id: id, offset: 0, status: state.to_status() };
+                if matches!(self.send_event(event), Ok(false)) {
+                    // The queue is full: behind everything that is in it, since the peer drains it
+                    // before it handles a message.
+                    self.flush_queue();
+                    self.send_fallback(id, &[], state);
+                }
+            }
+            OnClose::Tell(Path::Socket) => self.send_fallback(id, &[], state),
+        }
+        stream.note_known_to_peer();
+    }
+
+    /// One half of a stream's handle is gone.
+    pub(super) fn drop_half(self: &Rc<Self>, stream: &StreamInner, half: Half) {
+        match (stream.drop_half(half), half) {
+            (Halves::None, _) => self.close_stream(stream),
+            (_, Half::Write) => self.half_close_stream(stream),
+            // What comes from now on is thrown away on arrival.
+            (_, Half::Read) => self.discard_unread(stream),
+        }
+    }
+
+    /// Throws away what nobody will read, and gives the sender credit for it.
+    fn discard_unread(self: &Rc<Self>, stream: &StreamInner) {
+        while let Some(chain) = { stream.inbound.borrow_mut().pop() } {
+            self.note_taken(stream, &chain);
         }
     }
 

@@ -2,9 +2,10 @@
 //! A session: one connection, its shared memory, and its streams (spec chapters 2 and 6).
 //!
 //! [`SessionInner`] is the state; what happens to it when something arrives or is sent is in
-//! [`driver`](super::driver). The handles that users hold, [`Session`] and
-//! [`Stream`](super::Stream), keep a [`SessionGuard`]; when the last of them goes, the session
-//! ends. Tasks and the stream table hold the inner state only, so no circle keeps a session alive.
+//! [`receiving`](super::receiving) and [`sending`](super::sending). The handles that users hold,
+//! [`Session`] and [`Stream`](super::Stream), keep a [`SessionGuard`]; when the last of them goes,
+//! the session ends. Tasks and the stream table hold the inner state only, so no circle keeps a
+//! session alive.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -13,10 +14,11 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use super::driver;
+use super::credit::Credit;
 use super::handshake::{Established, SessionMemory};
 use super::outbox::Outbox;
 use super::poller::Poller;
+use super::receiving;
 use super::socket::Socket;
 use super::stream::{Stream, StreamInner};
 use super::wakers::WakerList;
@@ -40,6 +42,7 @@ pub(super) struct SessionInner {
     pub(super) activity: Activity,
     pub(super) counters: Counters,
     pub(super) inbox: Inbox,
+    pub(super) credit: Credit,
     pub(super) poller: Rc<Poller>,
     socket: Socket,
     outbox: Outbox,
@@ -185,8 +188,10 @@ impl SessionInner {
         }
         self.ending.is_over.set(true);
         *self.ending.error.borrow_mut() = Some(error);
-        for stream in self.streams.borrow().all() {
+        let streams = self.streams.borrow().all();
+        for stream in streams {
             self.wake_reader(&stream);
+            stream.writer.wake();
         }
         self.lanes.queue_waiting.wake_all();
         self.lanes.pool_waiting.wake_all();
@@ -283,6 +288,7 @@ impl Session {
     pub(super) fn start(established: Established, config: &Rc<Config>, trust: Option<u64>) -> Self {
         let Established { role, socket, version, memory } = established;
         let SessionMemory { producer, consumer, manager, files } = memory;
+        let credit = Credit::new(&manager, config, role);
         let inner = Rc::new(SessionInner {
             role,
             version,
@@ -313,6 +319,7 @@ impl Session {
                 unread_bytes: Cell::new(0),
                 paused: WakerList::default(),
             },
+            credit,
             poller: Poller::current(),
             socket,
             outbox: Outbox::default(),
@@ -327,7 +334,7 @@ impl Session {
             }
         });
         inner.poller.demand(config.reactor_interval);
-        inner.poller.spawn(driver::read_socket(Rc::clone(&inner)));
+        inner.poller.spawn(receiving::read_socket(Rc::clone(&inner)));
         // Events may be there already: a client of version 2 does not wait for an answer.
         inner.activate();
         Self { guard: Rc::new(SessionGuard { inner }) }

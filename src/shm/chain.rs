@@ -2,7 +2,7 @@
 //! Slices that belong together: one message, on its way out or in.
 //!
 //! A [`Chain`] owns its slices; whatever happens to it, they go somewhere: on to the peer
-//! ([`Chain::into_event_offset`]), or back among the free (when read, or dropped). Its links live
+//! ([`Chain::into_parcel`]), or back among the free (when read, or dropped). Its links live
 //! in the manager's private ledger, so a chain of any length is a few words, and nothing that the
 //! peer writes can redirect it.
 //!
@@ -31,6 +31,17 @@ pub(crate) struct Chain<M: Memory = Region> {
     state: Option<Box<ChainState>>,
 }
 
+/// Slices that are the peer's from now on, if their event is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Parcel {
+    /// Where the first one starts.
+    pub(crate) offset: u32,
+    /// How many bytes there are to read.
+    pub(crate) len: usize,
+    /// How many bytes the slices hold together.
+    pub(crate) occupies: u64,
+}
+
 /// What a chain consists of. Dropped alone it would keep its slices from everybody; only this file
 /// takes it out of its chain.
 pub(super) struct ChainState {
@@ -40,7 +51,8 @@ pub(super) struct ChainState {
     filling: SliceId,
     /// How many bytes there are to read, or have been written.
     len: usize,
-    /// While it is written: how many bytes were asked for.
+    /// While it is written: how many bytes were asked for. When it was received: how many bytes its
+    /// slices hold together, or what came over the socket.
     capacity: usize,
     private: Private,
 }
@@ -67,7 +79,9 @@ impl ChainState {
 impl<M: Memory> Chain<M> {
     #[inline(always)]
     pub(super) fn empty(manager: Rc<BufferManager<M>>) -> Self {
-        let state = manager.new_chain_state();
+        let mut state = manager.new_chain_state();
+        (state.first, state.last, state.filling) = (NO_SLICE, NO_SLICE, NO_SLICE);
+        (state.len, state.capacity) = (0, 0);
         Self { manager, state: Some(state) }
     }
 
@@ -91,7 +105,7 @@ impl<M: Memory> Chain<M> {
     pub(crate) fn received(manager: Rc<BufferManager<M>>, bytes: Bytes) -> Self {
         let mut chain = Self::empty(manager);
         let state = chain.state_mut();
-        state.len = bytes.len();
+        (state.len, state.capacity) = (bytes.len(), bytes.len());
         state.private = Private::Received(bytes);
         chain
     }
@@ -144,6 +158,13 @@ impl<M: Memory> Chain<M> {
     #[inline]
     pub(crate) fn capacity(&self) -> usize {
         self.state().capacity
+    }
+
+    /// What it keeps occupied until its reader takes it, when it was received: the bytes that all
+    /// its slices hold, or those that came over the socket.
+    #[inline]
+    pub(crate) fn occupies(&self) -> u64 {
+        self.capacity() as u64
     }
 
     /// Whether it is slices, and not private memory.
@@ -318,13 +339,13 @@ impl<M: Memory> Chain<M> {
     }
 
     /// Writes the headers of all slices that hold bytes, strikes them out of the ledger and gives
-    /// the offset for the event that hands them to the peer. Slices that hold nothing go back.
+    /// what the event needs that hands them to the peer. Slices that hold nothing go back.
     ///
     /// `None`: nothing was written, or it is private memory; all slices are back.
     ///
     /// From here on the slices are the peer's, so the event must be on its way without fail.
     #[inline]
-    pub(crate) fn into_event_offset(mut self) -> Option<u32> {
+    pub(crate) fn into_parcel(mut self) -> Option<Parcel> {
         let manager = &self.manager;
         let state = self.state.as_deref_mut().expect("a chain that has not ended");
         if state.len == 0 || state.first == NO_SLICE {
@@ -333,9 +354,7 @@ impl<M: Memory> Chain<M> {
         let first = std::mem::replace(&mut state.first, NO_SLICE);
         if first == state.last {
             // One slice, the common message: nothing to link, nothing to give back.
-            let offset = manager.write_header(first);
-            manager.forget(first);
-            return Some(offset);
+            return Some(manager.parcel(first, state.len));
         }
         // Only slices behind the one being filled can be empty: they are filled front to back.
         let mut unused = manager.entry(state.filling).next.replace(NO_SLICE);
@@ -343,16 +362,18 @@ impl<M: Memory> Chain<M> {
             unused = manager.release(unused);
         }
         let offset = manager.write_header(first);
+        let mut occupies = manager.slice_capacity(first);
         let mut id = manager.entry(first).next.get();
         while id != NO_SLICE {
             manager.write_header(id);
+            occupies += manager.slice_capacity(id);
             id = manager.entry(id).next.get();
         }
         let mut id = first;
         while id != NO_SLICE {
             id = manager.forget(id);
         }
-        Some(offset)
+        Some(Parcel { offset, len: state.len, occupies })
     }
 }
 
@@ -450,9 +471,12 @@ impl<M: Memory> Drop for Chain<M> {
     #[inline]
     fn drop(&mut self) {
         if let Some(mut state) = self.state.take() {
-            let mut id = std::mem::replace(&mut state.first, NO_SLICE);
+            let mut id = state.first;
             while id != NO_SLICE {
                 id = self.manager.release(id);
+            }
+            if !matches!(state.private, Private::No) {
+                state.private = Private::No;
             }
             self.manager.recycle_chain_state(state);
         }
@@ -504,14 +528,18 @@ impl<M: Memory> ChainQueue<M> {
         Some(chain)
     }
 
-    /// Copies out the first bytes, as many as `to` holds. Gives how many.
+    /// Copies out the first bytes, as many as `to` holds. Gives how many, and tells `done` of every
+    /// chain that was read to its end.
     #[inline]
-    pub(crate) fn read(&mut self, to: &mut [u8]) -> usize {
+    pub(crate) fn read(&mut self, to: &mut [u8], mut done: impl FnMut(&Chain<M>)) -> usize {
         let mut copied = 0;
         while copied < to.len()
             && let Some(mut chain) = self.pop()
         {
             copied += chain.read(&mut to[copied..]);
+            if chain.len() == 0 {
+                done(&chain);
+            }
             self.push_front(chain);
         }
         copied

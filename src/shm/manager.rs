@@ -25,15 +25,15 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
 use super::access::{Memory, PeerTrust};
-use super::chain::{Chain, ChainState};
+use super::chain::{Chain, ChainState, Parcel};
 use super::list::{BufferList, MAX_BATCH};
 use super::region::Region;
 use crate::config::SliceClass;
 use crate::error::MemoryError;
+use crate::wire::Extension;
 use crate::wire::layout::{
     FLAG_HAS_NEXT, FLAG_IN_USE, LIST_HEADER_LEN, MANAGER_HEADER_LEN, MANAGER_LIST_COUNT_OFFSET,
     MANAGER_USED_LEN_OFFSET, SLICE_HEADER_LEN, SLICE_SIZE_OFFSET, list_len,
-
 };
 
 /// The most lists that this side maps.
@@ -227,13 +227,29 @@ impl<M: Memory> BufferManager<M> {
             memory: Rc::clone(memory),
             classes,
             ledger: (0..total).map(|_| Entry::default()).collect(),
-            chain_states: RefCell::default(),
+            chain_states: RefCell::new(Vec::with_capacity(64)),
             trust: Cell::new(None),
             broken: RefCell::new(None),
             alarm: RefCell::new(None),
             held: Cell::new(0),
             is_resting: Cell::new(false),
         }))
+    }
+
+    /// Says what this side does beyond the protocol. `at` is where its byte stands.
+    pub(crate) fn show_extension(&self, at: usize, extension: Extension) {
+        // Relaxed: the handshake's socket orders it, or it comes to be known a little later.
+        self.memory.store_u8(at, extension.to_byte(), Ordering::Relaxed);
+    }
+
+    /// What the peer does beyond the protocol, as far as it has said so.
+    pub(crate) fn peer_extension(&self, at: usize) -> Option<Extension> {
+        Extension::from_byte(self.memory.load_u8(at, Ordering::Relaxed))
+    }
+
+    /// Bytes of memory, headers included.
+    pub(crate) fn memory_len(&self) -> usize {
+        self.memory.len()
     }
 
     /// Says which promise of the user speaks for the peer.
@@ -251,11 +267,11 @@ impl<M: Memory> BufferManager<M> {
         self.chain_states.borrow_mut().pop().unwrap_or_else(|| Box::new(ChainState::empty()))
     }
 
+    /// Keeps what a chain consisted of, as far as there is room. It holds nothing any more.
     #[inline]
-    pub(super) fn recycle_chain_state(&self, mut state: Box<ChainState>) {
+    pub(super) fn recycle_chain_state(&self, state: Box<ChainState>) {
         let mut states = self.chain_states.borrow_mut();
         if states.len() < MAX_CHAIN_STATES {
-            *state = ChainState::empty();
             states.push(state);
         }
     }
@@ -333,7 +349,7 @@ impl<M: Memory> BufferManager<M> {
                 else {
                     break;
                 };
-                missing = missing.saturating_sub(self.class_of(id).list.slice_capacity() as usize);
+                missing = missing.saturating_sub(self.slice_capacity(id) as usize);
                 chain.push_back(id);
                 has_slices = true;
             }
@@ -343,28 +359,26 @@ impl<M: Memory> BufferManager<M> {
         Ok(enough.then(|| chain.with_capacity(len - missing)))
     }
 
-    /// Writes a message, or as much of it as there are slices for, ready to be sent: gives the
-    /// offset for the event, and how many bytes are in it. `None`: there is no slice.
+    /// Writes a message, or as much of it as there are slices for, ready to be sent. `None`: there
+    /// is no slice.
     ///
     /// From here on the slices are the peer's, so the event must be on its way without fail.
     #[inline]
     pub(crate) fn write_message(
         self: &Rc<Self>,
         bytes: &[u8],
-    ) -> Result<Option<(u32, usize)>, MemoryError> {
+    ) -> Result<Option<Parcel>, MemoryError> {
         // Most messages fit one slice, and need no chain to be built.
         if let Some(id) = self.take_one_slice(bytes.len())? {
             let entry = self.entry(id);
             self.memory.copy_in(entry.data(), bytes);
             // Fits: the slice holds them.
             entry.len.set(bytes.len() as u32);
-            let offset = self.write_header(id);
-            self.forget(id);
-            return Ok(Some((offset, bytes.len())));
+            return Ok(Some(self.parcel(id, bytes.len())));
         }
         let Some(mut chain) = self.allocate_many(bytes.len(), true)? else { return Ok(None) };
-        let count = chain.write(bytes);
-        Ok(chain.into_event_offset().map(|offset| (offset, count)))
+        chain.write(bytes);
+        Ok(chain.into_parcel())
     }
 
     #[inline]
@@ -423,13 +437,15 @@ impl<M: Memory> BufferManager<M> {
     pub(crate) fn adopt(self: &Rc<Self>, offset: u32) -> Result<Chain<M>, MemoryError> {
         let mut chain = Chain::empty(Rc::clone(self));
         let mut at = offset;
+        let mut occupies = 0;
         // Ends: each turn takes one more slice into the ledger, and none twice.
         loop {
-            let (id, next) = self.adopt_slice(at)?;
+            let (id, capacity, next) = self.adopt_slice(at)?;
             chain.push_back(id);
+            occupies += capacity as usize;
             match next {
                 Some(next) => at = next,
-                None => return Ok(chain.complete()),
+                None => return Ok(chain.with_capacity(occupies).complete()),
             }
         }
     }
@@ -442,7 +458,7 @@ impl<M: Memory> BufferManager<M> {
     }
 
     #[inline]
-    fn adopt_slice(&self, offset: u32) -> Result<(SliceId, Option<u32>), MemoryError> {
+    fn adopt_slice(&self, offset: u32) -> Result<(SliceId, u32, Option<u32>), MemoryError> {
         let (class, id) = self.locate(offset)?;
         let entry = self.entry(id);
         if entry.offset.get() != 0 {
@@ -466,7 +482,7 @@ impl<M: Memory> BufferManager<M> {
         }
         entry.set(offset, start, len);
         self.held.set(self.held.get() + 1);
-        Ok((id, (flags & FLAG_HAS_NEXT != 0).then_some(next)))
+        Ok((id, capacity, (flags & FLAG_HAS_NEXT != 0).then_some(next)))
     }
 
     #[inline]
@@ -484,6 +500,21 @@ impl<M: Memory> BufferManager<M> {
         // Small slices are the common case and come first.
         let class = self.classes.iter().find(|class| id < class.behind);
         class.expect("a slice that was located before")
+    }
+
+    /// Hands over one held slice with `len` bytes in it.
+    #[inline(always)]
+    pub(super) fn parcel(&self, id: SliceId, len: usize) -> Parcel {
+        let offset = self.write_header(id);
+        let occupies = self.slice_capacity(id);
+        self.forget(id);
+        Parcel { offset, len, occupies }
+    }
+
+    /// How many bytes the slice can hold.
+    #[inline]
+    pub(super) fn slice_capacity(&self, id: SliceId) -> u64 {
+        u64::from(self.class_of(id).list.slice_capacity())
     }
 
     /// How many more bytes the slice can hold behind those that count.
@@ -660,7 +691,7 @@ mod tests {
         let (_memory, client, server) = pair(64 << 10);
         for len in [1, 63, 64, 65, 1023, 1024, 1025, 4096, 10_000] {
             let bytes = pattern(len, len);
-            let offset = message(&client, &bytes).into_event_offset().unwrap();
+            let offset = message(&client, &bytes).into_parcel().unwrap().offset;
             let mut chain = server.adopt(offset).unwrap();
             assert_eq!(chain.len(), len);
             let mut copy = vec![0; len];
@@ -685,7 +716,7 @@ mod tests {
         let mut chain = client.allocate(2048, false).unwrap().unwrap();
         assert_eq!(chain.slices(), 2);
         assert_eq!(chain.write(&pattern(1, 1024)), 1024);
-        let offset = chain.into_event_offset().unwrap();
+        let offset = chain.into_parcel().unwrap().offset;
         let flags = memory.load_u8(offset as usize + SLICE_FLAGS_OFFSET, Ordering::Relaxed);
         assert_eq!(flags, FLAG_IN_USE, "the second slice is not linked");
         assert_eq!(server.adopt(offset).unwrap().slices(), 1);
@@ -712,7 +743,7 @@ mod tests {
     #[test]
     fn a_slice_with_two_owners_is_found() {
         let (memory, client, server) = pair(64 << 10);
-        let offset = message(&client, b"once").into_event_offset().unwrap();
+        let offset = message(&client, b"once").into_parcel().unwrap().offset;
         let first = server.adopt(offset).unwrap();
         let twice = MemoryError::SharedTwice { offset };
         assert_eq!(server.adopt(offset).map(drop).unwrap_err(), twice);
@@ -737,7 +768,7 @@ mod tests {
     #[test]
     fn a_cycle_of_slices_ends() {
         let (memory, client, server) = pair(64 << 10);
-        let offset = message(&client, &pattern(3, 3000)).into_event_offset().unwrap();
+        let offset = message(&client, &pattern(3, 3000)).into_parcel().unwrap().offset;
         let second = memory.load_u32(offset as usize + SLICE_NEXT_OFFSET, Ordering::Relaxed);
         memory.store_u32(second as usize + SLICE_NEXT_OFFSET, offset, Ordering::Relaxed);
         let error = server.adopt(offset).map(drop).unwrap_err();
@@ -748,7 +779,7 @@ mod tests {
     #[test]
     fn offsets_that_name_no_slice_are_refused() {
         let (memory, client, server) = pair(64 << 10);
-        let good = message(&client, b"x").into_event_offset().unwrap();
+        let good = message(&client, b"x").into_parcel().unwrap().offset;
         let len = memory.len() as u32;
         for offset in [0, 8, 40, good + 1, good - 4, good + 20, len - 1, len, u32::MAX] {
             let error = server.adopt(offset).map(drop).unwrap_err();
@@ -767,7 +798,7 @@ mod tests {
         for (at, values) in fields {
             for &value in values {
                 let (memory, client, server) = pair(64 << 10);
-                let offset = message(&client, b"four").into_event_offset().unwrap();
+                let offset = message(&client, b"four").into_parcel().unwrap().offset;
                 memory.store_u32(offset as usize + at, value, Ordering::Relaxed);
                 let error = server.adopt(offset).map(drop).unwrap_err();
                 assert!(matches!(error, MemoryError::SliceHeader { .. }), "{at} {value}");
@@ -846,7 +877,7 @@ mod tests {
                         if let Some(mut chain) = sides[own].allocate(len, true).unwrap() {
                             let sent = chain.write(&bytes);
                             prop_assert!(sent > 0);
-                            let offset = chain.into_event_offset().unwrap();
+                            let offset = chain.into_parcel().unwrap().offset;
                             let chain = sides[other].adopt(offset).unwrap();
                             prop_assert_eq!(chain.len(), sent);
                             received[other].push_back((chain, bytes[..sent].to_vec()));

@@ -18,8 +18,11 @@ pub enum EventState {
     Open,
     /// The stream is closed.
     Closed,
-    /// The stream is closed in one direction.
+    /// The stream is closed in one direction: the sender sends nothing more.
     HalfClosed,
+    /// Not in the spec: the sender's reader has taken as many bytes of the stream as the offset
+    /// says. Only between two sides that have the [extension](super::Extension).
+    Credit,
     /// None that the spec has.
     Unknown(u8),
 }
@@ -32,6 +35,7 @@ impl EventState {
             0 => Self::Open,
             1 => Self::Closed,
             2 => Self::HalfClosed,
+            3 => Self::Credit,
             other => Self::Unknown(other),
         }
     }
@@ -42,6 +46,7 @@ impl EventState {
             Self::Open => 0,
             Self::Closed => 1,
             Self::HalfClosed => 2,
+            Self::Credit => 3,
             Self::Unknown(other) => other as u32,
         }
     }
@@ -106,7 +111,8 @@ mod tests {
         assert_eq!(state(0xffff_ff00), EventState::Open);
         assert_eq!(state(0xabcd_ef01), EventState::Closed);
         assert_eq!(state(2), EventState::HalfClosed);
-        assert_eq!(state(0x103), EventState::Unknown(3));
+        assert_eq!(state(0x103), EventState::Credit);
+        assert_eq!(state(0x104), EventState::Unknown(4));
     }
 
     #[test]

@@ -21,6 +21,10 @@ pub const QUEUE_HEADER_LEN: usize = 24;
 pub const MANAGER_HEADER_LEN: usize = 8;
 /// Where the buffer manager's header has the number of lists, a `u16`.
 pub const MANAGER_LIST_COUNT_OFFSET: usize = 0;
+/// Where the client's [extension](super::Extension) stands, a `u8` that the spec leaves unused.
+pub const MANAGER_CLIENT_EXTENSION_OFFSET: usize = 2;
+/// Where the server's stands.
+pub const MANAGER_SERVER_EXTENSION_OFFSET: usize = 3;
 /// Where it has the length of all lists together, a `u32`.
 pub const MANAGER_USED_LEN_OFFSET: usize = 4;
 

@@ -5,6 +5,7 @@
 //! - [`message`]: the messages themselves.
 //! - [`deframe`]: messages out of a byte stream that arrives in arbitrary pieces.
 //! - [`event`]: the elements of an IO queue.
+//! - [`extension`]: what two sides of this crate do beyond versions 2 and 3.
 //! - [`layout`]: where things stand in the shared memory, and snapshots of its headers.
 //!
 //! Invariants: whatever these modules encode they also decode to the same value, and nothing that
@@ -14,12 +15,14 @@
 
 pub mod deframe;
 pub mod event;
+pub mod extension;
 pub mod header;
 pub mod layout;
 pub mod message;
 
 pub use deframe::Deframer;
 pub use event::{EVENT_LEN, Event, EventState};
+pub use extension::Extension;
 pub use header::{HEADER_LEN, Header, MAGIC, MessageType};
 pub use layout::{BufferManagerHeader, ListHeader, QueueHeader, QueueLayout, SliceHeader};
 pub use message::{MemoryPaths, Message, fallback_header, sync_event};

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the two sides of a session know of each other beyond the protocol, and the credit that
+//! readers give for what they have taken. The arithmetic is in
+//! [`window`](crate::proto::window).
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use super::session::SessionInner;
+use super::stream::StreamInner;
+use crate::config::Config;
+use crate::proto::session::Role;
+use crate::shm::chain::Chain;
+use crate::shm::manager::BufferManager;
+use crate::wire::layout::{MANAGER_CLIENT_EXTENSION_OFFSET, MANAGER_SERVER_EXTENSION_OFFSET};
+use crate::wire::{Event, EventState, Extension};
+
+/// Without a word from the peer, everything has room.
+const UNBOUNDED: u64 = u64::MAX;
+/// How often a peer that has not said what it knows is asked again. A client of version 2 goes on
+/// before the server has mapped the memory.
+const LOOKS: u32 = 4;
+
+/// The windows of a session's streams.
+pub(super) struct Credit {
+    ours: u64,
+    /// What this side gives credit by: its own window when the peer knows of credit.
+    window_here: Cell<u64>,
+    /// How much the peer lets wait unread.
+    window_there: Cell<u64>,
+    looks: Cell<u32>,
+    /// Credit that found the queue full.
+    kept: RefCell<Vec<(u32, u32)>>,
+}
+
+/// Where this side's byte stands, and the peer's.
+const fn places(role: Role) -> (usize, usize) {
+    match role {
+        Role::Client => (MANAGER_CLIENT_EXTENSION_OFFSET, MANAGER_SERVER_EXTENSION_OFFSET),
+        Role::Server => (MANAGER_SERVER_EXTENSION_OFFSET, MANAGER_CLIENT_EXTENSION_OFFSET),
+    }
+}
+
+fn extension(manager: &BufferManager, config: &Config) -> Extension {
+    let default = manager.memory_len() as u64 / 16;
+    Extension::with_window(config.limits.stream_window.unwrap_or(default))
+}
+
+/// Tells the peer that this side has the extension. Before the peer is told that the memory is
+/// there, or mapped.
+pub(super) fn show_extension(manager: &BufferManager, config: &Config, role: Role) {
+    manager.show_extension(places(role).0, extension(manager, config));
+}
+
+impl Credit {
+    pub(super) fn new(manager: &BufferManager, config: &Config, role: Role) -> Self {
+        let credit = Self {
+            ours: extension(manager, config).window(),
+            window_here: Cell::new(UNBOUNDED),
+            window_there: Cell::new(UNBOUNDED),
+            looks: Cell::new(LOOKS),
+            kept: RefCell::default(),
+        };
+        credit.look(manager, role);
+        credit
+    }
+
+    /// Looks whether the peer has said by now what it knows.
+    fn look(&self, manager: &BufferManager, role: Role) {
+        let Some(left) = self.looks.get().checked_sub(1) else { return };
+        self.looks.set(left);
+        if let Some(extension) = manager.peer_extension(places(role).1) {
+            self.looks.set(0);
+            self.window_here.set(self.ours);
+            self.window_there.set(extension.window());
+        }
+    }
+
+    /// Whether the peer has the extension too.
+    #[inline]
+    pub(super) fn is_known(&self) -> bool {
+        self.window_there.get() != UNBOUNDED
+    }
+
+    pub(super) fn has_kept(&self) -> bool {
+        !self.kept.borrow().is_empty()
+    }
+}
+
+impl SessionInner {
+    /// Something came from the peer.
+    #[inline]
+    pub(super) fn look_for_extension(&self) {
+        if self.credit.looks.get() > 0 {
+            self.credit.look(&self.lanes.manager, self.role);
+        }
+    }
+
+    /// Whether the peer's reader of this stream is near enough.
+    #[inline]
+    pub(super) fn has_window(&self, stream: &StreamInner) -> bool {
+        stream.sending.has_room(self.credit.window_there.get())
+    }
+
+    /// Whether a stream that used the socket may go through shared memory again: only when the
+    /// peer's reader has taken what went over the socket can nothing overtake it.
+    pub(super) fn may_return_to_memory(&self, stream: &StreamInner) -> bool {
+        self.credit.is_known() && stream.sending.is_socket_done()
+    }
+
+    /// A reader took a message.
+    #[inline]
+    pub(super) fn note_taken(self: &Rc<Self>, stream: &StreamInner, chain: &Chain) {
+        self.note_unread(chain.socket_len());
+        self.give_credit(stream, chain.occupies(), !chain.is_shared());
+    }
+
+    /// Tells the peer how much a reader has taken, when that is due.
+    #[inline]
+    pub(super) fn give_credit(
+        self: &Rc<Self>,
+        stream: &StreamInner,
+        occupied: u64,
+        over_socket: bool,
+    ) {
+        let done = over_socket && stream.inbound.borrow().socket_len() == 0;
+        let window = self.credit.window_here.get();
+        if let Some(credit) = stream.receiving.note_taken(occupied, over_socket, done, window)
+            && window != UNBOUNDED
+        {
+            self.send_credit(stream.id(), credit);
+        }
+    }
+
+    #[inline(never)]
+    fn send_credit(self: &Rc<Self>, stream_id: u32, credit: u32) {
+        if self.is_over() {
+            return;
+        }
+        let status = EventState::Credit.to_status();
+        let event = Event { stream_id, offset: credit, status };
+        if matches!(self.send_event(event), Ok(false)) {
+            self.credit.kept.borrow_mut().push((stream_id, credit));
+            self.activate();
+        }
+    }
+
+    /// Sends the credit that found the queue full.
+    pub(super) fn send_kept_credit(self: &Rc<Self>) {
+        if self.credit.has_kept() {
+            for (stream_id, credit) in self.credit.kept.take() {
+                self.send_credit(stream_id, credit);
+            }
+        }
+    }
+
+    /// The peer's reader has taken so much of a stream.
+    pub(super) fn take_credit(&self, stream_id: u32, credit: u32) {
+        let stream = self.streams.borrow().get(stream_id).cloned();
+        if let Some(stream) = stream {
+            stream.sending.credit(u64::from(credit));
+            stream.writer.wake();
+        }
+    }
+}

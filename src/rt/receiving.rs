@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a session does when something arrives.
+//!
+//! # Order between the two paths
+//!
+//! Data of a stream can come by the queue and, once the peer's pool has run empty, over the socket.
+//! Neither path knows of the other, so the order is made here:
+//!
+//! - What comes over the socket was sent after every event that was published before it. So the
+//!   queue is drained before a FallbackData or StreamClose is handled.
+//! - A close that comes by the queue may overtake data in the socket: shmipc-go closes that way
+//!   even when its last data went over the socket. So such a close counts only when the socket has
+//!   nothing more to give.
+
+use std::io;
+use std::rc::Rc;
+
+use futures_lite::future::{poll_fn, yield_now};
+
+use super::session::SessionInner;
+use super::socket::Received;
+use super::stream::StreamInner;
+use crate::error::{Error, HandshakeError, MemoryError};
+use crate::proto::stream::Path;
+use crate::shm::chain::Chain;
+use crate::wire::{Event, EventState, Header, Message};
+
+/// The most receives in a row from one socket.
+const RECEIVES_PER_TURN: usize = 16;
+
+impl SessionInner {
+    #[inline]
+    pub(super) fn handle_event(self: &Rc<Self>, event: Event) -> Result<(), MemoryError> {
+        match event.state() {
+            EventState::Open => self.receive_slices(event)?,
+            EventState::Closed => self.inbox.closing.borrow_mut().push(event.stream_id),
+            EventState::HalfClosed => {
+                // No slice starts at offset 0: an end without data.
+                if event.offset != 0 {
+                    self.receive_slices(event)?;
+                }
+                // Only a peer of this crate ends one direction, and then nothing of it is still in
+                // the socket.
+                self.peer_half_closed(event.stream_id);
+            }
+            EventState::Credit if self.credit.is_known() => {
+                self.take_credit(event.stream_id, event.offset);
+            }
+            EventState::Credit => {
+                return Err(MemoryError::Field {
+                    what: "stream state of an event",
+                    value: 3,
+                    problem: "this side has not offered credit",
+                });
+            }
+            EventState::Unknown(state) => {
+                return Err(MemoryError::Field {
+                    what: "stream state of an event",
+                    value: u64::from(state),
+                    problem: "expected open, closed or half-closed",
+                });
+            }
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn receive_slices(self: &Rc<Self>, event: Event) -> Result<(), MemoryError> {
+        let chain = self.adopt(event.offset)?;
+        self.deliver(event.stream_id, chain);
+        Ok(())
+    }
+
+    #[inline(always)]
+    pub(super) fn adopt(&self, offset: u32) -> Result<Chain, MemoryError> {
+        let chain = self.lanes.manager.adopt(offset)?;
+        self.activity.note_received();
+        self.counters.bytes_received.add(chain.len() as u64);
+        Ok(chain)
+    }
+
+    /// Hands data to its stream. What nobody wants goes back where it came from.
+    #[inline]
+    fn deliver(self: &Rc<Self>, id: u32, data: Chain) {
+        let known = self.streams.borrow().get(id).cloned();
+        match known {
+            Some(stream) => self.hand_over(&stream, data),
+            None => self.deliver_first(id, data),
+        }
+    }
+
+    /// Hands data to a stream that is not in the table, if the peer opens it now.
+    #[inline(never)]
+    fn deliver_first(self: &Rc<Self>, id: u32, data: Chain) {
+        if let Some(stream) = self.open_for_peer(id) {
+            self.hand_over(&stream, data);
+            self.put_before_acceptors(stream);
+        }
+    }
+
+    /// Enters a stream that is not in the table, if the peer opens it now and there is room.
+    fn open_for_peer(self: &Rc<Self>, id: u32) -> Option<Rc<StreamInner>> {
+        if !self.streams.borrow().is_new(id) {
+            return None;
+        }
+        if self.streams.borrow().is_full() {
+            self.streams.borrow_mut().note_used(id);
+            tracing::debug!(stream = id, "refused: too many streams");
+            self.tell_closed(id, Path::SharedMemory);
+            return None;
+        }
+        let stream = Rc::new(StreamInner::new(id, &self.lanes.manager));
+        self.streams.borrow_mut().insert(id, Rc::clone(&stream));
+        Some(stream)
+    }
+
+    fn put_before_acceptors(&self, stream: Rc<StreamInner>) {
+        self.accepts.ready.borrow_mut().push_back(stream);
+        self.accepts.waiting.wake_all();
+    }
+
+    #[inline]
+    fn hand_over(self: &Rc<Self>, stream: &StreamInner, data: Chain) {
+        if !stream.has_reader() {
+            stream.note_known_to_peer();
+            return self.give_credit(stream, data.occupies(), !data.is_shared());
+        }
+        let socket_len = data.socket_len();
+        if socket_len > 0 {
+            self.inbox.unread_bytes.set(self.inbox.unread_bytes.get() + socket_len);
+        }
+        stream.receive(data);
+        self.wake_reader(stream);
+    }
+
+    #[inline]
+    pub(super) fn wake_reader(&self, stream: &StreamInner) {
+        let woken = u32::from(stream.reader.wake());
+        self.activity.waiting_readers.set(self.activity.waiting_readers.get() - woken);
+    }
+
+    /// Notes that bytes which came over the socket were read, or thrown away.
+    pub(super) fn note_unread(&self, read: usize) {
+        if read > 0 {
+            self.inbox.unread_bytes.set(self.inbox.unread_bytes.get().saturating_sub(read));
+            self.inbox.paused.wake_all();
+        }
+    }
+
+    fn has_too_much_unread(&self) -> bool {
+        self.inbox.unread_bytes.get() >= self.config.limits.unread_fallback_bytes
+    }
+
+    /// Closes the streams whose close came by the queue, once the socket has nothing more for them.
+    pub(super) fn finish_closing(self: &Rc<Self>) {
+        if self.inbox.closing.borrow().is_empty() {
+            return;
+        }
+        let is_drained = self.receive_messages();
+        if is_drained || self.is_over() {
+            let closing = std::mem::take(&mut *self.inbox.closing.borrow_mut());
+            for &id in &closing {
+                self.peer_closed(id);
+            }
+            // Keeps the allocation.
+            let mut list = self.inbox.closing.borrow_mut();
+            if list.is_empty() {
+                *list = closing;
+                list.clear();
+            }
+        }
+    }
+
+    fn peer_closed(&self, id: u32) {
+        let stream = self.streams.borrow().get(id).cloned();
+        if let Some(stream) = stream {
+            stream.life().peer_closed();
+            self.wake_reader(&stream);
+            stream.writer.wake();
+        }
+    }
+
+    /// The peer sends nothing more on a stream, which may be one that it opens this way.
+    fn peer_half_closed(self: &Rc<Self>, id: u32) {
+        let known = self.streams.borrow().get(id).cloned();
+        match known {
+            Some(stream) => {
+                stream.life().peer_half_closed();
+                self.wake_reader(&stream);
+            }
+            // Only a peer of this crate opens a stream to say that nothing comes on it.
+            None => {
+                if self.credit.is_known()
+                    && let Some(stream) = self.open_for_peer(id)
+                {
+                    stream.note_known_to_peer();
+                    stream.life().peer_half_closed();
+                    self.put_before_acceptors(stream);
+                }
+            }
+        }
+    }
+
+    /// Reads messages from the socket and handles them. Whether nothing more is there, and no
+    /// message is half there.
+    fn receive_messages(self: &Rc<Self>) -> bool {
+        for _ in 0..RECEIVES_PER_TURN {
+            if self.is_over() || self.has_too_much_unread() {
+                return false;
+            }
+            match self.receive_once() {
+                // Less than there was room for is all that there was.
+                Ok(Received::Bytes(room)) if room > 0 => {
+                    return self.inbox.deframer.borrow().is_empty();
+                }
+                Ok(Received::Bytes(_)) => {}
+                Ok(Received::Nothing) => return self.inbox.deframer.borrow().is_empty(),
+                Ok(Received::End) => {
+                    self.peer_is_gone();
+                    return true;
+                }
+                Err(error) => {
+                    self.fail(error);
+                    return false;
+                }
+            }
+        }
+        false
+    }
+
+    /// Receives once. `Bytes` tells how much room was left.
+    fn receive_once(self: &Rc<Self>) -> Result<Received, Error> {
+        let received = {
+            let mut deframer = self.inbox.deframer.borrow_mut();
+            let hint = deframer.receive_hint();
+            let space = deframer.space(hint);
+            let room = space.len();
+            match self.socket().try_receive(space) {
+                Ok(Received::Bytes(count)) => {
+                    deframer.commit(count);
+                    Received::Bytes(room - count)
+                }
+                Ok(other) => other,
+                // A peer that died with our bytes unread is gone like any other.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Received::End,
+                Err(error) => return Err(Error::os("receive from the peer", error)),
+            }
+        };
+        loop {
+            let message = self.inbox.deframer.borrow_mut().next_message()?;
+            let Some((header, message)) = message else {
+                return Ok(received);
+            };
+            self.handle_message(&header, message)?;
+        }
+    }
+
+    fn handle_message(self: &Rc<Self>, header: &Header, message: Message) -> Result<(), Error> {
+        if header.version != self.version_byte() {
+            return Err(HandshakeError::VersionChanged {
+                message: header.message.name(),
+                got: header.version,
+                agreed: self.version_byte(),
+            }
+            .into());
+        }
+        match message {
+            Message::SyncEvent => {
+                self.counters.sync_events_received.add(1);
+                self.activate();
+            }
+            Message::FallbackData { stream_id, status, data } => {
+                self.drain_all();
+                self.receive_fallback(stream_id, status, data)?;
+            }
+            Message::StreamClose { stream_id } => {
+                self.drain_all();
+                self.peer_closed(stream_id);
+            }
+            Message::HotRestart { epoch } | Message::HotRestartAck { epoch } => {
+                // A server that restarts and is not answered goes on serving after two seconds
+                // (WIRE chapter 7).
+                tracing::debug!(epoch, "hot restart is not taken part in");
+            }
+            _ => {
+                return Err(HandshakeError::Unexpected {
+                    got: header.message.name(),
+                    expected: "a message of a running session",
+                }
+                .into());
+            }
+        }
+        Ok(())
+    }
+
+    fn receive_fallback(
+        self: &Rc<Self>,
+        stream_id: u32,
+        status: u32,
+        data: bytes::Bytes,
+    ) -> Result<(), Error> {
+        self.counters.fallback_received.add(1);
+        match EventState::from_status(status) {
+            EventState::Closed => self.peer_closed(stream_id),
+            EventState::Open | EventState::HalfClosed => {
+                if !data.is_empty() {
+                    let data = Chain::received(Rc::clone(&self.lanes.manager), data);
+                    self.deliver(stream_id, data);
+                }
+                if EventState::from_status(status) == EventState::HalfClosed {
+                    self.peer_half_closed(stream_id);
+                }
+            }
+            EventState::Credit | EventState::Unknown(_) => {
+                return Err(MemoryError::Field {
+                    what: "stream state of FallbackData",
+                    value: u64::from(status & 0xff),
+                    problem: "expected open, closed or half-closed",
+                }
+                .into());
+            }
+        }
+        Ok(())
+    }
+
+    /// The socket has ended. What the peer published before is still delivered.
+    pub(super) fn peer_is_gone(self: &Rc<Self>) {
+        self.drain_all();
+        let closing = std::mem::take(&mut *self.inbox.closing.borrow_mut());
+        for id in closing {
+            self.peer_closed(id);
+        }
+        self.fail(Error::PeerClosed);
+    }
+}
+
+/// Handles what comes over the socket for as long as the session lives.
+pub(super) async fn read_socket(session: Rc<SessionInner>) {
+    while !session.is_over() {
+        poll_fn(|context| {
+            if session.is_over() || !session.has_too_much_unread() {
+                return std::task::Poll::Ready(());
+            }
+            session.inbox.paused.register(context, None);
+            std::task::Poll::Pending
+        })
+        .await;
+        if let Err(error) = session.socket().readable().await {
+            session.fail(error);
+        }
+        if session.receive_messages() {
+            session.finish_closing();
+        }
+        // A peer that never stops sending must not keep the core.
+        yield_now().await;
+    }
+}

@@ -1,0 +1,439 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The sending half of a stream.
+
+use std::future::{Future, poll_fn};
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
+
+use bytes::{Buf, Bytes};
+use futures_lite::AsyncWrite;
+
+use super::deadline::Deadline;
+use super::loan::{Loan, Message};
+use super::session::{SessionGuard, SessionInner};
+use super::stream::{Half, StreamInner};
+use crate::error::{Error, Result};
+use crate::proto::stream::{Path, Side};
+use crate::shm::chain::{Chain, Parcel};
+use crate::wire::{Event, EventState};
+
+/// The most bytes that one write puts behind one event. The peer reads the first piece while this
+/// side writes the second, and its slices come back warm.
+const WRITE_AT_MOST: usize = 256 << 10;
+/// The most bytes that one FallbackData carries.
+const FALLBACK_AT_MOST: usize = 64 << 10;
+
+/// The sending half of a [`Stream`](crate::Stream), as [`split`](crate::Stream::split) gives it.
+///
+/// Dropping it [finishes](Self::finish) this direction; the other half goes on. When both halves
+/// are dropped, the stream is closed.
+pub struct WriteHalf {
+    session: Rc<SessionGuard>,
+    inner: Rc<StreamInner>,
+    /// Until when the present write waits for free slices, before it leaves shared memory.
+    pool_deadline: Option<Instant>,
+    deadline: Deadline,
+}
+
+impl WriteHalf {
+    pub(super) fn new(session: Rc<SessionGuard>, inner: Rc<StreamInner>) -> Self {
+        Self { session, inner, pool_deadline: None, deadline: Deadline::default() }
+    }
+
+    #[inline]
+    pub(super) fn session(&self) -> &Rc<SessionInner> {
+        self.session.inner()
+    }
+
+    #[inline]
+    pub(super) fn inner(&self) -> &Rc<StreamInner> {
+        &self.inner
+    }
+
+    /// The stream's number.
+    pub fn id(&self) -> u32 {
+        self.inner.id()
+    }
+
+    /// Whether this stream sends over the socket now, because the pool had no slice for it.
+    pub fn is_fallen_back(&self) -> bool {
+        self.inner.life().path() == Path::Socket
+    }
+
+    /// Until when writes, allocations and sends wait; `None`, the default, is for ever. One that
+    /// would wait beyond it ends with [`Error::DeadlinePassed`], and has sent nothing more.
+    pub fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.deadline.set(deadline);
+    }
+
+    /// Borrows shared memory for a message of up to `len` bytes.
+    ///
+    /// Waits while the pool is empty, up to [`pool_wait`](crate::ConfigBuilder::pool_wait); then,
+    /// and while the stream is [fallen back](Self::is_fallen_back), the loan is private memory.
+    /// Cancel-safe: nothing is taken until it is given.
+    ///
+    /// # Errors
+    ///
+    /// The stream is closed, the session over, or the [deadline](Self::set_deadline) has passed.
+    #[inline]
+    pub fn alloc(&mut self, len: usize) -> Alloc<'_> {
+        Alloc { half: self, len }
+    }
+
+    /// Sends what was written into a loan, as one flush.
+    ///
+    /// A loan of any stream of the same session will do. One into which nothing was written is
+    /// given back, and nothing is sent. Waits while the send queue is full, and while the peer's
+    /// reader is too far behind. Cancel-safe: a send that is dropped before it ends has sent
+    /// nothing.
+    ///
+    /// # Errors
+    ///
+    /// The stream is closed, the session over, the [deadline](Self::set_deadline) has passed, or
+    /// [`Error::ForeignLoan`]. The loan is given back.
+    #[inline]
+    pub fn send(&mut self, loan: Loan) -> Send<'_> {
+        Send { half: self, chain: Some(loan.chain), bytes: Bytes::new() }
+    }
+
+    /// Passes a message on that was received on this stream or another one of the same session,
+    /// without a copy: what of it is unread, as one flush. For the rest as [`send`](Self::send).
+    #[inline]
+    pub fn forward(&mut self, message: Message) -> Send<'_> {
+        Send { half: self, chain: Some(message.chain), bytes: Bytes::new() }
+    }
+
+    /// Ends this direction: the peer reads the end after all that was sent. The other direction goes
+    /// on. Waits until what was written has left this process.
+    ///
+    /// A peer that is not of this crate does not know the end of one direction. It is told when the
+    /// stream is closed. Cancel-safe: the direction is ended at the first poll.
+    ///
+    /// # Errors
+    ///
+    /// The session ended before everything had left.
+    pub async fn finish(&mut self) -> Result<()> {
+        self.finish_now();
+        let session = self.session.inner();
+        poll_fn(|context| session.poll_flushed(context)).await
+    }
+
+    fn finish_now(&self) {
+        let session = self.session.inner();
+        session.half_close_stream(&self.inner);
+        session.flush_queue();
+    }
+
+    /// Whether this side may send.
+    #[inline]
+    fn check_open(&self) -> Result<()> {
+        let session = self.session.inner();
+        if self.inner.life().can_send() && !session.is_over() {
+            return Ok(());
+        }
+        self.why_not_open()
+    }
+
+    #[cold]
+    fn why_not_open(&self) -> Result<()> {
+        let life = self.inner.life();
+        if life.here() != Side::Open {
+            return Err(Error::StreamClosed);
+        }
+        if life.peer() == Side::Closed {
+            return Err(Error::StreamClosedByPeer);
+        }
+        Err(self.session().end_error())
+    }
+
+    /// Which way data goes now.
+    #[inline]
+    fn path(&self) -> Path {
+        let path = self.inner.life().path();
+        if path == Path::Socket && self.session().may_return_to_memory(&self.inner) {
+            self.inner.life().return_to_memory();
+            return Path::SharedMemory;
+        }
+        path
+    }
+
+    #[inline]
+    fn poll_alloc(&mut self, context: &mut Context<'_>, len: usize) -> Poll<Result<Loan>> {
+        self.check_open()?;
+        if self.path() == Path::SharedMemory {
+            let session = self.session.inner();
+            // Before any slice is taken: only an active session comes to rest again and gives back.
+            session.activate();
+            let allocated = session.lanes.manager.allocate(len, false);
+            if let Some(chain) = allocated.map_err(|error| session.broken(error))? {
+                self.pool_deadline = None;
+                return Poll::Ready(Ok(Loan { chain }));
+            }
+            ready!(self.poll_pool(context))?;
+        }
+        let manager = Rc::clone(&self.session().lanes.manager);
+        Poll::Ready(Ok(Loan { chain: Chain::private(manager, len) }))
+    }
+
+    /// Sends a chain if nothing has to be waited for; otherwise gives it back.
+    #[inline]
+    fn send_now(&mut self, chain: Chain) -> Result<Option<Chain>> {
+        self.check_open()?;
+        if chain.len() == 0 {
+            return Ok(None);
+        }
+        let session = self.session();
+        if !chain.is_of(&session.lanes.manager) {
+            return Err(Error::ForeignLoan);
+        }
+        let must_wait = !chain.is_shared()
+            || self.inner.life().path() == Path::Socket
+            || !session.has_window(&self.inner)
+            || self.is_queue_full()?;
+        if must_wait {
+            return Ok(Some(chain));
+        }
+        // For forwarded messages; a loan had it activated.
+        session.activate();
+        if let Some(parcel) = chain.into_parcel() {
+            self.send_parcel(parcel)?;
+        }
+        Ok(None)
+    }
+
+    /// Waits until there is room for an event of this stream.
+    fn poll_room(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
+        self.check_open()?;
+        let session = self.session.inner();
+        session.activate();
+        if !session.has_window(&self.inner) {
+            if self.inner.writer.register(context) {
+                session.counters.window_full.add(1);
+            }
+        } else if self.is_queue_full()? {
+            session.counters.queue_full.add(1);
+            session.lanes.queue_waiting.register(context, None);
+        } else {
+            return Poll::Ready(Ok(()));
+        }
+        self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed))
+    }
+
+    #[inline(always)]
+    fn is_queue_full(&self) -> Result<bool> {
+        let is_full = self.session().lanes.producer.borrow_mut().is_full();
+        is_full.map_err(|error| self.session().broken(error))
+    }
+
+    /// Sends the event that hands slices to the peer. There is room for it.
+    #[inline(always)]
+    fn send_parcel(&self, parcel: Parcel) -> Result<()> {
+        let status = EventState::Open.to_status();
+        let session = self.session();
+        let event = Event { stream_id: self.inner.id(), offset: parcel.offset, status };
+        let sent = session.send_event(event)?;
+        debug_assert!(sent, "there was room a moment ago");
+        self.inner.note_known_to_peer();
+        self.inner.sending.note_sent(parcel.occupies);
+        session.counters.bytes_sent.add(parcel.len as u64);
+        session.activity.note_sent(parcel.len);
+        Ok(())
+    }
+
+    fn poll_write_some(&mut self, context: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
+        self.check_open()?;
+        if bytes.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        if self.path() == Path::SharedMemory
+            && let Some(count) = ready!(self.poll_send_slices(context, bytes))?
+        {
+            return Poll::Ready(Ok(count));
+        }
+        self.poll_send_fallback(context, bytes, FALLBACK_AT_MOST)
+    }
+
+    /// Sends through shared memory. `None`: there are no slices, and will not be in time.
+    fn poll_send_slices(
+        &mut self,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<Result<Option<usize>>> {
+        ready!(self.poll_room(context))?;
+        let want = bytes.len().min(WRITE_AT_MOST);
+        let written = self.session().lanes.manager.write_message(&bytes[..want]);
+        let written = written.map_err(|error| self.session().broken(error))?;
+        let Some(parcel) = written else {
+            return self.poll_pool(context).map_ok(|()| None);
+        };
+        self.pool_deadline = None;
+        self.send_parcel(parcel)?;
+        Poll::Ready(Ok(Some(parcel.len)))
+    }
+
+    /// The pool is empty: waits as long as the configuration says, then leaves shared memory.
+    fn poll_pool(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
+        let session = self.session.inner();
+        let now = Instant::now();
+        let until = *self.pool_deadline.get_or_insert_with(|| {
+            session.counters.pool_empty.add(1);
+            now + session.config.pool_wait
+        });
+        if now < until {
+            session.lanes.pool_waiting.register(context, Some(until));
+            return self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed));
+        }
+        self.pool_deadline = None;
+        self.inner.life().fall_back();
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_send_fallback(
+        &mut self,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+        at_most: usize,
+    ) -> Poll<Result<usize>> {
+        self.check_open()?;
+        let session = self.session.inner();
+        if !session.has_window(&self.inner) {
+            // The credit comes by the queue.
+            session.activate();
+            if self.inner.writer.register(context) {
+                session.counters.window_full.add(1);
+            }
+            return self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed));
+        }
+        if session.outbox().is_full() {
+            session.outbox().waiting().register(context, None);
+            return self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed));
+        }
+        // Everything that was published before must be seen before; the peer drains its queue when
+        // the message comes.
+        session.flush_queue();
+        let count = bytes.len().min(at_most);
+        session.send_fallback(self.inner.id(), &bytes[..count], EventState::Open);
+        self.inner.note_known_to_peer();
+        self.inner.sending.note_sent_over_socket(count as u64);
+        Poll::Ready(Ok(count))
+    }
+}
+
+impl Drop for WriteHalf {
+    fn drop(&mut self) {
+        self.session().drop_half(&self.inner, Half::Write);
+    }
+}
+
+/// Writes are sent at once: each goes into free slices and one event, and takes at most 256 KiB or
+/// what the pool has. Many small writes are better collected first, as with a socket.
+///
+/// Waits while the send queue is full, and while the peer's reader is too far behind. While the pool
+/// is empty, waits for [`pool_wait`](crate::ConfigBuilder::pool_wait), and then goes over the
+/// socket.
+///
+/// # Errors
+///
+/// `BrokenPipe` when the peer has closed the stream, `NotConnected` when this side has, `TimedOut`
+/// when the deadline has passed, otherwise the end of the session. Cancel-safe: a write that is
+/// dropped has sent nothing, or returned.
+impl AsyncWrite for WriteHalf {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.get_mut().poll_write_some(context, bytes).map_err(io::Error::from)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.session().flush_queue();
+        self.session().poll_flushed(context).map_err(io::Error::from)
+    }
+
+    /// Ends this direction, like [`WriteHalf::finish`].
+    fn poll_close(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.finish_now();
+        self.session().poll_flushed(context).map_err(io::Error::from)
+    }
+}
+
+/// Waits for memory to write a message into: see [`Stream::alloc`](crate::Stream::alloc).
+#[must_use = "futures do nothing unless they are awaited"]
+pub struct Alloc<'a> {
+    half: &'a mut WriteHalf,
+    len: usize,
+}
+
+impl Future for Alloc<'_> {
+    type Output = Result<Loan>;
+
+    #[inline]
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let len = self.len;
+        self.half.poll_alloc(context, len)
+    }
+}
+
+/// Sends a message: see [`Stream::send`](crate::Stream::send).
+#[must_use = "futures do nothing unless they are awaited"]
+pub struct Send<'a> {
+    half: &'a mut WriteHalf,
+    chain: Option<Chain>,
+    /// What of the message still has to go over the socket.
+    bytes: Bytes,
+}
+
+impl Future for Send<'_> {
+    type Output = Result<()>;
+
+    #[inline]
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        if let Some(chain) = self.chain.take() {
+            match self.half.send_now(chain)? {
+                None => return Poll::Ready(Ok(())),
+                left => self.chain = left,
+            }
+        }
+        self.get_mut().poll_slowly(context)
+    }
+}
+
+impl Send<'_> {
+    #[inline(never)]
+    fn poll_slowly(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
+        while let Some(chain) = &self.chain {
+            if !chain.is_shared() || self.half.path() == Path::Socket {
+                // Also when the stream fell back after the loan was made: in order, it can only
+                // follow that way.
+                self.half.inner.life().fall_back();
+                self.bytes = self.chain.take().map(Chain::into_bytes).unwrap_or_default();
+                break;
+            }
+            ready!(self.half.poll_room(context))?;
+            if let Some(chain) = self.chain.take() {
+                self.chain = self.half.send_now(chain)?;
+            }
+        }
+        while !self.bytes.is_empty() {
+            // In one piece, since it is one flush, as long as the peer takes messages that long.
+            let at_most = self.half.session().config.limits.message_len as usize - 16;
+            let count = ready!(self.half.poll_send_fallback(context, &self.bytes, at_most))?;
+            self.bytes.advance(count);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl std::fmt::Debug for WriteHalf {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("WriteHalf")
+            .field("id", &self.id())
+            .field("is_fallen_back", &self.is_fallen_back())
+            .finish_non_exhaustive()
+    }
+}
