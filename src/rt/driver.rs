@@ -24,12 +24,12 @@ const LOOK_AHEAD: u32 = 2;
 const IN_PLACE_LOOKS: usize = 250;
 /// How many waits are not made in place after some that were in vain.
 const IN_PLACE_SKIPS: u32 = 63;
-/// What a session's tasks may spend in a row without the poller's turn: less than 50 us, so that
-/// other tasks are not kept waiting for longer.
-const IN_PLACE_CREDIT: usize = 128;
+/// What a session's tasks may spend in a row without the poller's turn: some 20 us, so that other
+/// tasks, and what io_uring has for them, are not kept waiting for much longer.
+const IN_PLACE_CREDIT: usize = 32;
 /// What a message costs of it: itself, and one more for so many bytes.
 const IN_PLACE_COST: usize = 1;
-const IN_PLACE_BYTES: usize = 8 << 10;
+const IN_PLACE_BYTES: usize = 32 << 10;
 
 /// What a session does next with its place among the active ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -194,7 +194,8 @@ impl SessionInner {
                 let cost = IN_PLACE_COST + len / IN_PLACE_BYTES;
                 in_place.credit.set(in_place.credit.get().saturating_sub(cost));
                 in_place.penalty.set(0);
-                return chain;
+                self.poller.note_wait_in_place();
+                return chain.or_else(|| stream.pop_inbound());
             }
         }
         let penalty = (in_place.penalty.get() * 2 + 1).min(IN_PLACE_SKIPS);

@@ -49,6 +49,8 @@ pub(super) struct Poller {
     active: RefCell<Vec<Rc<SessionInner>>>,
     task: WakerSlot,
     last_reactor_pass: Cell<Option<Instant>>,
+    /// Whether tasks did more since the last pass than run once: then the time has to be looked up.
+    is_clock_stale: Cell<bool>,
     /// How long io_uring goes unlooked at while a session is busy: what the most demanding session
     /// of this core was configured with.
     reactor_interval: Cell<Duration>,
@@ -73,6 +75,7 @@ impl Poller {
             active: RefCell::default(),
             task: WakerSlot::default(),
             last_reactor_pass: Cell::new(None),
+            is_clock_stale: Cell::new(false),
             reactor_interval: Cell::new(Duration::MAX),
         });
         CURRENT.set(Some(Rc::clone(&poller)));
@@ -83,6 +86,12 @@ impl Poller {
     /// Looks at io_uring at least this often while a session is busy.
     pub(super) fn demand(&self, interval: Duration) {
         self.reactor_interval.set(self.reactor_interval.get().min(interval));
+    }
+
+    /// Notes that a task has waited in place.
+    #[inline]
+    pub(super) fn note_wait_in_place(&self) {
+        self.is_clock_stale.set(true);
     }
 
     /// Starts a task beside the poller's, in its task queue.
@@ -166,7 +175,7 @@ async fn run(poller: Rc<Poller>) {
     let mut clock = Clock::new();
     let mut give_way = GiveWay::default();
     loop {
-        let now = clock.now();
+        let now = clock.now(poller.is_clock_stale.take());
         match poller.pass(now) {
             Stay::Moving => {
                 give_way.after_traffic();
@@ -258,9 +267,9 @@ impl Clock {
         Self { now: Instant::now(), passes: 0 }
     }
 
-    fn now(&mut self) -> Instant {
+    fn now(&mut self, is_stale: bool) -> Instant {
         self.passes += 1;
-        if self.passes >= Self::PASSES {
+        if is_stale || self.passes >= Self::PASSES {
             *self = Self::new();
         }
         self.now
@@ -351,7 +360,7 @@ impl Kick {
             return;
         };
         // A little early, so that what takes two looks is done within two intervals.
-        if now.saturating_duration_since(last) < poller.reactor_interval.get() * 7 / 8 {
+        if now.saturating_duration_since(last) < poller.reactor_interval.get() * 3 / 4 {
             return;
         }
         poller.last_reactor_pass.set(Some(now));

@@ -132,7 +132,7 @@ impl ReadHalf {
         let (session, inner) = (self.session(), &*self.inner);
         let mut chain = inner.inbound.borrow_mut().pop();
         if chain.is_none() && inner.life().can_receive() && !session.is_over() {
-            chain = session.wait_in_place(inner).or_else(|| inner.inbound.borrow_mut().pop());
+            chain = session.wait_in_place(inner);
         }
         match chain {
             Some(chain) => Poll::Ready(Ok(Some(chain))),

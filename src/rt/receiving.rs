@@ -92,9 +92,12 @@ impl SessionInner {
     /// Hands data to a stream that is not in the table, if the peer opens it now.
     #[inline(never)]
     fn deliver_first(self: &Rc<Self>, id: u32, data: Chain) {
-        if let Some(stream) = self.open_for_peer(id) {
-            self.hand_over(&stream, data);
-            self.put_before_acceptors(stream);
+        match self.open_for_peer(id) {
+            Some(stream) => {
+                self.hand_over(&stream, data);
+                self.put_before_acceptors(stream);
+            }
+            None => self.note_unread(data.socket_len()),
         }
     }
 
@@ -123,11 +126,7 @@ impl SessionInner {
     fn hand_over(self: &Rc<Self>, stream: &StreamInner, data: Chain) {
         if !stream.has_reader() {
             stream.note_known_to_peer();
-            return self.give_credit(stream, data.occupies(), !data.is_shared());
-        }
-        let socket_len = data.socket_len();
-        if socket_len > 0 {
-            self.inbox.unread_bytes.set(self.inbox.unread_bytes.get() + socket_len);
+            return self.note_taken(stream, &data);
         }
         stream.receive(data);
         self.wake_reader(stream);
@@ -305,6 +304,8 @@ impl SessionInner {
             EventState::Open | EventState::HalfClosed => {
                 if !data.is_empty() {
                     let data = Chain::received(Rc::clone(&self.lanes.manager), data);
+                    let unread = &self.inbox.unread_bytes;
+                    unread.set(unread.get() + data.len());
                     self.deliver(stream_id, data);
                 }
                 if EventState::from_status(status) == EventState::HalfClosed {

@@ -97,6 +97,12 @@ impl StreamInner {
         self.inbound.borrow_mut().push(data);
     }
 
+    /// The oldest flush, when it did not come straight to the reader.
+    #[inline(never)]
+    pub(super) fn pop_inbound(&self) -> Option<Chain> {
+        self.inbound.borrow_mut().pop()
+    }
+
     /// Whether a reader has something to do: data, or an end.
     #[inline]
     pub(super) fn has_news(&self) -> bool {
