@@ -360,7 +360,7 @@ impl Kick {
             return;
         };
         // A little early, so that what takes two looks is done within two intervals.
-        if now.saturating_duration_since(last) < poller.reactor_interval.get() * 3 / 4 {
+        if now.saturating_duration_since(last) < poller.reactor_interval.get() * 7 / 8 {
             return;
         }
         poller.last_reactor_pass.set(Some(now));

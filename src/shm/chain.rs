@@ -55,6 +55,8 @@ pub(super) struct ChainState {
     /// slices hold together, or what came over the socket.
     capacity: usize,
     private: Private,
+    /// While no chain has it: the next one that none has.
+    pub(super) next_free: Option<Box<ChainState>>,
 }
 
 enum Private {
@@ -72,6 +74,7 @@ impl ChainState {
             len: 0,
             capacity: 0,
             private: Private::No,
+            next_free: None,
         }
     }
 }

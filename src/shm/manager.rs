@@ -27,6 +27,7 @@ use std::sync::atomic::Ordering;
 use super::access::{Memory, PeerTrust};
 use super::chain::{Chain, ChainState, Parcel};
 use super::list::{BufferList, MAX_BATCH};
+use super::magazine::Magazine;
 use super::region::Region;
 use crate::config::SliceClass;
 use crate::error::MemoryError;
@@ -38,10 +39,8 @@ use crate::wire::layout::{
 
 /// The most lists that this side maps.
 const MAX_LISTS: usize = 32;
-/// The most slices that this side keeps a ledger for: 64 MiB of ledger.
+/// The most slices that this side keeps a ledger for: 80 MiB of ledger.
 const MAX_SLICES: u64 = 4 << 20;
-/// The most chains that are kept to be used again.
-const MAX_CHAIN_STATES: usize = 1024;
 /// The most slices in a magazine.
 const MAX_MAGAZINE: usize = 2 * MAX_BATCH;
 
@@ -54,7 +53,7 @@ pub(super) const NO_SLICE: SliceId = u32::MAX;
 ///
 /// Each field is read and written alone, never the whole entry: see the page of
 /// [`chain`](super::chain) for what a load that spans two fresh stores costs.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Entry {
     /// Offset of the slice from the start of the memory; 0 while this side has it neither in a
     /// chain nor in a magazine. No slice starts at 0, where the header of the memory stands.
@@ -65,9 +64,21 @@ pub(super) struct Entry {
     pub(super) start: Cell<u32>,
     /// How many bytes count.
     pub(super) len: Cell<u32>,
+    /// How many bytes the slice can hold.
+    capacity: u32,
 }
 
 impl Entry {
+    const fn of_capacity(capacity: u32) -> Self {
+        Self {
+            offset: Cell::new(0),
+            next: Cell::new(NO_SLICE),
+            start: Cell::new(0),
+            len: Cell::new(0),
+            capacity,
+        }
+    }
+
     #[inline]
     fn set(&self, offset: u32, start: u32, len: u32) {
         self.offset.set(offset);
@@ -92,8 +103,7 @@ struct Class {
     /// The ledger index behind that of its last slice.
     behind: SliceId,
     /// The private stack, the hottest slice last.
-    magazine: RefCell<Vec<SliceId>>,
-    magazine_limit: usize,
+    magazine: Magazine,
 }
 
 /// The buffer memory of one session, as one side sees it.
@@ -103,8 +113,7 @@ pub(crate) struct BufferManager<M = Region> {
     classes: Vec<Class>,
     ledger: Box<[Entry]>,
     /// Kept for the chains to come, so that none of them allocates.
-    #[allow(clippy::vec_box, reason = "they come from chains and go to chains, as they are")]
-    chain_states: RefCell<Vec<Box<ChainState>>>,
+    chain_states: Cell<Option<Box<ChainState>>>,
     /// Which promise of the user speaks for the peer.
     trust: Cell<Option<u64>>,
     /// What was found broken where nobody could be told, in a `Drop`.
@@ -215,19 +224,21 @@ impl<M: Memory> BufferManager<M> {
         }
         let mut first = 0;
         let mut classes = Vec::with_capacity(lists.len());
+        let mut ledger = Vec::with_capacity(total as usize);
         for &list in lists {
-            let magazine_limit = (list.capacity() as usize / 8).min(MAX_MAGAZINE);
-            let magazine = RefCell::new(Vec::with_capacity(magazine_limit + 1));
+            let entries = (0..list.capacity()).map(|_| Entry::of_capacity(list.slice_capacity()));
+            ledger.extend(entries);
+            let magazine = Magazine::new((list.capacity() as usize / 8).min(MAX_MAGAZINE));
             let behind = first + list.capacity();
             let end = list.end() as u32;
-            classes.push(Class { list, end, first, behind, magazine, magazine_limit });
+            classes.push(Class { list, end, first, behind, magazine });
             first = behind;
         }
         Ok(Rc::new(Self {
             memory: Rc::clone(memory),
             classes,
-            ledger: (0..total).map(|_| Entry::default()).collect(),
-            chain_states: RefCell::new(Vec::with_capacity(64)),
+            ledger: ledger.into_boxed_slice(),
+            chain_states: Cell::new(None),
             trust: Cell::new(None),
             broken: RefCell::new(None),
             alarm: RefCell::new(None),
@@ -264,16 +275,20 @@ impl<M: Memory> BufferManager<M> {
 
     #[inline(always)]
     pub(super) fn new_chain_state(&self) -> Box<ChainState> {
-        self.chain_states.borrow_mut().pop().unwrap_or_else(|| Box::new(ChainState::empty()))
+        match self.chain_states.take() {
+            Some(mut state) => {
+                self.chain_states.set(state.next_free.take());
+                state
+            }
+            None => Box::new(ChainState::empty()),
+        }
     }
 
-    /// Keeps what a chain consisted of, as far as there is room. It holds nothing any more.
+    /// Keeps what a chain consisted of. There are never more than were in use at the same time.
     #[inline]
-    pub(super) fn recycle_chain_state(&self, state: Box<ChainState>) {
-        let mut states = self.chain_states.borrow_mut();
-        if states.len() < MAX_CHAIN_STATES {
-            states.push(state);
-        }
+    pub(super) fn recycle_chain_state(&self, mut state: Box<ChainState>) {
+        state.next_free = self.chain_states.take();
+        self.chain_states.set(Some(state));
     }
 
     #[inline]
@@ -310,7 +325,7 @@ impl<M: Memory> BufferManager<M> {
         let usage = |class: &Class| SliceUsage {
             slice_capacity: class.list.slice_capacity(),
             free: class.list.free(&*self.memory),
-            magazine: class.magazine.borrow().len() as u32,
+            magazine: class.magazine.len() as u32,
             total: class.list.capacity(),
         };
         self.classes.iter().map(usage).collect()
@@ -397,24 +412,23 @@ impl<M: Memory> BufferManager<M> {
     pub(crate) fn might_allocate(&self) -> bool {
         self.classes
             .iter()
-            .any(|class| !class.magazine.borrow().is_empty() || class.list.free(&*self.memory) > 1)
+            .any(|class| !class.magazine.is_empty() || class.list.free(&*self.memory) > 1)
     }
 
     #[inline]
     fn take_from(&self, class: &Class) -> Result<Option<SliceId>, MemoryError> {
-        let mut magazine = class.magazine.borrow_mut();
-        if magazine.is_empty() {
-            self.fill(class, &mut magazine)?;
+        if class.magazine.is_empty() {
+            self.fill(class)?;
         }
-        let id = magazine.pop();
+        let id = class.magazine.pop();
         self.held.set(self.held.get() + u32::from(id.is_some()));
         Ok(id)
     }
 
     #[cold]
-    fn fill(&self, class: &Class, magazine: &mut Vec<SliceId>) -> Result<(), MemoryError> {
+    fn fill(&self, class: &Class) -> Result<(), MemoryError> {
         let rests = self.is_resting.get();
-        let want = if rests { 1 } else { (class.magazine_limit / 2).clamp(1, MAX_BATCH) };
+        let want = if rests { 1 } else { (class.magazine.limit() / 2).clamp(1, MAX_BATCH) };
         let batch = class.list.take(&*self.memory, want)?;
         // The first of the list is the last of the stack: taken in the list's order.
         for &place in batch.places().iter().rev() {
@@ -426,7 +440,7 @@ impl<M: Memory> BufferManager<M> {
                 return Err(MemoryError::SharedTwice { offset });
             }
             entry.set(offset, 0, 0);
-            magazine.push(id);
+            class.magazine.push(id);
         }
         Ok(())
     }
@@ -514,15 +528,14 @@ impl<M: Memory> BufferManager<M> {
     /// How many bytes the slice can hold.
     #[inline]
     pub(super) fn slice_capacity(&self, id: SliceId) -> u64 {
-        u64::from(self.class_of(id).list.slice_capacity())
+        u64::from(self.entry(id).capacity)
     }
 
     /// How many more bytes the slice can hold behind those that count.
     #[inline]
     pub(super) fn room_in(&self, id: SliceId) -> usize {
         let entry = self.entry(id);
-        let used = entry.start.get() + entry.len.get();
-        (self.class_of(id).list.slice_capacity() - used) as usize
+        (entry.capacity - entry.start.get() - entry.len.get()) as usize
     }
 
     #[inline]
@@ -566,25 +579,24 @@ impl<M: Memory> BufferManager<M> {
         let next = entry.next.get();
         entry.set(entry.offset.get(), 0, 0);
         let class = self.class_of(id);
-        let mut magazine = class.magazine.borrow_mut();
-        magazine.push(id);
+        class.magazine.push(id);
         let rests = self.is_resting.get();
-        if rests || magazine.len() > class.magazine_limit {
+        if rests || class.magazine.len() > class.magazine.limit() {
             // The coldest half goes, in one batch; the hot end of the stack stays.
-            let count = if rests { 1 } else { magazine.len().div_ceil(2) };
-            self.give_from(class, &mut magazine, count);
+            let count = if rests { 1 } else { class.magazine.len().div_ceil(2) };
+            self.give_from(class, count);
         }
         next
     }
 
     /// Puts the `count` coldest slices of a magazine back into its list, [`MAX_BATCH`] at the most.
     #[inline(never)]
-    fn give_from(&self, class: &Class, magazine: &mut Vec<SliceId>, count: usize) {
-        let count = count.min(MAX_BATCH).min(magazine.len());
+    fn give_from(&self, class: &Class, count: usize) {
         let mut places = [0; MAX_BATCH];
-        for (place, id) in places.iter_mut().zip(magazine.drain(..count)) {
-            self.entry(id).offset.set(0);
-            *place = id - class.first;
+        let count = class.magazine.take_coldest(&mut places[..count.min(MAX_BATCH)]);
+        for place in &mut places[..count] {
+            self.entry(*place).offset.set(0);
+            *place -= class.first;
         }
         if let Err(error) = class.list.give(&*self.memory, &places[..count]) {
             self.note_broken(error);
@@ -599,9 +611,8 @@ impl<M: Memory> BufferManager<M> {
             return;
         }
         for class in &self.classes {
-            let mut magazine = class.magazine.borrow_mut();
-            while !magazine.is_empty() {
-                self.give_from(class, &mut magazine, MAX_BATCH);
+            while !class.magazine.is_empty() {
+                self.give_from(class, MAX_BATCH);
             }
         }
     }
@@ -610,6 +621,10 @@ impl<M: Memory> BufferManager<M> {
 impl<M> Drop for BufferManager<M> {
     fn drop(&mut self) {
         debug_assert_eq!(self.held.get(), 0, "a chain outlived its memory");
+        // One after the other: dropped as a list they would need a stack as deep as it is long.
+        while let Some(mut state) = self.chain_states.take() {
+            self.chain_states.set(state.next_free.take());
+        }
     }
 }
 

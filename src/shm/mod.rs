@@ -20,6 +20,7 @@
 pub(crate) mod access;
 pub(crate) mod chain;
 pub(crate) mod list;
+mod magazine;
 pub(crate) mod manager;
 pub(crate) mod queue;
 pub(crate) mod region;
