@@ -74,8 +74,8 @@ pub mod wire;
 pub use config::{Config, ConfigBuilder, MemoryKind, ProtocolVersion, SliceClass, Spin};
 pub use error::{ConfigError, Error, HandshakeError, MemoryError, Result, WireError};
 pub use rt::{
-    Alloc, Connector, Listener, Loan, Message, Messages, ReadHalf, Recv, Send, Session, Stream,
-    Views, ViewsMut, WriteHalf,
+    Alloc, Connector, Listener, Loan, Message, MessageBuf, Messages, ReadHalf, Recv, Send, Session,
+    Stream, Views, ViewsMut, WriteHalf,
 };
 pub use shm::access::PeerTrust;
 pub use shm::manager::SliceUsage;

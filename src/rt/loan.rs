@@ -4,11 +4,12 @@
 //! Both own their slices. A loan that is dropped, and a message that is read or dropped, give them
 //! back; there is no ritual to forget.
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 
 use crate::error::{Error, Result};
 use crate::shm::access::PeerTrust;
-use crate::shm::chain::{Chain, SliceViews, SpareViews};
+use crate::shm::chain::Chain;
+use crate::shm::views::{SliceViews, SpareViews};
 
 /// Shared memory to write a message into, lent by [`Stream::alloc`](crate::Stream::alloc) and
 /// passed on by [`Stream::send`](crate::Stream::send) without a copy.
@@ -141,6 +142,46 @@ impl Message {
         self.chain.consume(count);
     }
 
+    /// Copies the first `N` bytes out and consumes them: an integer, say, or a small header. `None`
+    /// when there are fewer, which are kept.
+    ///
+    /// ```no_run
+    /// # fn length_of(message: &mut shmipc_glommio::Message) -> Option<u32> {
+    /// message.read_array().map(u32::from_be_bytes)
+    /// # }
+    /// ```
+    #[inline]
+    pub fn read_array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        if self.peek(&mut bytes) < N {
+            return None;
+        }
+        self.skip(N);
+        Some(bytes)
+    }
+
+    /// Takes the first `count` bytes, or all there are, off as a message of their own.
+    ///
+    /// Whole slices change hands. A cut inside a slice copies what stands before it in that slice
+    /// into another one; when there is none, all that is taken off is copied into private memory.
+    pub fn split_to(&mut self, count: usize) -> Message {
+        Message { chain: self.chain.split_to(count) }
+    }
+
+    /// A [`Buf`](bytes::Buf) over the bytes where they are, which consumes them.
+    ///
+    /// [`into_bytes`](Self::into_bytes) gives one for peers that nobody speaks for, after a copy.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotTrusted`]: the token does not speak for the peer of this session.
+    pub fn buf<'a>(&'a mut self, trust: &'a PeerTrust) -> Result<MessageBuf<'a>> {
+        if self.chain.views(trust).is_none() {
+            return Err(Error::NotTrusted);
+        }
+        Ok(MessageBuf { chain: &mut self.chain, trust })
+    }
+
     /// Copies everything into private memory and gives the slices back.
     pub fn into_bytes(self) -> Bytes {
         self.chain.into_bytes()
@@ -154,6 +195,33 @@ impl Message {
     #[inline]
     pub fn views<'a>(&'a self, trust: &'a PeerTrust) -> Result<Views<'a>> {
         self.chain.views(trust).map(Views).ok_or(Error::NotTrusted)
+    }
+}
+
+/// The bytes of a [`Message`] as a [`Buf`], where they are: see [`Message::buf`]. Slices go back as
+/// they are consumed.
+pub struct MessageBuf<'a> {
+    chain: &'a mut Chain,
+    trust: &'a PeerTrust,
+}
+
+impl Buf for MessageBuf<'_> {
+    fn remaining(&self) -> usize {
+        self.chain.len()
+    }
+
+    fn chunk(&self) -> &[u8] {
+        // The promise was checked when this was made.
+        let mut views = self.chain.views(self.trust).into_iter().flatten();
+        views.find(|view| !view.is_empty()).unwrap_or_default()
+    }
+
+    /// # Panics
+    ///
+    /// As [`Buf`] asks for it: when there are fewer bytes.
+    fn advance(&mut self, count: usize) {
+        assert!(count <= self.remaining(), "advance by {count} of {} bytes", self.remaining());
+        self.chain.consume(count);
     }
 }
 

@@ -33,7 +33,7 @@ mod write_half;
 
 pub use connector::Connector;
 pub use listener::Listener;
-pub use loan::{Loan, Message, Views, ViewsMut};
+pub use loan::{Loan, Message, MessageBuf, Views, ViewsMut};
 pub use read_half::{Messages, ReadHalf, Recv};
 pub use session::Session;
 pub use stream::Stream;

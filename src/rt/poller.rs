@@ -331,8 +331,8 @@ impl Kick {
 
     /// Sends the first byte and waits until it has arrived: from then on the kernel has a receive.
     ///
-    /// While nobody spins, glommio looks at its rings as soon as there is nothing else to do. A byte
-    /// sent while somebody does would wait for the timer of 100 ms.
+    /// While nobody spins, glommio looks at its rings as soon as there is nothing else to do. A
+    /// byte sent while somebody does would wait for the timer of 100 ms.
     async fn first(&self) {
         self.send();
         poll_fn(|context| {

@@ -19,7 +19,8 @@ use super::write_half::{Alloc, Send, WriteHalf};
 use crate::error::Result;
 use crate::proto::stream::{Side, StreamLife};
 use crate::proto::window::{ReceiveWindow, SendWindow};
-use crate::shm::chain::{Chain, ChainQueue};
+use crate::shm::chain::Chain;
+use crate::shm::chain_queue::ChainQueue;
 use crate::shm::manager::BufferManager;
 
 /// What a stream's halves and its session share.
@@ -308,6 +309,7 @@ impl Stream {
     /// # Errors
     ///
     /// They are of different streams: both come back.
+    #[allow(clippy::result_large_err, reason = "the halves come back as they were given")]
     pub fn reunite(reader: ReadHalf, writer: WriteHalf) -> Result<Self, (ReadHalf, WriteHalf)> {
         if reader.is_of(writer.inner()) {
             Ok(Self { reader, writer })

@@ -106,8 +106,8 @@ impl WriteHalf {
         Send { half: self, chain: Some(message.chain), bytes: Bytes::new() }
     }
 
-    /// Ends this direction: the peer reads the end after all that was sent. The other direction goes
-    /// on. Waits until what was written has left this process.
+    /// Ends this direction: the peer reads the end after all that was sent. The other direction
+    /// goes on. Waits until what was written has left this process.
     ///
     /// A peer that is not of this crate does not know the end of one direction. It is told when the
     /// stream is closed. Cancel-safe: the direction is ended at the first poll.
@@ -331,8 +331,8 @@ impl Drop for WriteHalf {
 /// Writes are sent at once: each goes into free slices and one event, and takes at most 256 KiB or
 /// what the pool has. Many small writes are better collected first, as with a socket.
 ///
-/// Waits while the send queue is full, and while the peer's reader is too far behind. While the pool
-/// is empty, waits for [`pool_wait`](crate::ConfigBuilder::pool_wait), and then goes over the
+/// Waits while the send queue is full, and while the peer's reader is too far behind. While the
+/// pool is empty, waits for [`pool_wait`](crate::ConfigBuilder::pool_wait), and then goes over the
 /// socket.
 ///
 /// # Errors

@@ -45,6 +45,8 @@ pub(crate) trait Memory {
 
     fn copy_in(&self, at: usize, from: &[u8]);
     fn copy_out(&self, at: usize, to: &mut [u8]);
+    /// Copies payload from one slice to another one.
+    fn copy_within(&self, from: usize, to: usize, len: usize);
     /// Brings the line at `at` near before it is needed. No effect on what is read.
     fn prefetch(&self, at: usize);
 }
@@ -244,6 +246,12 @@ impl Memory for Region {
         unsafe {
             std::ptr::copy_nonoverlapping(self.pointer(at, to.len()), to.as_mut_ptr(), to.len());
         }
+    }
+
+    fn copy_within(&self, from: usize, to: usize, len: usize) {
+        // SAFETY: `pointer` checked both; `copy` allows them to overlap. On races see the module's
+        // page.
+        unsafe { std::ptr::copy(self.pointer(from, len), self.pointer(to, len), len) };
     }
 
     #[inline(always)]

@@ -15,20 +15,19 @@
 //! waits until the stores have left the processor, behind the stores to lines that the peer has
 //! (80 ns a hop). What the second pointer leads to is recycled.
 
-use std::collections::VecDeque;
 use std::rc::Rc;
 
 use bytes::{Buf, Bytes};
 
-use super::access::{Memory, PeerTrust};
+use super::access::Memory;
 use super::manager::{BufferManager, NO_SLICE, SliceId};
 use super::region::Region;
 
 /// An owned chain of buffer slices, or private memory, and how many of its bytes count.
 pub(crate) struct Chain<M: Memory = Region> {
-    manager: Rc<BufferManager<M>>,
+    pub(super) manager: Rc<BufferManager<M>>,
     /// Always there, but for the moment in which the chain ends.
-    state: Option<Box<ChainState>>,
+    pub(super) state: Option<Box<ChainState>>,
 }
 
 /// Slices that are the peer's from now on, if their event is sent.
@@ -43,23 +42,23 @@ pub(crate) struct Parcel {
 }
 
 /// What a chain consists of. Dropped alone it would keep its slices from everybody; only this file
-/// takes it out of its chain.
+/// and the [queue](super::chain_queue) take it out of its chain.
 pub(super) struct ChainState {
-    first: SliceId,
-    last: SliceId,
+    pub(super) first: SliceId,
+    pub(super) last: SliceId,
     /// While it is written: the slice that the next byte goes into. Otherwise unused.
-    filling: SliceId,
+    pub(super) filling: SliceId,
     /// How many bytes there are to read, or have been written.
-    len: usize,
+    pub(super) len: usize,
     /// While it is written: how many bytes were asked for. When it was received: how many bytes its
     /// slices hold together, or what came over the socket.
-    capacity: usize,
-    private: Private,
+    pub(super) capacity: usize,
+    pub(super) private: Private,
     /// While no chain has it: the next one that none has.
     pub(super) next_free: Option<Box<ChainState>>,
 }
 
-enum Private {
+pub(super) enum Private {
     No,
     Writing(Vec<u8>),
     Received(Bytes),
@@ -114,7 +113,7 @@ impl<M: Memory> Chain<M> {
     }
 
     #[inline]
-    fn state(&self) -> &ChainState {
+    pub(super) fn state(&self) -> &ChainState {
         self.state.as_deref().expect("a chain that has not ended")
     }
 
@@ -325,6 +324,68 @@ impl<M: Memory> Chain<M> {
         (state.last, state.filling) = (NO_SLICE, NO_SLICE);
     }
 
+    /// Takes the first `count` bytes, or all there are, off as a chain of their own.
+    ///
+    /// Slices are moved, not copied; of the slice that the cut goes through, the first part is
+    /// copied. When there is no slice for it, the whole front is, into private memory.
+    pub(crate) fn split_to(&mut self, count: usize) -> Self {
+        let manager = Rc::clone(&self.manager);
+        let count = count.min(self.len());
+        if count == self.len() {
+            return std::mem::replace(self, Self::empty(manager));
+        }
+        if !self.is_shared() {
+            let rest = std::mem::replace(self, Self::empty(Rc::clone(&manager)));
+            let mut bytes = rest.into_bytes();
+            let front = bytes.split_to(count);
+            *self = Self::received(Rc::clone(&manager), bytes);
+            return Self::received(manager, front);
+        }
+        // Where the cut goes: `whole` slices before it, `within` bytes of the next one.
+        let (mut last, mut within) = (NO_SLICE, count);
+        let mut id = self.state().first;
+        while id != NO_SLICE && within >= manager.entry(id).len.get() as usize {
+            within -= manager.entry(id).len.get() as usize;
+            last = id;
+            id = manager.entry(id).next.get();
+        }
+        let piece = if within > 0 { manager.allocate_one(within) } else { None };
+        if within > 0 && piece.is_none() {
+            let mut bytes = vec![0; count];
+            self.read(&mut bytes);
+            return Self::received(manager, bytes.into());
+        }
+        let mut front = Self::empty(Rc::clone(&manager));
+        if last != NO_SLICE {
+            let state = self.state_mut();
+            let first = std::mem::replace(&mut state.first, id);
+            state.len -= count - within;
+            manager.entry(last).next.set(NO_SLICE);
+            let state = front.state_mut();
+            (state.first, state.last, state.len) = (first, last, count - within);
+        }
+        if let Some(mut piece) = piece {
+            // Of the slice that is cut; it holds more than that.
+            let to = manager.entry(piece.state().first).data();
+            manager.memory().copy_within(manager.entry(id).data(), to, within);
+            piece.advance(within);
+            self.consume(within);
+            front.append(piece);
+        }
+        front.complete()
+    }
+
+    /// Puts all slices of another chain behind this one's.
+    fn append(&mut self, mut other: Self) {
+        let theirs = other.state_mut();
+        let mut id = std::mem::replace(&mut theirs.first, NO_SLICE);
+        while id != NO_SLICE {
+            let next = self.manager.entry(id).next.replace(NO_SLICE);
+            self.push_back(id);
+            id = next;
+        }
+    }
+
     /// Takes everything out of it as private memory, and gives the slices back.
     pub(crate) fn into_bytes(mut self) -> Bytes {
         match std::mem::replace(&mut self.state_mut().private, Private::No) {
@@ -380,96 +441,6 @@ impl<M: Memory> Chain<M> {
     }
 }
 
-/// References into the memory itself, for peers that a promise speaks for.
-impl Chain<Region> {
-    /// The bytes of each slice, first to last. `None`: the promise is not about this peer.
-    #[inline]
-    pub(crate) fn views<'a>(&'a self, proof: &'a PeerTrust) -> Option<SliceViews<'a>> {
-        if !self.manager.is_trusted_by(proof) {
-            return None;
-        }
-        let state = self.state();
-        let private = match &state.private {
-            Private::No => None,
-            Private::Writing(bytes) => Some(&bytes[..state.len]),
-            Private::Received(bytes) => Some(&bytes[..]),
-        };
-        Some(SliceViews { manager: &self.manager, next: state.first, private })
-    }
-
-    /// The room behind what was written, slice by slice. [`Self::advance`] says how much of it was
-    /// filled. `None`: the promise is not about this peer.
-    #[inline]
-    pub(crate) fn spare_views<'a>(&'a mut self, proof: &'a PeerTrust) -> Option<SpareViews<'a>> {
-        let manager = &*self.manager;
-        if !manager.is_trusted_by(proof) {
-            return None;
-        }
-        let state = self.state.as_deref_mut().expect("a chain that has not ended");
-        let remaining = state.capacity - state.len;
-        let private = match &mut state.private {
-            Private::Writing(bytes) => {
-                bytes.resize(state.capacity, 0);
-                Some(&mut bytes[state.len..])
-            }
-            _ => None,
-        };
-        Some(SpareViews { manager, next: state.filling, private, remaining })
-    }
-}
-
-/// The bytes of a chain's slices.
-pub(crate) struct SliceViews<'a> {
-    manager: &'a BufferManager,
-    next: SliceId,
-    private: Option<&'a [u8]>,
-}
-
-impl<'a> Iterator for SliceViews<'a> {
-    type Item = &'a [u8];
-
-    #[inline]
-    fn next(&mut self) -> Option<&'a [u8]> {
-        if self.next == NO_SLICE {
-            return self.private.take();
-        }
-        let entry = self.manager.entry(self.next);
-        self.next = entry.next.get();
-        // SAFETY: the chain holds the slice, by the ledger; its bytes are inside it, checked when
-        // it was taken in; the chain is borrowed for as long as the reference lives, so nobody
-        // here writes to it; and the peer does not, by the promise that was shown to
-        // `Chain::views`.
-        Some(unsafe { self.manager.memory().view(entry.data(), entry.len.get() as usize) })
-    }
-}
-
-/// The room in a chain's slices.
-pub(crate) struct SpareViews<'a> {
-    manager: &'a BufferManager,
-    next: SliceId,
-    private: Option<&'a mut [u8]>,
-    remaining: usize,
-}
-
-impl<'a> Iterator for SpareViews<'a> {
-    type Item = &'a mut [u8];
-
-    #[inline]
-    fn next(&mut self) -> Option<&'a mut [u8]> {
-        if self.next == NO_SLICE {
-            return self.private.take();
-        }
-        let entry = self.manager.entry(self.next);
-        let room = self.manager.room_in(self.next).min(self.remaining);
-        self.remaining -= room;
-        self.next = if self.remaining == 0 { NO_SLICE } else { entry.next.get() };
-        let at = entry.data() + entry.len.get() as usize;
-        // SAFETY: as in `SliceViews`; the chain is borrowed exclusively, a slice is in one chain
-        // only and once in it, so each byte is in one of these references.
-        (room > 0).then(|| unsafe { self.manager.memory().view_mut(at, room) })
-    }
-}
-
 impl<M: Memory> Drop for Chain<M> {
     #[inline]
     fn drop(&mut self) {
@@ -483,94 +454,5 @@ impl<M: Memory> Drop for Chain<M> {
             }
             self.manager.recycle_chain_state(state);
         }
-    }
-}
-
-/// Chains in the order in which they came, and how many bytes they hold together.
-pub(crate) struct ChainQueue<M: Memory = Region> {
-    manager: Rc<BufferManager<M>>,
-    states: VecDeque<Box<ChainState>>,
-    len: usize,
-    /// How much of it came over the socket.
-    socket_len: usize,
-}
-
-impl<M: Memory> ChainQueue<M> {
-    pub(crate) fn new(manager: &Rc<BufferManager<M>>) -> Self {
-        Self { manager: Rc::clone(manager), states: VecDeque::new(), len: 0, socket_len: 0 }
-    }
-
-    /// Puts a chain of the same memory behind the others. One without bytes is given back.
-    #[inline]
-    pub(crate) fn push(&mut self, mut chain: Chain<M>) {
-        debug_assert!(chain.is_of(&self.manager));
-        if chain.len() > 0 {
-            self.len += chain.len();
-            self.socket_len += chain.socket_len();
-            self.states.extend(chain.state.take());
-        }
-    }
-
-    /// Puts a chain of the same memory before the others.
-    pub(crate) fn push_front(&mut self, mut chain: Chain<M>) {
-        debug_assert!(chain.is_of(&self.manager));
-        if chain.len() > 0 {
-            self.len += chain.len();
-            self.socket_len += chain.socket_len();
-            self.states.push_front(chain.state.take().expect("a chain that has not ended"));
-        }
-    }
-
-    /// Takes the oldest chain.
-    #[inline]
-    pub(crate) fn pop(&mut self) -> Option<Chain<M>> {
-        let state = self.states.pop_front()?;
-        let chain = Chain { manager: Rc::clone(&self.manager), state: Some(state) };
-        self.len -= chain.len();
-        self.socket_len -= chain.socket_len();
-        Some(chain)
-    }
-
-    /// Copies out the first bytes, as many as `to` holds. Gives how many, and tells `done` of every
-    /// chain that was read to its end.
-    #[inline]
-    pub(crate) fn read(&mut self, to: &mut [u8], mut done: impl FnMut(&Chain<M>)) -> usize {
-        let mut copied = 0;
-        while copied < to.len()
-            && let Some(mut chain) = self.pop()
-        {
-            copied += chain.read(&mut to[copied..]);
-            if chain.len() == 0 {
-                done(&chain);
-            }
-            self.push_front(chain);
-        }
-        copied
-    }
-
-    #[inline]
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
-    #[inline]
-    pub(crate) fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    #[inline]
-    pub(crate) fn socket_len(&self) -> usize {
-        self.socket_len
-    }
-
-    /// Throws everything away.
-    pub(crate) fn clear(&mut self) {
-        while self.pop().is_some() {}
-    }
-}
-
-impl<M: Memory> Drop for ChainQueue<M> {
-    fn drop(&mut self) {
-        self.clear();
     }
 }

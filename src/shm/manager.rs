@@ -26,73 +26,21 @@ use std::sync::atomic::Ordering;
 
 use super::access::{Memory, PeerTrust};
 use super::chain::{Chain, ChainState, Parcel};
+use super::ledger::Entry;
+pub(super) use super::ledger::{NO_SLICE, SliceId};
 use super::list::{BufferList, MAX_BATCH};
 use super::magazine::Magazine;
 use super::region::Region;
+use super::setup::{create_lists, map_lists};
 use crate::config::SliceClass;
 use crate::error::MemoryError;
 use crate::wire::Extension;
-use crate::wire::layout::{
-    FLAG_HAS_NEXT, FLAG_IN_USE, LIST_HEADER_LEN, MANAGER_HEADER_LEN, MANAGER_LIST_COUNT_OFFSET,
-    MANAGER_USED_LEN_OFFSET, SLICE_HEADER_LEN, SLICE_SIZE_OFFSET, list_len,
-};
+use crate::wire::layout::{FLAG_HAS_NEXT, FLAG_IN_USE, SLICE_SIZE_OFFSET};
 
-/// The most lists that this side maps.
-const MAX_LISTS: usize = 32;
 /// The most slices that this side keeps a ledger for: 80 MiB of ledger.
 const MAX_SLICES: u64 = 4 << 20;
 /// The most slices in a magazine.
 const MAX_MAGAZINE: usize = 2 * MAX_BATCH;
-
-/// A slice, counted through all lists of its memory.
-pub(super) type SliceId = u32;
-/// No slice: the end of a chain.
-pub(super) const NO_SLICE: SliceId = u32::MAX;
-
-/// What the ledger says about one slice.
-///
-/// Each field is read and written alone, never the whole entry: see the page of
-/// [`chain`](super::chain) for what a load that spans two fresh stores costs.
-#[derive(Debug)]
-pub(super) struct Entry {
-    /// Offset of the slice from the start of the memory; 0 while this side has it neither in a
-    /// chain nor in a magazine. No slice starts at 0, where the header of the memory stands.
-    offset: Cell<u32>,
-    /// The next slice of the chain, or [`NO_SLICE`].
-    pub(super) next: Cell<SliceId>,
-    /// Where the bytes that count start, behind the slice header.
-    pub(super) start: Cell<u32>,
-    /// How many bytes count.
-    pub(super) len: Cell<u32>,
-    /// How many bytes the slice can hold.
-    capacity: u32,
-}
-
-impl Entry {
-    const fn of_capacity(capacity: u32) -> Self {
-        Self {
-            offset: Cell::new(0),
-            next: Cell::new(NO_SLICE),
-            start: Cell::new(0),
-            len: Cell::new(0),
-            capacity,
-        }
-    }
-
-    #[inline]
-    fn set(&self, offset: u32, start: u32, len: u32) {
-        self.offset.set(offset);
-        self.next.set(NO_SLICE);
-        self.start.set(start);
-        self.len.set(len);
-    }
-
-    /// Offset of the first byte that counts, from the start of the memory.
-    #[inline]
-    pub(super) fn data(&self) -> usize {
-        self.offset.get() as usize + SLICE_HEADER_LEN + self.start.get() as usize
-    }
-}
 
 struct Class {
     list: BufferList,
@@ -142,75 +90,12 @@ pub struct SliceUsage {
 impl<M: Memory> BufferManager<M> {
     /// Lays out the memory: every class gets its share of what the headers leave.
     pub(crate) fn create(memory: &Rc<M>, classes: &[SliceClass]) -> Result<Rc<Self>, MemoryError> {
-        let have = memory.len() as u64;
-        let headers = (MANAGER_HEADER_LEN + LIST_HEADER_LEN * classes.len()) as u64;
-        let room = have.saturating_sub(headers);
-        let mut lists = Vec::with_capacity(classes.len());
-        let mut at = MANAGER_HEADER_LEN;
-        for class in classes {
-            let stride = u64::from(class.capacity) + SLICE_HEADER_LEN as u64;
-            let count = room * u64::from(class.percent) / 100 / stride;
-            let needed = at as u64 + list_len(count as u32, class.capacity);
-            if count == 0 || needed > have {
-                return Err(MemoryError::TooSmall { what: "a buffer list", needed, have });
-            }
-            // Fits: the whole memory is below 4 GiB (checked by the configuration).
-            let list = BufferList::create(&**memory, at, count as u32, class.capacity);
-            at = list.end();
-            lists.push(list);
-        }
-        // Relaxed: the handshake's socket orders it.
-        let used = (at - MANAGER_HEADER_LEN) as u32;
-        memory.store_u32(
-            MANAGER_LIST_COUNT_OFFSET,
-            (lists.len() as u32).to_le(),
-            Ordering::Relaxed,
-        );
-        memory.store_u32(MANAGER_USED_LEN_OFFSET, used, Ordering::Relaxed);
-        Self::with_lists(memory, &lists)
+        Self::with_lists(memory, &create_lists(&**memory, classes)?)
     }
 
     /// Checks a memory that the peer laid out.
     pub(crate) fn map(memory: &Rc<M>) -> Result<Rc<Self>, MemoryError> {
-        let have = memory.len() as u64;
-        if have < MANAGER_HEADER_LEN as u64 {
-            let needed = MANAGER_HEADER_LEN as u64;
-            return Err(MemoryError::TooSmall { what: "the buffer header", needed, have });
-        }
-        if have > u64::from(u32::MAX) {
-            let limit = u64::from(u32::MAX);
-            return Err(MemoryError::TooLarge { what: "buffer memory", have, limit });
-        }
-        // Two bytes of count, two unused.
-        let first_word = memory.load_u32(MANAGER_LIST_COUNT_OFFSET, Ordering::Acquire).to_le();
-        let count = (first_word & 0xffff) as usize;
-        if !(1..=MAX_LISTS).contains(&count) {
-            return Err(MemoryError::Field {
-                what: "list count",
-                value: count as u64,
-                problem: "expected 1 to 32",
-            });
-        }
-        let used = u64::from(memory.load_u32(MANAGER_USED_LEN_OFFSET, Ordering::Acquire));
-        let end = MANAGER_HEADER_LEN as u64 + used;
-        if end > have {
-            return Err(MemoryError::TooSmall { what: "the lists", needed: end, have });
-        }
-        let mut lists: Vec<BufferList> = Vec::with_capacity(count);
-        let mut at = MANAGER_HEADER_LEN;
-        for _ in 0..count {
-            let list = BufferList::map(&**memory, at, end as usize)?;
-            if lists.last().is_some_and(|last| last.slice_capacity() >= list.slice_capacity()) {
-                return Err(MemoryError::Field {
-                    what: "slice capacity",
-                    value: u64::from(list.slice_capacity()),
-                    problem: "lists go from small slices to large",
-                });
-            }
-            at = list.end();
-            lists.push(list);
-        }
-        Self::with_lists(memory, &lists)
+        Self::with_lists(memory, &map_lists(&**memory)?)
     }
 
     fn with_lists(memory: &Rc<M>, lists: &[BufferList]) -> Result<Rc<Self>, MemoryError> {
@@ -344,6 +229,17 @@ impl<M: Memory> BufferManager<M> {
         match self.take_one_slice(len)? {
             Some(id) => Ok(Some(Chain::of(Rc::clone(self), id).with_capacity(len))),
             None => self.allocate_many(len, partial),
+        }
+    }
+
+    /// A writable chain of one slice that holds `len` bytes, if there is one.
+    pub(super) fn allocate_one(self: &Rc<Self>, len: usize) -> Option<Chain<M>> {
+        match self.take_one_slice(len) {
+            Ok(id) => Some(Chain::of(Rc::clone(self), id?).with_capacity(len)),
+            Err(error) => {
+                self.note_broken(error);
+                None
+            }
         }
     }
 
@@ -636,8 +532,8 @@ mod tests {
 
     use super::*;
     use crate::wire::layout::{
-        LIST_HEAD_OFFSET, SLICE_CAPACITY_OFFSET, SLICE_FLAGS_OFFSET, SLICE_NEXT_OFFSET,
-        SLICE_START_OFFSET,
+        LIST_HEAD_OFFSET, LIST_HEADER_LEN, MANAGER_HEADER_LEN, SLICE_CAPACITY_OFFSET,
+        SLICE_FLAGS_OFFSET, SLICE_NEXT_OFFSET, SLICE_START_OFFSET,
     };
 
     const CLASSES: [SliceClass; 3] =
@@ -753,6 +649,52 @@ mod tests {
         assert!(client.might_allocate());
         client.set_resting(true);
         assert!(is_all_free(&client));
+    }
+
+    #[test]
+    fn a_message_is_cut_anywhere_and_its_parts_can_be_sent_on() {
+        let (_memory, client, server) = pair(64 << 10);
+        for len in [1, 64, 65, 1024, 1025, 3000, 5000] {
+            let bytes = pattern(len, len);
+            for cut in [0, 1, len / 3, len / 2, 1024, 2048, len - 1, len, len + 1] {
+                let offset = message(&client, &bytes).into_parcel().unwrap().offset;
+                let mut back = server.adopt(offset).unwrap();
+                let front = back.split_to(cut);
+                let cut = cut.min(len);
+                assert_eq!((front.len(), back.len()), (cut, len - cut));
+                for (part, bytes) in [(front, &bytes[..cut]), (back, &bytes[cut..])] {
+                    assert!(part.is_shared());
+                    let mut copy = vec![0; part.len()];
+                    part.copy_out(&mut copy);
+                    assert_eq!(copy, bytes, "{len} at {cut}");
+                    // And on to where it came from.
+                    if let Some(parcel) = part.into_parcel() {
+                        assert_eq!(parcel.len, bytes.len());
+                        let returned = client.adopt(parcel.offset).unwrap();
+                        assert_eq!(returned.into_bytes(), bytes, "{len} at {cut}");
+                    }
+                }
+                assert_eq!((client.held(), server.held()), (0, 0));
+            }
+        }
+        client.set_resting(true);
+        server.set_resting(true);
+        assert!(is_all_free(&client) && is_all_free(&server));
+    }
+
+    #[test]
+    fn a_message_is_cut_without_free_slices_too() {
+        let (_memory, client, server) = pair(8 << 10);
+        let bytes = pattern(9, 900);
+        let offset = message(&client, &bytes).into_parcel().unwrap().offset;
+        let mut back = server.adopt(offset).unwrap();
+        let everything = server.allocate(1 << 20, true).unwrap();
+        let front = back.split_to(100);
+        assert!(!front.is_shared());
+        assert_eq!(front.into_bytes(), bytes[..100]);
+        assert_eq!(back.split_to(0).len(), 0);
+        assert_eq!(back.into_bytes(), bytes[100..]);
+        drop(everything);
     }
 
     #[test]

@@ -9,18 +9,23 @@
 //! - [`access`]: loads, stores and copies by offset, the one place with pointers to shared memory.
 //! - [`region`]: memory that is created or mapped, and its descriptors and files.
 //! - [`queue`]: the two IO queues. - [`list`]: the lists of free slices.
-//! - [`manager`]: all lists of one memory and the private ledger of slices that this side holds.
-//! - [`chain`]: slices that belong together, as owned values that give themselves back.
+//! - [`manager`]: all lists of one memory, by way of the [`ledger`] of slices that this side holds
+//!   and of a [`magazine`] for each list; [`setup`] lays a memory out, or checks one.
+//! - [`chain`]: slices that belong together, as owned values that give themselves back;
+//!   [`chain_queue`]: several of them; [`views`]: references into them.
 //!
-//! `unsafe` stands in `access` and `region`, and in `chain` where a promise of the user's lets it.
-//! The algorithms are generic over
-//! [`access::Memory`], so that tests run them on the heap and model checkers on memory of their
-//! own.
+//! `unsafe` stands in `access` and `region`, and in `views`, where a promise of the user's lets it.
+//! The algorithms are generic over [`access::Memory`], so that tests run them on the heap and model
+//! checkers on memory of their own.
 
 pub(crate) mod access;
 pub(crate) mod chain;
+pub(crate) mod chain_queue;
+mod ledger;
 pub(crate) mod list;
 mod magazine;
 pub(crate) mod manager;
 pub(crate) mod queue;
 pub(crate) mod region;
+mod setup;
+pub(crate) mod views;

@@ -9,9 +9,9 @@
 //! Between two that know each other:
 //!
 //! - A stream may be [half-closed](super::EventState::HalfClosed).
-//! - A reader gives [credit](super::EventState::Credit) for what it has taken, and a sender does not
-//!   send more than the reader's window. A sender that had to use the socket goes back to shared
-//!   memory when the reader has taken what went that way.
+//! - A reader gives [credit](super::EventState::Credit) for what it has taken, and a sender does
+//!   not send more than the reader's window. A sender that had to use the socket goes back to
+//!   shared memory when the reader has taken what went that way.
 //!
 //! Trust: none. A peer that lies about its window deceives itself.
 
