@@ -33,6 +33,8 @@ pub struct SessionStats {
     pub pool_empty: u64,
     /// Times that a sender found the peer's reader too far behind and waited.
     pub window_full: u64,
+    /// Times that this side told the peer how far a reader is.
+    pub credits_sent: u64,
     /// Times that this side's polling found nothing for the whole spin budget and went to sleep.
     pub sleeps: u64,
 }
@@ -85,6 +87,7 @@ counters! {
     queue_full,
     pool_empty,
     window_full,
+    credits_sent,
     sleeps,
 }
 

@@ -45,6 +45,11 @@ fn small() -> ConfigBuilder {
     Config::builder().buffer_size(1 << 20).queue_capacity(64)
 }
 
+/// For what happens when a sender goes on although nobody reads.
+fn without_window() -> ConfigBuilder {
+    small().stream_window(u64::MAX)
+}
+
 /// Two ends of a session on this executor, over the listener that [`listen`] made last.
 async fn pair_over(listener: &Listener, client: Config) -> (Session, Session) {
     let connector = Connector::new(client);
@@ -301,7 +306,7 @@ fn the_last_handle_ends_the_session() {
 #[test]
 fn a_pool_that_runs_empty_sends_over_the_socket_in_order() {
     run(|| async {
-        let config = small().pool_wait(Duration::from_micros(200)).build().unwrap();
+        let config = without_window().pool_wait(Duration::from_micros(200)).build().unwrap();
         let listener = listen(config.clone());
         let (client, server) = pair_over(&listener, config).await;
         let mut stream = client.open_stream().unwrap();
@@ -337,7 +342,7 @@ fn a_pool_that_runs_empty_sends_over_the_socket_in_order() {
 fn data_that_nobody_reads_stops_at_its_limit_and_arrives_when_somebody_does() {
     run(|| async {
         let sender = small().pool_wait(Duration::ZERO).build().unwrap();
-        let receiver = small().max_unread_fallback_bytes(1 << 20).build().unwrap();
+        let receiver = without_window().max_unread_fallback_bytes(1 << 20).build().unwrap();
         let listener = listen(receiver);
         let (client, server) = pair_over(&listener, sender).await;
         let message = pattern(4, 8 << 20);
@@ -375,7 +380,7 @@ fn data_that_nobody_reads_stops_at_its_limit_and_arrives_when_somebody_does() {
 fn a_full_queue_makes_the_sender_wait_and_loses_nothing() {
     let (tell, told) = std::sync::mpsc::channel();
     let path = socket_path();
-    let config = small().queue_capacity(16).build().unwrap();
+    let config = without_window().queue_capacity(16).build().unwrap();
     let server = LocalExecutorBuilder::default()
         .spawn({
             let (path, config) = (path.clone(), config.clone());

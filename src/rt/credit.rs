@@ -139,9 +139,14 @@ impl SessionInner {
         }
         let status = EventState::Credit.to_status();
         let event = Event { stream_id, offset: credit, status };
-        if matches!(self.send_event(event), Ok(false)) {
-            self.credit.kept.borrow_mut().push((stream_id, credit));
-            self.activate();
+        match self.put_event(event) {
+            Ok(true) => self.counters.credits_sent.add(1),
+            Ok(false) => {
+                self.credit.kept.borrow_mut().push((stream_id, credit));
+                self.activate();
+            }
+            // The session is over.
+            Err(_) => {}
         }
     }
 

@@ -21,6 +21,14 @@ impl SessionInner {
     /// follow it are shown a few at a time, so that the peer works on them while this side makes
     /// more, and the rest at the next turn, which also looks whether the peer must be woken.
     pub(super) fn send_event(self: &Rc<Self>, event: Event) -> Result<bool, Error> {
+        let sent = self.put_event(event)?;
+        self.counters.events_sent.add(u64::from(sent));
+        Ok(sent)
+    }
+
+    /// [`send_event`](Self::send_event) for events that are not the user's.
+    #[inline]
+    pub(super) fn put_event(self: &Rc<Self>, event: Event) -> Result<bool, Error> {
         let mut producer = self.lanes.producer.borrow_mut();
         match producer.push(event) {
             Ok(true) => {}
@@ -34,7 +42,6 @@ impl SessionInner {
             producer.publish();
         }
         drop(producer);
-        self.counters.events_sent.add(1);
         self.activate();
         Ok(true)
     }
