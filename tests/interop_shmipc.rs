@@ -156,6 +156,9 @@ async fn ask(mut stream: Stream, plan: &Plan) {
     let id = stream.id();
     for (number, &len) in (0..).zip(&plan.lengths) {
         send(&mut stream, &payload(Way::Request, id, number, len)).await;
+        if plan.one_way {
+            continue;
+        }
         let mut reply = vec![0; len];
         stream.read_exact(&mut reply).await.unwrap();
         check(&reply, Way::Reply, id, number);
@@ -169,7 +172,9 @@ async fn answer(mut stream: Stream, plan: &Plan) {
         let mut request = vec![0; len];
         stream.read_exact(&mut request).await.unwrap();
         check(&request, Way::Request, id, number);
-        send(&mut stream, &payload(Way::Reply, id, number, len)).await;
+        if !plan.one_way {
+            send(&mut stream, &payload(Way::Reply, id, number, len)).await;
+        }
     }
     assert_eq!(stream.read(&mut [0]).await.unwrap(), 0, "stream {id} goes on");
 }
@@ -210,7 +215,7 @@ fn messages_of_all_sizes_through_memory_that_holds_them() {
     in_every_combination(Case {
         name: "large",
         pool: 64 * MIB,
-        plan: Plan { lengths: LENGTHS.repeat(2), streams: 2, at_once: 1 },
+        plan: Plan { lengths: LENGTHS.repeat(2), streams: 2, at_once: 1, one_way: false },
         is_due: no_fallback,
     });
 }
@@ -220,7 +225,7 @@ fn messages_of_all_sizes_through_the_default_memory() {
     in_every_combination(Case {
         name: "default",
         pool: 32 * MIB,
-        plan: Plan { lengths: LENGTHS.to_vec(), streams: 2, at_once: 1 },
+        plan: Plan { lengths: LENGTHS.to_vec(), streams: 2, at_once: 1, one_way: false },
         is_due: |stats| stats.bytes_received >= 2 * (1 << 20),
     });
 }
@@ -234,6 +239,7 @@ fn sixty_four_streams_at_once() {
             lengths: [64, 4 << 10, 1, 100_000, 8172, 8173].repeat(4),
             streams: 64,
             at_once: 64,
+            one_way: false,
         },
         is_due: |stats| stats.events_sent >= 64 * 24,
     });
@@ -244,7 +250,7 @@ fn ten_thousand_streams_one_after_the_other() {
     in_every_combination(Case {
         name: "churn",
         pool: 32 * MIB,
-        plan: Plan { lengths: vec![64], streams: 10_000, at_once: 1 },
+        plan: Plan { lengths: vec![64], streams: 10_000, at_once: 1, one_way: false },
         is_due: |stats| no_fallback(stats) && stats.events_received >= 10_000,
     });
 }
@@ -259,6 +265,7 @@ fn memory_that_runs_empty_in_the_middle_of_messages() {
             lengths: [1 << 20, 64, 1 << 20, 4096, 3 << 20].repeat(2),
             streams: 4,
             at_once: 2,
+            one_way: false,
         },
         is_due: fallback_both_ways,
     });
@@ -273,7 +280,35 @@ fn sixty_four_streams_over_memory_for_a_few() {
             lengths: [64, 4 << 10, 1, 8172, 40_000, 8173].repeat(6),
             streams: 192,
             at_once: 64,
+            one_way: false,
         },
         is_due: |stats| stats.pool_empty > 0,
     });
+}
+
+#[test]
+fn a_burst_of_large_messages_over_a_small_memory() {
+    in_every_combination(Case {
+        name: "burst",
+        pool: MIB,
+        plan: Plan { lengths: vec![256 << 10; 4], streams: 64, at_once: 64, one_way: false },
+        is_due: fallback_both_ways,
+    });
+}
+
+#[test]
+fn a_close_right_behind_the_data_comes_behind_it() {
+    for (name, pool) in [("close", 64 * MIB), ("tight", MIB)] {
+        in_every_combination(Case {
+            name,
+            pool,
+            plan: Plan {
+                lengths: vec![64, 256 << 10, 1, 100_000, 256 << 10],
+                streams: 32,
+                at_once: 8,
+                one_way: true,
+            },
+            is_due: |stats| stats.events_sent + stats.events_received >= 32,
+        });
+    }
 }

@@ -29,13 +29,15 @@ const DONE: &str = "peer: done";
 const LONGEST_LIFE: Duration = Duration::from_secs(150);
 
 /// What both sides send each other. On every stream the client sends messages of these lengths, one
-/// after the other, and the server answers each with one of the same length.
+/// after the other, and the server answers each with one of the same length, or none of them.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     pub(crate) lengths: Vec<usize>,
     pub(crate) streams: usize,
     /// How many of the streams are open at the same time.
     pub(crate) at_once: usize,
+    /// The client sends everything and closes, and the server only reads.
+    pub(crate) one_way: bool,
 }
 
 /// What the peer is.
@@ -69,6 +71,7 @@ impl Order {
             self.pool.to_string(),
             plan.streams.to_string(),
             plan.at_once.to_string(),
+            plan.one_way.to_string(),
             lengths.join(","),
         ];
         fields.join(";")
@@ -89,6 +92,7 @@ impl Order {
             plan: Plan {
                 streams: field().parse().unwrap(),
                 at_once: field().parse().unwrap(),
+                one_way: field() == "true",
                 lengths: field().split(',').map(|len| len.parse().unwrap()).collect(),
             },
         }
@@ -228,7 +232,9 @@ async fn answer(mut stream: Stream, plan: Plan) {
         let request = stream.read_exact_bytes(len).await.unwrap();
         check(&request, Way::Request, id, number);
         drop(request);
-        send(&mut stream, &payload(Way::Reply, id, number, len)).await;
+        if !plan.one_way {
+            send(&mut stream, &payload(Way::Reply, id, number, len)).await;
+        }
     }
     let end = stream.read_exact_bytes(1).await.map(drop);
     assert!(matches!(end, Err(Error::EndOfStream)), "stream {id}: {end:?}");
@@ -270,6 +276,9 @@ async fn ask(mut stream: Stream, plan: &Plan) {
     let id = stream.stream_id();
     for (number, &len) in (0..).zip(&plan.lengths) {
         send(&mut stream, &payload(Way::Request, id, number, len)).await;
+        if plan.one_way {
+            continue;
+        }
         let reply = stream.read_exact_bytes(len).await.unwrap();
         check(&reply, Way::Reply, id, number);
         drop(reply);
