@@ -9,7 +9,7 @@ async fn serve(listener: Listener) {
     while let Ok(session) = listener.accept().await {
         glommio::spawn_local(async move {
             while let Ok(stream) = session.accept().await {
-                let (reader, writer) = io::split(stream);
+                let (reader, writer) = stream.split();
                 glommio::spawn_local(async move { io::copy(reader, writer).await.ok() }).detach();
             }
         })

@@ -123,11 +123,12 @@ impl SessionInner {
         occupied: u64,
         over_socket: bool,
     ) {
-        let done = over_socket && stream.inbound.borrow().socket_len() == 0;
         let window = self.credit.window_here.get();
-        if let Some(credit) = stream.receiving.note_taken(occupied, over_socket, done, window)
-            && window != UNBOUNDED
-        {
+        // While the peer has not said that it knows of credit, none is due, but it is counted.
+        let is_known = window != UNBOUNDED;
+        let done = over_socket && is_known && stream.inbound.borrow().socket_len() == 0;
+        let due = stream.receiving.note_taken(occupied, over_socket, done, window);
+        if let Some(credit) = due {
             self.send_credit(stream.id(), credit);
         }
     }

@@ -299,6 +299,7 @@ impl SessionInner {
         data: bytes::Bytes,
     ) -> Result<(), Error> {
         self.counters.fallback_received.add(1);
+        self.look_for_extension();
         match EventState::from_status(status) {
             EventState::Closed => self.peer_closed(stream_id),
             EventState::Open | EventState::HalfClosed => {
