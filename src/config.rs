@@ -22,6 +22,15 @@ const PATH_ROOM: usize = 255;
 const LONGEST_SUFFIX: usize = 96;
 
 /// The versions of the protocol that a session can speak (WIRE chapter 2).
+///
+/// ```
+/// use shmipc_glommio::{Config, MemoryKind, ProtocolVersion};
+///
+/// // For a server of version 2, which takes memory by its file's name only.
+/// let config = Config::builder().protocol(ProtocolVersion::V2).memory(MemoryKind::File).build()?;
+/// assert!(config.protocol() < ProtocolVersion::HIGHEST);
+/// # Ok::<(), shmipc_glommio::ConfigError>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum ProtocolVersion {
@@ -45,6 +54,18 @@ impl ProtocolVersion {
 }
 
 /// How the client hands its shared memory to the server.
+///
+/// ```
+/// use shmipc_glommio::{Config, MemoryKind};
+///
+/// // For a server on TCP loopback. It opens the files by their names, so it has to see them there.
+/// let config = Config::builder()
+///     .memory(MemoryKind::File)
+///     .path_prefix("/dev/shm/orders")
+///     .build()?;
+/// assert_eq!(config.memory(), MemoryKind::File);
+/// # Ok::<(), shmipc_glommio::ConfigError>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum MemoryKind {
@@ -57,6 +78,16 @@ pub enum MemoryKind {
 }
 
 /// One size class of buffer slices and the share of the buffer memory that it gets.
+///
+/// ```
+/// use shmipc_glommio::{Config, SliceClass};
+///
+/// // Many small messages, and some of nearly 64 KiB. The header of a slice takes 20 bytes.
+/// let classes = [SliceClass::new(256 - 20, 40), SliceClass::new((64 << 10) - 20, 60)];
+/// let config = Config::builder().slice_classes(classes).build()?;
+/// assert_eq!(config.slice_classes(), classes);
+/// # Ok::<(), shmipc_glommio::ConfigError>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SliceClass {
     /// Bytes of payload that one slice holds. A multiple of four.
@@ -73,6 +104,16 @@ impl SliceClass {
 }
 
 /// How long a session goes on polling its IO queue after its last traffic.
+///
+/// ```
+/// use std::time::Duration;
+/// use shmipc_glommio::{Config, Spin};
+///
+/// // A core with nothing else to do may look for longer before it sleeps, and is woken less often.
+/// let config = Config::builder().spin(Spin::For(Duration::from_millis(2))).build()?;
+/// assert_eq!(config.spin(), Spin::For(Duration::from_millis(2)));
+/// # Ok::<(), shmipc_glommio::ConfigError>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Spin {
@@ -196,6 +237,18 @@ impl Config {
 }
 
 /// Builds a [`Config`].
+///
+/// ```
+/// use std::time::Duration;
+/// use shmipc_glommio::{Config, Spin};
+///
+/// let builder = Config::builder().buffer_size(8 << 20).pool_wait(Duration::from_millis(5));
+/// // What was set so far can be the start of several configurations.
+/// let busy = builder.clone().spin(Spin::Forever).build()?;
+/// let quiet = builder.spin(Spin::Never).build()?;
+/// assert_eq!(busy.buffer_size(), quiet.buffer_size());
+/// # Ok::<(), shmipc_glommio::ConfigError>(())
+/// ```
 #[derive(Debug, Clone)]
 #[must_use]
 pub struct ConfigBuilder {

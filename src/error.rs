@@ -20,6 +20,14 @@ use std::time::Duration;
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// The peer sent bytes on the socket that are not a message (WIRE chapter 1; spec 3.1).
+///
+/// ```
+/// use shmipc_glommio::WireError;
+/// use shmipc_glommio::wire::Header;
+///
+/// // A browser that found the socket.
+/// assert_eq!(Header::decode(b"GET / HT"), Err(WireError::Magic(0x2f20)));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum WireError {
@@ -63,6 +71,23 @@ pub enum WireError {
 }
 
 /// The peer sent a message that has no place where it stands (WIRE chapter 2; spec chapter 4).
+///
+/// ```
+/// use std::os::unix::net::UnixListener;
+/// use std::time::Duration;
+/// use shmipc_glommio::{Config, Connector, Error, HandshakeError};
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-handshake-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// // Whoever listens there says nothing.
+/// let _silent = UnixListener::bind(&path).unwrap();
+/// let patience = Duration::from_millis(20);
+/// let config = Config::builder().handshake_timeout(patience).build()?;
+/// let error = Connector::new(config).connect(&path).await.unwrap_err();
+/// assert!(matches!(error, Error::Handshake(HandshakeError::Timeout(after)) if after == patience));
+/// # std::fs::remove_file(&path).unwrap();
+/// # shmipc_glommio::Result::<()>::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum HandshakeError {
@@ -129,6 +154,24 @@ pub enum HandshakeError {
 /// Shared memory that does not hold together (WIRE chapters 3 and 4; spec chapters 5 and 6.2).
 ///
 /// After one of these the session is over: its memory cannot be trusted any more.
+///
+/// ```
+/// use std::sync::mpsc;
+/// use shmipc_glommio::{Config, Connector, Error, Listener, MemoryError};
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-memory-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// // This server maps 1 MiB for a client, and no more.
+/// let config = Config::builder().max_mapped_bytes(1 << 20).build()?;
+/// let listener = Listener::bind(&path, config)?;
+/// let (tell, refused) = mpsc::channel();
+/// listener.on_refused(move |error| tell.send(error.clone()).unwrap());
+/// // By default, clients bring 32 MiB. One that is refused sees its connection closed.
+/// Connector::new(Config::default()).connect(&path).await.unwrap_err();
+/// let error = refused.try_recv().unwrap();
+/// assert!(matches!(error, Error::Memory(MemoryError::TooLarge { limit: 0x10_0000, .. })));
+/// # shmipc_glommio::Result::<()>::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum MemoryError {
@@ -207,6 +250,14 @@ pub enum MemoryError {
 }
 
 /// The caller asked for something that cannot be.
+///
+/// ```
+/// use shmipc_glommio::{Config, ConfigError};
+///
+/// let error = Config::builder().queue_capacity(1000).build().unwrap_err();
+/// assert_eq!(error, ConfigError::QueueCapacity(1000));
+/// assert!(error.to_string().starts_with("queue capacity 1000 is not a multiple of 16"));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
@@ -248,6 +299,20 @@ pub enum ConfigError {
 /// Anything that can go wrong here.
 ///
 /// Cheap to clone, since the end of a session reaches every one of its streams.
+///
+/// ```
+/// use std::io;
+/// use shmipc_glommio::{Config, Connector, Error};
+///
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async {
+/// let connector = Connector::new(Config::default());
+/// let error = connector.connect("/nowhere/store.sock").await.unwrap_err();
+/// // Who is at fault decides what to do next: this server may come yet.
+/// assert!(matches!(error, Error::Os { .. }) && !error.is_peer_fault());
+/// // Code that was written for sockets sees what it would see of a socket.
+/// assert_eq!(io::Error::from(error).kind(), io::ErrorKind::NotFound);
+/// # }).unwrap().join().unwrap();
+/// ```
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

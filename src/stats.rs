@@ -8,6 +8,27 @@ use std::cell::Cell;
 use crate::shm::manager::SliceUsage;
 
 /// A session's counters at one moment. All of them only grow.
+///
+/// ```
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-stats-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+/// # let config = config.build().unwrap();
+/// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
+/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+/// # let peer = listener.accept().await?;
+/// # let mut stream = session.open_stream()?;
+/// let before = session.stats();
+/// let mut loan = stream.alloc(1000).await?;
+/// loan.write(&[7; 1000]);
+/// stream.send(loan).await?;
+/// let now = session.stats();
+/// assert_eq!(now.bytes_sent - before.bytes_sent, 1000);
+/// if now.fallback_sent > before.fallback_sent {
+///     println!("the buffer memory is too small for what is under way");
+/// }
+/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct SessionStats {
@@ -40,6 +61,32 @@ pub struct SessionStats {
 }
 
 /// The free slices of a session's buffer memory.
+///
+/// ```
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-pool-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+/// # let config = config.build().unwrap();
+/// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
+/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+/// # let peer = listener.accept().await?;
+/// # let mut other = session.open_stream()?;
+/// # for text in ["hello", " world"] {
+/// #     let mut loan = other.alloc(text.len()).await?;
+/// #     loan.write(text.as_bytes());
+/// #     other.send(loan).await?;
+/// # }
+/// # let mut stream = peer.accept().await?;
+/// let message = stream.recv().await?.expect("a message");
+/// // Its slice is held until it is read or dropped.
+/// let usage = peer.pool_usage();
+/// assert!(usage.held > 0 && !usage.is_full());
+/// for list in &usage.lists {
+///     println!("{} of {} slices of {} bytes", list.free, list.total, list.slice_capacity);
+/// }
+/// # drop(message);
+/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PoolUsage {

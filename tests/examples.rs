@@ -485,6 +485,20 @@ fn wrong_arguments_end_with_2() {
 }
 
 #[test]
+fn requests_get_their_answers() {
+    let mut process = Process::start("request_response", &[]);
+    let (status, output) = process.end();
+    assert!(status.success(), "{status}: {output}");
+    let lines: Vec<&str> = output.lines().collect();
+    // It compares every answer with what it must be, and ends with 1 at the first that is not.
+    assert!(lines[0].starts_with("4800 calls on 8 streams answered in "), "{output}");
+    assert_eq!(lines[1..], ["operation 42 refused"], "{output}");
+    let socket = format!("request-response-{}.sock", process.pid());
+    assert!(!std::env::temp_dir().join(socket).exists(), "the socket is left");
+    assert_eq!(shared_memory_files(process.pid()), [""; 0]);
+}
+
+#[test]
 fn the_comparison_runs_and_leaves_nothing() {
     let mut echo = Process::start("echo", &["--quick"]);
     let (status, output) = echo.end();

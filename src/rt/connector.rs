@@ -17,6 +17,23 @@ use crate::shm::access::PeerTrust;
 /// Connects to servers. Each session has its own shared memory.
 ///
 /// The session lives on the executor that connects.
+///
+/// ```
+/// use std::time::Duration;
+/// use shmipc_glommio::{Config, Connector, Listener};
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-connector-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let _listener = Listener::bind(&path, Config::default())?;
+/// let patience = Duration::from_secs(5);
+/// let config = Config::builder().buffer_size(1 << 20).handshake_timeout(patience).build()?;
+/// let connector = Connector::new(config);
+/// // Two sessions of their own: the streams of one do not wait for those of the other.
+/// let for_reads = connector.connect(&path).await?;
+/// let for_writes = connector.connect(&path).await?;
+/// # assert!(for_reads.end_reason().is_none() && for_writes.end_reason().is_none());
+/// # shmipc_glommio::Result::<()>::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
 #[derive(Debug, Clone)]
 pub struct Connector {
     config: Rc<Config>,

@@ -43,26 +43,35 @@ type OnRefused = Box<dyn Fn(&Error)>;
 /// or does not finish it in time, is dropped, and [told about](Self::on_refused) if asked; the
 /// listener goes on.
 ///
-/// ```no_run
-/// use futures_lite::io::copy;
+/// ```
+/// use futures_lite::io::{copy, split};
 /// use shmipc_glommio::{Config, Listener};
 ///
-/// # async fn example() -> shmipc_glommio::Result<()> {
-/// let listener = Listener::bind("/run/echo.sock", Config::default())?;
-/// loop {
-///     let session = listener.accept().await?;
-///     glommio::spawn_local(async move {
-///         while let Ok(stream) = session.accept().await {
-///             glommio::spawn_local(async move {
-///                 let (reader, writer) = futures_lite::io::split(stream);
-///                 let _ = copy(reader, writer).await;
-///             })
-///             .detach();
-///         }
-///     })
-///     .detach();
-/// }
-/// # }
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-listener-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let config = Config::builder().buffer_size(1 << 20).queue_capacity(64).build()?;
+/// let listener = Listener::bind(&path, Config::default())?;
+/// let serving = glommio::spawn_local(async move {
+///     while let Ok(session) = listener.accept().await {
+///         glommio::spawn_local(async move {
+///             while let Ok(stream) = session.accept().await {
+///                 let (reader, writer) = split(stream);
+///                 glommio::spawn_local(async move { copy(reader, writer).await.ok() }).detach();
+///             }
+///         })
+///         .detach();
+///     }
+/// });
+/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+/// # let mut stream = session.open_stream()?;
+/// # let mut loan = stream.alloc(5).await?;
+/// # loan.write(b"hello");
+/// # stream.send(loan).await?;
+/// # assert_eq!(stream.recv().await?.unwrap().into_bytes(), "hello");
+/// // The listener goes with its task, and the socket's path with the listener.
+/// serving.cancel().await;
+/// assert!(!path.exists());
+/// # shmipc_glommio::Result::<()>::Ok(()) }).unwrap().join().unwrap().unwrap();
 /// ```
 pub struct Listener {
     shared: Rc<Shared>,

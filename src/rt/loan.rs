@@ -19,6 +19,26 @@ use crate::shm::views::{SliceViews, SpareViews};
 ///
 /// When the pool stays empty for as long as [configured](crate::ConfigBuilder::pool_wait), the
 /// loan is private memory and goes over the socket; nothing else changes.
+///
+/// ```
+/// use std::io::Write;
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-loan-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+/// # let config = config.build().unwrap();
+/// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
+/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+/// # let peer = listener.accept().await?;
+/// # let mut stream = session.open_stream()?;
+/// let mut loan = stream.alloc(64).await?;
+/// loan.write(&7_u32.to_be_bytes());
+/// write!(loan, "{} apples", 7)?;
+/// assert_eq!((loan.len(), loan.remaining()), (12, loan.capacity() - 12));
+/// stream.send(loan).await?; // 12 bytes, whatever its capacity is
+/// # assert_eq!(peer.accept().await?.unread(), 12);
+/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
 pub struct Loan {
     pub(super) chain: Chain,
 }
@@ -79,6 +99,31 @@ impl Loan {
 }
 
 /// The room in a [`Loan`], slice by slice.
+///
+/// ```
+/// use shmipc_glommio::{Connector, PeerTrust};
+///
+/// // SAFETY: both sides are this program. Neither writes to what it has sent.
+/// let trust = unsafe { PeerTrust::promise() };
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-views-mut-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+/// # let config = config.build().unwrap();
+/// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
+/// let session = Connector::new(config).trusting(&trust).connect(&path).await?;
+/// # let peer = listener.accept().await?;
+/// let mut stream = session.open_stream()?;
+/// let mut loan = stream.alloc(1000).await?;
+/// let mut written = 0;
+/// for room in loan.views(&trust)? {
+///     room.fill(7); // a decoder, say, that writes its output here
+///     written += room.len();
+/// }
+/// loan.advance(written);
+/// stream.send(loan).await?;
+/// # assert_eq!(peer.accept().await?.unread(), written);
+/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
 pub struct ViewsMut<'a>(SpareViews<'a>);
 
 impl<'a> Iterator for ViewsMut<'a> {
@@ -105,6 +150,29 @@ impl std::io::Write for Loan {
 ///
 /// Its bytes stay in shared memory until they are copied out, or looked at through
 /// [`views`](Self::views). Slices go back as they are consumed, and all of them when it is dropped.
+///
+/// ```
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-message-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+/// # let config = config.build().unwrap();
+/// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
+/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+/// # let peer = listener.accept().await?;
+/// # let mut other = session.open_stream()?;
+/// # for text in ["hello", " world"] {
+/// #     let mut loan = other.alloc(text.len()).await?;
+/// #     loan.write(text.as_bytes());
+/// #     other.send(loan).await?;
+/// # }
+/// # let mut stream = peer.accept().await?;
+/// let mut message = stream.recv().await?.expect("a message");
+/// let mut first = [0; 2];
+/// message.read(&mut first);
+/// assert_eq!(first, *b"he");
+/// assert_eq!(message.into_bytes(), "llo"); // what was left
+/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
 pub struct Message {
     pub(super) chain: Chain,
 }
@@ -145,10 +213,25 @@ impl Message {
     /// Copies the first `N` bytes out and consumes them: an integer, say, or a small header. `None`
     /// when there are fewer, which are kept.
     ///
-    /// ```no_run
-    /// # fn length_of(message: &mut shmipc_glommio::Message) -> Option<u32> {
-    /// message.read_array().map(u32::from_be_bytes)
+    /// ```
+    /// # let path = std::env::temp_dir().join(format!("shmipc-doc-array-{}", std::process::id()));
+    /// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+    /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+    /// # let config = config.build().unwrap();
+    /// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
+    /// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+    /// # let peer = listener.accept().await?;
+    /// # let mut other = session.open_stream()?;
+    /// # for text in ["hello", " world"] {
+    /// #     let mut loan = other.alloc(text.len()).await?;
+    /// #     loan.write(text.as_bytes());
+    /// #     other.send(loan).await?;
     /// # }
+    /// # let mut stream = peer.accept().await?;
+    /// let mut message = stream.recv().await?.expect("a message");
+    /// assert_eq!(message.read_array().map(u16::from_be_bytes), Some(0x6865)); // "he"
+    /// assert_eq!(message.read_array::<4>(), None); // and there are 3 left
+    /// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
     /// ```
     #[inline]
     pub fn read_array<const N: usize>(&mut self) -> Option<[u8; N]> {
@@ -200,6 +283,32 @@ impl Message {
 
 /// The bytes of a [`Message`] as a [`Buf`], where they are: see [`Message::buf`]. Slices go back as
 /// they are consumed.
+///
+/// ```
+/// use bytes::Buf;
+/// use shmipc_glommio::{Listener, PeerTrust};
+///
+/// // SAFETY: both sides are this program. Neither writes to what it has sent.
+/// let trust = unsafe { PeerTrust::promise() };
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-buf-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+/// # let config = config.build().unwrap();
+/// let listener = Listener::bind(&path, config.clone())?.trusting(&trust);
+/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+/// # let peer = listener.accept().await?;
+/// # let mut other = session.open_stream()?;
+/// # for text in ["hello", " world"] {
+/// #     let mut loan = other.alloc(text.len()).await?;
+/// #     loan.write(text.as_bytes());
+/// #     other.send(loan).await?;
+/// # }
+/// # let mut stream = peer.accept().await?;
+/// let mut message = stream.recv().await?.expect("a message");
+/// let mut bytes = message.buf(&trust)?;
+/// assert_eq!((bytes.get_u8(), bytes.get_u16_le(), bytes.remaining()), (b'h', 0x6c65, 2));
+/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
 pub struct MessageBuf<'a> {
     chain: &'a mut Chain,
     trust: &'a PeerTrust,
@@ -226,6 +335,31 @@ impl Buf for MessageBuf<'_> {
 }
 
 /// The bytes of a [`Message`], slice by slice.
+///
+/// ```
+/// use shmipc_glommio::{Listener, PeerTrust};
+///
+/// // SAFETY: both sides are this program. Neither writes to what it has sent.
+/// let trust = unsafe { PeerTrust::promise() };
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-views-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+/// # let config = config.build().unwrap();
+/// let listener = Listener::bind(&path, config.clone())?.trusting(&trust);
+/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+/// # let peer = listener.accept().await?;
+/// # let mut other = session.open_stream()?;
+/// # for text in ["hello", " world"] {
+/// #     let mut loan = other.alloc(text.len()).await?;
+/// #     loan.write(text.as_bytes());
+/// #     other.send(loan).await?;
+/// # }
+/// # let mut stream = peer.accept().await?;
+/// let message = stream.recv().await?.expect("a message");
+/// let vowels = message.views(&trust)?.flatten().filter(|byte| b"aeiou".contains(byte)).count();
+/// assert_eq!(vowels, 2); // of "hello"
+/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
 pub struct Views<'a>(SliceViews<'a>);
 
 impl<'a> Iterator for Views<'a> {

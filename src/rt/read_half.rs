@@ -26,6 +26,35 @@ const LENT_AT_MOST: usize = 16 << 10;
 ///
 /// Dropping it throws away what is unread, and what still comes; the other half goes on. When both
 /// halves are dropped, the stream is closed.
+///
+/// ```
+/// use futures_lite::AsyncReadExt;
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-read-half-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+/// # let config = config.build().unwrap();
+/// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
+/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+/// # let peer = listener.accept().await?;
+/// # let mut other = session.open_stream()?;
+/// # for text in ["hello", " world"] {
+/// #     let mut loan = other.alloc(text.len()).await?;
+/// #     loan.write(text.as_bytes());
+/// #     other.send(loan).await?;
+/// # }
+/// # let mut stream = peer.accept().await?;
+/// # drop(other);
+/// let (mut reader, writer) = stream.split();
+/// let reading = glommio::spawn_local(async move {
+///     let mut text = String::new();
+///     reader.read_to_string(&mut text).await?;
+///     std::io::Result::Ok(text)
+/// });
+/// // Meanwhile another task has the writer.
+/// assert_eq!(reading.await?, "hello world");
+/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
 pub struct ReadHalf {
     session: Rc<SessionGuard>,
     inner: Rc<StreamInner>,
@@ -246,6 +275,31 @@ impl AsyncBufRead for ReadHalf {
 }
 
 /// Waits for the next flush of the peer: see [`Stream::recv`](crate::Stream::recv).
+///
+/// ```
+/// use futures_lite::future::poll_once;
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-recv-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+/// # let config = config.build().unwrap();
+/// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
+/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+/// # let peer = listener.accept().await?;
+/// # let mut other = session.open_stream()?;
+/// # for text in ["hello", " world"] {
+/// #     let mut loan = other.alloc(text.len()).await?;
+/// #     loan.write(text.as_bytes());
+/// #     other.send(loan).await?;
+/// # }
+/// # let mut stream = peer.accept().await?;
+/// let message = stream.recv().await?.expect("more than the end");
+/// assert_eq!(message.into_bytes(), "hello");
+/// # drop(stream.recv().await?);
+/// // What has come by now, without a wait.
+/// assert!(poll_once(stream.recv()).await.is_none());
+/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
 #[must_use = "futures do nothing unless they are awaited"]
 pub struct Recv<'a> {
     half: &'a mut ReadHalf,
@@ -261,6 +315,33 @@ impl Future for Recv<'_> {
 }
 
 /// The flushes of the peer, one after the other: see [`Stream::messages`](crate::Stream::messages).
+///
+/// ```
+/// use futures_lite::StreamExt;
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-messages-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+/// # let config = config.build().unwrap();
+/// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
+/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+/// # let peer = listener.accept().await?;
+/// # let mut other = session.open_stream()?;
+/// # for text in ["hello", " world"] {
+/// #     let mut loan = other.alloc(text.len()).await?;
+/// #     loan.write(text.as_bytes());
+/// #     other.send(loan).await?;
+/// # }
+/// # let mut stream = peer.accept().await?;
+/// # drop(other);
+/// let mut lengths = Vec::new();
+/// let mut messages = stream.messages();
+/// while let Some(message) = messages.next().await {
+///     lengths.push(message?.len());
+/// }
+/// assert_eq!(lengths, [5, 6]); // one for each flush of the peer
+/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
 #[must_use = "streams do nothing unless they are polled"]
 pub struct Messages<'a> {
     half: &'a mut ReadHalf,

@@ -265,18 +265,35 @@ impl Drop for SessionGuard {
 /// it ends when it is [closed](Self::close), when the peer goes away or breaks the protocol, and
 /// when the last handle on it and on its streams is dropped.
 ///
-/// ```no_run
-/// use futures_lite::{AsyncReadExt, AsyncWriteExt};
-/// use shmipc_glommio::{Config, Connector};
+/// ```
+/// use shmipc_glommio::{Config, Connector, Error, Listener};
 ///
-/// # async fn example() -> shmipc_glommio::Result<()> {
-/// let session = Connector::new(Config::default()).connect("/run/store.sock").await?;
-/// let mut stream = session.open_stream()?;
-/// stream.write_all(b"hello").await.expect("the store reads");
-/// let mut answer = [0; 5];
-/// stream.read_exact(&mut answer).await.expect("the store answers");
-/// # Ok(())
-/// # }
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-session-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let config = Config::builder().buffer_size(1 << 20).queue_capacity(64).build()?;
+/// # let listener = Listener::bind(&path, config.clone())?;
+/// # let server = glommio::spawn_local(async move {
+/// #     let session = listener.accept().await?;
+/// #     while let Ok(mut stream) = session.accept().await {
+/// #         let message = stream.recv().await?.unwrap();
+/// #         stream.forward(message).await?;
+/// #     }
+/// #     Err::<(), Error>(session.closed().await)
+/// # });
+/// let session = Connector::new(config).connect(&path).await?;
+/// for question in ["hello", "is it true?"] {
+///     // Streams cost little: one for each question, if that is convenient.
+///     let mut stream = session.open_stream()?;
+///     let mut loan = stream.alloc(question.len()).await?;
+///     loan.write(question.as_bytes());
+///     stream.send(loan).await?;
+///     let answer = stream.recv().await?.expect("an answer");
+///     assert_eq!(answer.into_bytes(), question);
+/// }
+/// session.close().await;
+/// assert!(matches!(session.closed().await, Error::SessionClosed));
+/// # assert!(matches!(server.await, Err(Error::PeerClosed)));
+/// # Ok::<(), Error>(()) }).unwrap().join().unwrap().unwrap();
 /// ```
 #[derive(Clone)]
 pub struct Session {

@@ -143,7 +143,7 @@ impl StreamInner {
 /// that was written. What a peer sent before it closed is read first, then comes the end.
 ///
 /// ```
-/// use shmipc_glommio::{Config, Connector, Listener, Result};
+/// use shmipc_glommio::{Config, Connector, Error, Listener};
 ///
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-stream-{}", std::process::id()));
 /// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
@@ -153,7 +153,7 @@ impl StreamInner {
 ///     while let Some(message) = stream.recv().await? {
 ///         stream.forward(message).await?; // back where it came from, without a copy
 ///     }
-///     Result::Ok(())
+///     Ok::<(), Error>(())
 /// });
 ///
 /// let session = Connector::new(Config::default()).connect(&path).await?;
@@ -163,10 +163,9 @@ impl StreamInner {
 /// stream.send(loan).await?;
 /// let echo = stream.recv().await?.expect("an echo");
 /// assert_eq!(echo.into_bytes(), "hello");
-/// drop(stream);
-/// drop(session);
-/// server.await.unwrap_err(); // the session ended
-/// # Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// drop(stream); // the server reads the end
+/// server.await?;
+/// # Ok::<(), Error>(()) }).unwrap().join().unwrap().unwrap();
 /// ```
 ///
 /// [`flush`]: futures_lite::AsyncWriteExt::flush

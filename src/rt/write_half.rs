@@ -30,6 +30,30 @@ const FALLBACK_AT_MOST: usize = 64 << 10;
 ///
 /// Dropping it [finishes](Self::finish) this direction; the other half goes on. When both halves
 /// are dropped, the stream is closed.
+///
+/// ```
+/// use futures_lite::AsyncWriteExt;
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-write-half-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+/// # let config = config.build().unwrap();
+/// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
+/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+/// # let peer = listener.accept().await?;
+/// # let mut stream = session.open_stream()?;
+/// let (reader, mut writer) = stream.split();
+/// let writing = glommio::spawn_local(async move {
+///     writer.write_all(b"hello").await?;
+///     writer.finish().await?; // the peer reads the end, and can still answer
+///     std::io::Result::Ok(())
+/// });
+/// # writing.await?;
+/// # let mut accepted = peer.accept().await?;
+/// # assert_eq!(accepted.recv().await?.unwrap().into_bytes(), "hello");
+/// # assert!(accepted.recv().await?.is_none());
+/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
 pub struct WriteHalf {
     session: Rc<SessionGuard>,
     inner: Rc<StreamInner>,
@@ -362,6 +386,27 @@ impl AsyncWrite for WriteHalf {
 }
 
 /// Waits for memory to write a message into: see [`Stream::alloc`](crate::Stream::alloc).
+///
+/// ```
+/// use futures_lite::future::poll_once;
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-alloc-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+/// # let config = config.build().unwrap();
+/// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
+/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+/// # let peer = listener.accept().await?;
+/// # let mut stream = session.open_stream()?;
+/// // Memory that is there now: nothing is waited for.
+/// if let Some(loan) = poll_once(stream.alloc(5)).await {
+///     let mut loan = loan?;
+///     loan.write(b"hello");
+///     stream.send(loan).await?;
+/// }
+/// # assert_eq!(peer.accept().await?.recv().await?.unwrap().into_bytes(), "hello");
+/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
 #[must_use = "futures do nothing unless they are awaited"]
 pub struct Alloc<'a> {
     half: &'a mut WriteHalf,
@@ -379,6 +424,28 @@ impl Future for Alloc<'_> {
 }
 
 /// Sends a message: see [`Stream::send`](crate::Stream::send).
+///
+/// ```
+/// use futures_lite::future::poll_once;
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-send-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+/// # let config = config.build().unwrap();
+/// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
+/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+/// # let peer = listener.accept().await?;
+/// # let mut stream = session.open_stream()?;
+/// let mut loan = stream.alloc(5).await?;
+/// loan.write(b"hello");
+/// // Now or not at all. What was not sent is given back.
+/// match poll_once(stream.send(loan)).await {
+///     Some(sent) => sent?,
+///     None => println!("the peer is far behind"),
+/// }
+/// # assert_eq!(peer.accept().await?.recv().await?.unwrap().into_bytes(), "hello");
+/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
 #[must_use = "futures do nothing unless they are awaited"]
 pub struct Send<'a> {
     half: &'a mut WriteHalf,

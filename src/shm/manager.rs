@@ -75,6 +75,20 @@ pub(crate) struct BufferManager<M = Region> {
 }
 
 /// How many slices of one list are free, and how many there are.
+///
+/// ```
+/// use shmipc_glommio::SliceUsage;
+///
+/// fn bytes_in_use(usage: &SliceUsage) -> u64 {
+///     let free = i64::from(usage.free) + i64::from(usage.magazine);
+///     // A peer can write any count of free slices into the memory.
+///     let used = i64::from(usage.total) - free.clamp(0, i64::from(usage.total));
+///     used as u64 * u64::from(usage.slice_capacity)
+/// }
+///
+/// let usage = SliceUsage { slice_capacity: 4076, free: 90, magazine: 8, total: 100 };
+/// assert_eq!(bytes_in_use(&usage), 2 * 4076);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SliceUsage {
     /// Bytes of payload in each slice.

@@ -11,6 +11,14 @@
 pub const EVENT_LEN: usize = 12;
 
 /// What the sender says about the state of its stream.
+///
+/// ```
+/// use shmipc_glommio::wire::EventState;
+///
+/// // Only the low 8 bits of a status count.
+/// assert_eq!(EventState::from_status(0xabcd_ef01), EventState::Closed);
+/// assert_eq!(EventState::HalfClosed.to_status(), 2);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum EventState {
@@ -53,6 +61,15 @@ impl EventState {
 }
 
 /// An element of an IO queue.
+///
+/// ```
+/// use shmipc_glommio::wire::{Event, EventState};
+///
+/// // A message of stream 7, whose first slice stands 8192 bytes into the buffer memory.
+/// let event = Event { stream_id: 7, offset: 8192, status: EventState::Open.to_status() };
+/// assert_eq!(Event::from_bytes(&event.to_bytes()), event);
+/// assert_eq!(event.state(), EventState::Open);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Event {
     /// Which stream.

@@ -16,6 +16,16 @@
 //! Trust: none. A peer that lies about its window deceives itself.
 
 /// One side's byte: bit 7 is set, bits 5 and 6 are zero, bits 0 to 4 are the window's logarithm.
+///
+/// ```
+/// use shmipc_glommio::wire::Extension;
+///
+/// let ours = Extension::with_window(3 << 20);
+/// assert_eq!(ours.window(), 2 << 20); // the power of two below
+/// assert_eq!(Extension::from_byte(ours.to_byte()), Some(ours));
+/// // What another implementation leaves there.
+/// assert_eq!(Extension::from_byte(0), None);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extension {
     /// The window of each stream of this side, as a power of two of bytes.

@@ -45,6 +45,15 @@ impl TryFrom<u8> for ProtocolVersion {
 }
 
 /// What kind of message follows a header. The names are the spec's.
+///
+/// ```
+/// use shmipc_glommio::WireError;
+/// use shmipc_glommio::wire::MessageType;
+///
+/// assert_eq!(MessageType::from_u8(3), Ok(MessageType::FallbackData));
+/// assert_eq!(MessageType::FallbackData.as_u8(), 3);
+/// assert_eq!(MessageType::from_u8(10), Err(WireError::Type(10)));
+/// ```
 #[repr(u8)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -142,6 +151,16 @@ const _: () = {
 };
 
 /// A header.
+///
+/// ```
+/// use shmipc_glommio::wire::{Header, MessageType};
+///
+/// let header = Header { length: 12, version: 3, message: MessageType::StreamClose };
+/// assert_eq!(header.encode(), [0, 0, 0, 12, 0x77, 0x58, 3, 2]);
+/// assert_eq!(Header::decode(&header.encode()), Ok(header));
+/// // No StreamClose has 13 bytes.
+/// assert!(Header::decode(&[0, 0, 0, 13, 0x77, 0x58, 3, 2]).is_err());
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
     /// Length of the whole message in bytes, these eight included.

@@ -63,6 +63,15 @@ pub const FLAG_IN_USE: u8 = 2;
 const CACHE_LINE: u64 = 64;
 
 /// Where the fields of an IO queue's header stand.
+///
+/// ```
+/// use shmipc_glommio::wire::{ProtocolVersion, QueueLayout};
+///
+/// let layout = QueueLayout::for_version(ProtocolVersion::V3);
+/// assert!(layout.indices_are_atomic(8192));
+/// // Packed, the head of the second of two such queues would lie across two cache lines.
+/// assert!(!QueueLayout::PackedX86.indices_are_atomic(50));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum QueueLayout {
     /// Versions 2 and 3 on x86-64: head and tail are misaligned, at 4 and 12.
@@ -189,6 +198,15 @@ const _: () = {
 };
 
 /// A snapshot of an IO queue's header.
+///
+/// ```
+/// use shmipc_glommio::wire::{QueueHeader, QueueLayout};
+///
+/// # let header = QueueHeader { capacity: 8192, flag: 1, head: 40, tail: 42 };
+/// # let captured = header.encode(QueueLayout::PackedX86);
+/// let header = QueueHeader::decode(QueueLayout::PackedX86, &captured);
+/// assert_eq!(header.tail - header.head, 2); // so many elements wait
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueueHeader {
     /// The number of elements.
@@ -224,6 +242,16 @@ impl QueueHeader {
 }
 
 /// A snapshot of the header of the buffer memory.
+///
+/// ```
+/// use shmipc_glommio::wire::BufferManagerHeader;
+/// use shmipc_glommio::wire::layout::list_len;
+///
+/// // One list of 100 slices of 4076 bytes.
+/// let header = BufferManagerHeader { list_count: 1, used_len: list_len(100, 4076) as u32 };
+/// assert_eq!(header.used_len, 36 + 100 * (20 + 4076));
+/// assert_eq!(BufferManagerHeader::decode(&header.encode()), header);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BufferManagerHeader {
     /// How many buffer lists follow.
@@ -253,6 +281,16 @@ impl BufferManagerHeader {
 /// A snapshot of a buffer list's header, without the counters that nobody agrees on.
 ///
 /// Head and tail count from the end of this header.
+///
+/// ```
+/// use shmipc_glommio::wire::ListHeader;
+///
+/// # let (tail, slice_capacity) = (99 * 4096, 4076);
+/// # let header = ListHeader { size: 98, capacity: 100, head: 0, tail, slice_capacity };
+/// # let captured = header.encode();
+/// let header = ListHeader::decode(&captured);
+/// assert_eq!(header.capacity as i32 - header.size, 2); // so many slices are in use
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ListHeader {
     /// How many slices are free; below zero for a moment while several allocate.
@@ -292,6 +330,19 @@ impl ListHeader {
 }
 
 /// A snapshot of a buffer slice's header.
+///
+/// ```
+/// use shmipc_glommio::wire::SliceHeader;
+/// use shmipc_glommio::wire::layout::FLAG_HAS_NEXT;
+///
+/// # let flags = FLAG_HAS_NEXT;
+/// # let header = SliceHeader { capacity: 4076, size: 4076, start: 0, next: 8192, flags };
+/// # let captured = header.encode();
+/// let header = SliceHeader::decode(&captured);
+/// if header.flags & FLAG_HAS_NEXT != 0 {
+///     assert_eq!(header.next, 8192); // where the message goes on
+/// }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SliceHeader {
     /// How many data bytes the slice can hold.

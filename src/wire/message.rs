@@ -25,6 +25,16 @@ pub const MAX_FALLBACK_DATA: u32 = u32::MAX - FALLBACK_HEADER_LEN as u32;
 /// The names of the two memories of a session.
 ///
 /// For memfd memory they are only names; for file memory both sides open them.
+///
+/// ```
+/// use shmipc_glommio::wire::{MemoryPaths, Message};
+///
+/// let paths = MemoryPaths { queue: "/dev/shm/a_queue".into(), buffer: "/dev/shm/a".into() };
+/// let mut bytes = Vec::new();
+/// Message::ShareMemoryByFilePath(paths).encode(2, &mut bytes)?;
+/// assert_eq!(bytes.len(), 8 + 2 + 16 + 2 + 10); // a header, and each path behind its length
+/// # Ok::<(), shmipc_glommio::WireError>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryPaths {
     /// The memory with the two IO queues.
@@ -73,6 +83,19 @@ impl MemoryPaths {
 }
 
 /// A message with what it carries.
+///
+/// ```
+/// use bytes::Bytes;
+/// use shmipc_glommio::wire::{HEADER_LEN, Header, Message};
+///
+/// let mut bytes = Vec::new();
+/// Message::StreamClose { stream_id: 7 }.encode(3, &mut bytes)?;
+/// // And back. A `Deframer` does this for bytes that arrive in pieces.
+/// let header = Header::decode(bytes.first_chunk().unwrap())?;
+/// let payload = Bytes::from(bytes).slice(HEADER_LEN..);
+/// assert_eq!(Message::decode(&header, payload)?, Message::StreamClose { stream_id: 7 });
+/// # Ok::<(), shmipc_glommio::WireError>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Message {
