@@ -9,7 +9,6 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -93,7 +92,7 @@ fn summary(mut body: impl Buf) -> Option<Bytes> {
 }
 
 /// Answers what comes on one stream.
-async fn answer(mut stream: Stream, trust: Rc<PeerTrust>) -> Result<()> {
+async fn answer(mut stream: Stream, trust: PeerTrust) -> Result<()> {
     while let Some(mut request) = stream.recv().await? {
         let (id, operation) = peek_header(&request).unwrap_or((0, REFUSED));
         if operation == ECHO {
@@ -117,14 +116,14 @@ async fn answer(mut stream: Stream, trust: Rc<PeerTrust>) -> Result<()> {
 
 async fn serve(path: PathBuf, is_listening: mpsc::Sender<()>) -> io::Result<()> {
     // SAFETY: the client is this program, which does not write to what it has sent.
-    let trust = Rc::new(unsafe { PeerTrust::promise() });
+    let trust = unsafe { PeerTrust::promise() };
     let listener = Listener::bind(path, Config::default())?.trusting(&trust);
     is_listening.send(()).map_err(io::Error::other)?;
     let session = listener.accept().await?;
     // One client is all there is. The socket's path goes now, however this ends.
     drop(listener);
     while let Ok(stream) = session.accept().await {
-        spawn_local(answer(stream, Rc::clone(&trust))).detach();
+        spawn_local(answer(stream, trust)).detach();
     }
     Ok(())
 }

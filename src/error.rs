@@ -404,6 +404,18 @@ impl From<Error> for io::Error {
     }
 }
 
+macro_rules! into_io_error {
+    ($($error:ty),*) => {
+        $(impl From<$error> for io::Error {
+            fn from(error: $error) -> Self {
+                Error::from(error).into()
+            }
+        })*
+    };
+}
+
+into_io_error!(WireError, HandshakeError, MemoryError, ConfigError);
+
 #[cfg(test)]
 mod tests {
     use super::*;

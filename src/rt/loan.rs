@@ -73,7 +73,8 @@ impl Loan {
         self.chain.is_shared()
     }
 
-    /// Copies bytes behind those that were written, as many as there is room for. Gives how many.
+    /// Copies bytes behind those that were written, as many as there is room for. Gives how many:
+    /// what does not fit is not an error, unless it is written by [`std::io::Write::write_all`].
     #[inline]
     pub fn write(&mut self, bytes: &[u8]) -> usize {
         self.chain.write(bytes)
@@ -235,18 +236,24 @@ impl Message {
     /// ```
     #[inline]
     pub fn read_array<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let mut bytes = [0; N];
-        if self.peek(&mut bytes) < N {
-            return None;
-        }
+        let bytes = self.peek_array()?;
         self.skip(N);
         Some(bytes)
+    }
+
+    /// The first `N` bytes, as [`read_array`](Self::read_array) gives them, which are kept.
+    #[inline]
+    pub fn peek_array<const N: usize>(&self) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        (self.peek(&mut bytes) == N).then_some(bytes)
     }
 
     /// Takes the first `count` bytes, or all there are, off as a message of their own.
     ///
     /// Whole slices change hands. A cut inside a slice copies what stands before it in that slice
     /// into another one; when there is none, all that is taken off is copied into private memory.
+    /// So each part that is kept occupies a slice at least: small parts are better
+    /// [read](Self::read).
     pub fn split_to(&mut self, count: usize) -> Message {
         Message { chain: self.chain.split_to(count) }
     }

@@ -102,7 +102,8 @@ impl ReadHalf {
     }
 
     /// Until when reads wait; `None`, the default, is for ever. What has arrived is read in any
-    /// case; a read that would wait beyond it ends with [`Error::DeadlinePassed`].
+    /// case; a read that would wait beyond it ends with [`Error::DeadlinePassed`]. What comes after
+    /// that is there for the next read.
     pub fn set_deadline(&mut self, deadline: Option<Instant>) {
         self.deadline.set(deadline);
     }

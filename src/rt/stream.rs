@@ -238,8 +238,9 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// The stream is closed, the session over, the [deadline](Self::set_write_deadline) has passed,
-    /// or [`Error::ForeignLoan`](crate::Error::ForeignLoan). The loan is given back.
+    /// The stream is closed, the session over, the [deadline](Self::set_write_deadline) has
+    /// passed, or [`Error::ForeignLoan`](crate::Error::ForeignLoan). In any case the loan is
+    /// spent: what is not sent goes back to the pool.
     #[inline]
     pub fn send(&mut self, loan: Loan) -> Send<'_> {
         self.writer.send(loan)

@@ -117,7 +117,8 @@ impl WriteHalf {
     /// # Errors
     ///
     /// The stream is closed, the session over, the [deadline](Self::set_deadline) has passed, or
-    /// [`Error::ForeignLoan`]. The loan is given back.
+    /// [`Error::ForeignLoan`]. In any case the loan is spent: what is not
+    /// sent goes back to the pool.
     #[inline]
     pub fn send(&mut self, loan: Loan) -> Send<'_> {
         Send { half: self, chain: Some(loan.chain), bytes: Bytes::new() }

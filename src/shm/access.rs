@@ -126,7 +126,7 @@ impl Region {
 /// let trust = unsafe { PeerTrust::promise() };
 /// let connector = Connector::new(Config::default()).trusting(&trust);
 /// ```
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct PeerTrust {
     id: u64,
 }
