@@ -418,6 +418,55 @@ fn a_sender_waits_for_the_reader_no_longer_than_its_deadline() {
 }
 
 #[test]
+fn a_loan_is_written_in_turns_by_copy_and_in_place() {
+    run(LIMIT, || async {
+        // SAFETY: both sides are this test.
+        let trust = unsafe { PeerTrust::promise() };
+        let path = SocketPath::new();
+        let config = small().pool_wait(Duration::ZERO).stream_window(1 << 30).build().unwrap();
+        let listener = Listener::bind(path.as_str(), config.clone()).unwrap();
+        let connector = Connector::new(config).trusting(&trust);
+        let (client, server) = zip(connector.connect(path.as_str()), listener.accept()).await;
+        let (client, server) = (client.unwrap(), server.unwrap());
+        let (mut near, mut far) = open(&client, &server).await;
+        let message = pattern(5, 300_000);
+        let mut kept = Vec::new();
+        for is_shared in [true, false] {
+            let mut loan = near.alloc(message.len()).await.unwrap();
+            assert_eq!(loan.is_shared(), is_shared);
+            let slice = loan.views(&trust).unwrap().next().unwrap().len();
+            // The first slice is filled to its end, and the views begin with the next one.
+            let mut written = loan.write(&message[..slice.min(200_000)]);
+            let mut step = 1000;
+            while written < message.len() {
+                let view = loan.views(&trust).unwrap().next().unwrap();
+                let count = view.len().min(step);
+                view[..count].copy_from_slice(&message[written..written + count]);
+                loan.advance(count);
+                written += count;
+                let rest = &message[written..];
+                written += loan.write(&rest[..rest.len().min(777)]);
+                step += 10_000;
+            }
+            assert_eq!((loan.len(), loan.remaining()), (message.len(), 0));
+            assert!(loan.views(&trust).unwrap().next().is_none());
+            near.send(loan).await.unwrap();
+            let mut all = vec![0; message.len()];
+            far.read_exact(&mut all).await.unwrap();
+            assert!(all == message, "shared: {is_shared}");
+            if is_shared {
+                // From now on there is nothing to lend.
+                while let Ok(loan) = near.alloc(8000).await
+                    && loan.is_shared()
+                {
+                    kept.push(loan);
+                }
+            }
+        }
+    });
+}
+
+#[test]
 fn messages_are_a_stream_of_futures_that_ends() {
     run(LIMIT, || async {
         let (client, server) = pair(small(), small()).await;

@@ -67,8 +67,6 @@ impl Credit {
 
     /// Looks whether the peer has said by now what it knows.
     fn look(&self, manager: &BufferManager, role: Role) {
-        let Some(left) = self.looks.get().checked_sub(1) else { return };
-        self.looks.set(left);
         if let Some(extension) = manager.peer_extension(places(role).1) {
             self.looks.set(0);
             self.window_here.set(self.ours);
@@ -88,10 +86,19 @@ impl Credit {
 }
 
 impl SessionInner {
-    /// Something came from the peer.
+    /// Events came. Looks at the first of them only, since the line is one that both sides write.
     #[inline]
+    pub(super) fn look_for_extension_at_first(&self) {
+        let looks = self.credit.looks.get();
+        if looks > 0 {
+            self.credit.looks.set(looks - 1);
+            self.look_for_extension();
+        }
+    }
+
+    /// Before something that depends on what the peer knows.
     pub(super) fn look_for_extension(&self) {
-        if self.credit.looks.get() > 0 {
+        if !self.credit.is_known() {
             self.credit.look(&self.lanes.manager, self.role);
         }
     }

@@ -53,7 +53,7 @@ impl SessionInner {
             Ok(0) => false,
             Ok(count) => {
                 self.activity.last_batch.set(count);
-                self.look_for_extension();
+                self.look_for_extension_at_first();
                 true
             }
             Err(error) => {

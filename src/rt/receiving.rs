@@ -43,15 +43,17 @@ impl SessionInner {
                 // the socket.
                 self.peer_half_closed(event.stream_id);
             }
-            EventState::Credit if self.credit.is_known() => {
-                self.take_credit(event.stream_id, event.offset);
-            }
             EventState::Credit => {
-                return Err(MemoryError::Field {
-                    what: "stream state of an event",
-                    value: 3,
-                    problem: "this side has not offered credit",
-                });
+                // It may be the first that is heard of the peer.
+                self.look_for_extension();
+                if !self.credit.is_known() {
+                    return Err(MemoryError::Field {
+                        what: "stream state of an event",
+                        value: u64::from(event.status),
+                        problem: "the peer has not said that it knows of credit",
+                    });
+                }
+                self.take_credit(event.stream_id, event.offset);
             }
             EventState::Unknown(state) => {
                 return Err(MemoryError::Field {
@@ -181,6 +183,7 @@ impl SessionInner {
 
     /// The peer sends nothing more on a stream, which may be one that it opens this way.
     fn peer_half_closed(self: &Rc<Self>, id: u32) {
+        self.look_for_extension();
         let known = self.streams.borrow().get(id).cloned();
         match known {
             Some(stream) => {

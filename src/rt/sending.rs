@@ -106,6 +106,7 @@ impl SessionInner {
     /// This side sends nothing more on a stream, and tells the peer if that understands it.
     pub(super) fn half_close_stream(self: &Rc<Self>, stream: &StreamInner) {
         let on_close = stream.life().half_close();
+        self.look_for_extension();
         stream.writer.wake();
         if !self.credit.is_known() || self.is_over() {
             return;
@@ -124,7 +125,10 @@ impl SessionInner {
                     self.send_fallback(id, &[], state);
                 }
             }
-            OnClose::Tell(Path::Socket) => self.send_fallback(id, &[], state),
+            OnClose::Tell(Path::Socket) => {
+                self.flush_queue();
+                self.send_fallback(id, &[], state);
+            }
         }
         stream.note_known_to_peer();
     }
@@ -156,6 +160,8 @@ impl SessionInner {
                 Err(_) => return,
             }
         }
+        // What is in the queue was sent before, so it must be seen before.
+        self.flush_queue();
         let mut message = Vec::new();
         let close = Message::StreamClose { stream_id };
         close.encode(self.version_byte(), &mut message).expect("a message without paths");

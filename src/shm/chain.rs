@@ -200,6 +200,8 @@ impl<M: Memory> Chain<M> {
         let state = self.state.as_deref_mut().expect("a chain that has not ended");
         let mut from = &from[..from.len().min(state.capacity - state.len)];
         if let Private::Writing(bytes) = &mut state.private {
+            // `spare_views` makes room behind what counts.
+            bytes.truncate(state.len);
             bytes.extend_from_slice(from);
             state.len = bytes.len();
             return from.len();

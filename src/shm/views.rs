@@ -84,16 +84,19 @@ impl<'a> Iterator for SpareViews<'a> {
 
     #[inline]
     fn next(&mut self) -> Option<&'a mut [u8]> {
-        if self.next == NO_SLICE {
-            return self.private.take();
+        // Only the slice that was being filled can be full.
+        while self.next != NO_SLICE && self.remaining > 0 {
+            let entry = self.manager.entry(self.next);
+            let room = self.manager.room_in(self.next).min(self.remaining);
+            self.remaining -= room;
+            self.next = entry.next.get();
+            if room > 0 {
+                let at = entry.data() + entry.len.get() as usize;
+                // SAFETY: as in `SliceViews`; the chain is borrowed exclusively, a slice is in one
+                // chain only and once in it, so each byte is in one of these references.
+                return Some(unsafe { self.manager.memory().view_mut(at, room) });
+            }
         }
-        let entry = self.manager.entry(self.next);
-        let room = self.manager.room_in(self.next).min(self.remaining);
-        self.remaining -= room;
-        self.next = if self.remaining == 0 { NO_SLICE } else { entry.next.get() };
-        let at = entry.data() + entry.len.get() as usize;
-        // SAFETY: as in `SliceViews`; the chain is borrowed exclusively, a slice is in one chain
-        // only and once in it, so each byte is in one of these references.
-        (room > 0).then(|| unsafe { self.manager.memory().view_mut(at, room) })
+        self.private.take().filter(|room| !room.is_empty())
     }
 }
