@@ -331,7 +331,9 @@ impl ConfigBuilder {
         self
     }
 
-    /// The longest message that a peer may send over the socket, header included, in bytes.
+    /// The longest message that a peer may send over the socket, header included, in bytes; and
+    /// the longest that this side sends: a flush that is longer is cut in several. What is written
+    /// as bytes goes in pieces of 64 KiB.
     /// Default: 64 MiB.
     pub fn max_message_len(mut self, bytes: u32) -> Self {
         self.config.limits.message_len = bytes;

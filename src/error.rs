@@ -339,6 +339,9 @@ pub enum Error {
     /// The peer went away: it closed its socket, or died.
     #[error("the peer closed the session")]
     PeerClosed,
+    /// The peer makes this side send messages over the socket and does not read them.
+    #[error("the peer does not read its socket")]
+    PeerNotReading,
     /// The session was closed on this side.
     #[error("the session was closed here")]
     SessionClosed,
@@ -373,7 +376,7 @@ impl Error {
 
     /// Whether the peer is at fault, rather than this side or the machine.
     pub fn is_peer_fault(&self) -> bool {
-        matches!(self, Self::Wire(_) | Self::Handshake(_) | Self::Memory(_))
+        matches!(self, Self::Wire(_) | Self::Handshake(_) | Self::Memory(_) | Self::PeerNotReading)
     }
 
     /// The kind that fits this error best.
@@ -386,6 +389,7 @@ impl Error {
             Self::Config(_) => io::ErrorKind::InvalidInput,
             Self::Os { source, .. } => source.kind(),
             Self::PeerClosed => io::ErrorKind::ConnectionReset,
+            Self::PeerNotReading => io::ErrorKind::TimedOut,
             Self::SessionClosed => io::ErrorKind::ConnectionAborted,
             Self::StreamClosed => io::ErrorKind::NotConnected,
             Self::StreamClosedByPeer => io::ErrorKind::BrokenPipe,

@@ -64,6 +64,19 @@ pub(crate) struct ReceiveWindow {
 }
 
 impl ReceiveWindow {
+    /// Takes what is owed, as far as one event can tell it.
+    pub(crate) fn take(&self) -> u32 {
+        let owed = self.owed.get();
+        let credit = u32::try_from(owed).unwrap_or(u32::MAX);
+        self.owed.set(owed - u64::from(credit));
+        credit
+    }
+
+    /// Puts credit back that could not be told.
+    pub(crate) fn put_back(&self, credit: u32) {
+        self.owed.set(self.owed.get() + u64::from(credit));
+    }
+
     /// The reader took a message. Gives the credit that is due now: half a window of it, or all
     /// when the reader is `done` with what came over the socket.
     #[inline]
@@ -80,10 +93,8 @@ impl ReceiveWindow {
             self.owes_for_socket.set(true);
         }
         if owed >= window / 2 || (done && self.owes_for_socket.get()) {
-            self.owed.set(0);
             self.owes_for_socket.set(!done && self.owes_for_socket.get());
-            // A window is at most 2^31, a message fits 32 bits.
-            return Some(u32::try_from(owed).unwrap_or(u32::MAX));
+            return Some(self.take());
         }
         None
     }

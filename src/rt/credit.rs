@@ -4,6 +4,7 @@
 //! [`window`](crate::proto::window).
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::rc::Rc;
 
 use super::session::SessionInner;
@@ -29,8 +30,8 @@ pub(super) struct Credit {
     /// How much the peer lets wait unread.
     window_there: Cell<u64>,
     looks: Cell<u32>,
-    /// Credit that found the queue full.
-    kept: RefCell<Vec<(u32, u32)>>,
+    /// Streams whose credit found the queue full, each once.
+    kept: RefCell<VecDeque<u32>>,
 }
 
 /// Where this side's byte stands, and the peer's.
@@ -88,7 +89,7 @@ impl Credit {
 impl SessionInner {
     /// Events came. Looks at the first of them only, since the line is one that both sides write.
     #[inline]
-    pub(super) fn look_for_extension_at_first(&self) {
+    pub(super) fn look_for_extension_at_first(self: &Rc<Self>) {
         let looks = self.credit.looks.get();
         if looks > 0 {
             self.credit.looks.set(looks - 1);
@@ -97,9 +98,19 @@ impl SessionInner {
     }
 
     /// Before something that depends on what the peer knows.
-    pub(super) fn look_for_extension(&self) {
-        if !self.credit.is_known() {
-            self.credit.look(&self.lanes.manager, self.role);
+    pub(super) fn look_for_extension(self: &Rc<Self>) {
+        if self.credit.is_known() {
+            return;
+        }
+        self.credit.look(&self.lanes.manager, self.role);
+        if self.credit.is_known() {
+            // What it could not have been told before.
+            let streams = self.streams.borrow().all();
+            for stream in streams {
+                if stream.owes_end.take() {
+                    self.tell_half_closed(&stream);
+                }
+            }
         }
     }
 
@@ -118,7 +129,7 @@ impl SessionInner {
     /// A reader took a message.
     #[inline]
     pub(super) fn note_taken(self: &Rc<Self>, stream: &StreamInner, chain: &Chain) {
-        self.note_unread(chain.socket_len());
+        self.note_unread(chain.socket_cost());
         self.give_credit(stream, chain.occupies(), !chain.is_shared());
     }
 
@@ -136,21 +147,24 @@ impl SessionInner {
         let done = over_socket && is_known && stream.inbound.borrow().socket_len() == 0;
         let due = stream.receiving.note_taken(occupied, over_socket, done, window);
         if let Some(credit) = due {
-            self.send_credit(stream.id(), credit);
+            self.send_credit(stream, credit);
         }
     }
 
     #[inline(never)]
-    fn send_credit(self: &Rc<Self>, stream_id: u32, credit: u32) {
+    fn send_credit(self: &Rc<Self>, stream: &StreamInner, credit: u32) {
         if self.is_over() {
             return;
         }
         let status = EventState::Credit.to_status();
-        let event = Event { stream_id, offset: credit, status };
+        let event = Event { stream_id: stream.id(), offset: credit, status };
         match self.put_event(event) {
             Ok(true) => self.counters.credits_sent.add(1),
             Ok(false) => {
-                self.credit.kept.borrow_mut().push((stream_id, credit));
+                stream.receiving.put_back(credit);
+                if !stream.owes_credit.replace(true) {
+                    self.credit.kept.borrow_mut().push_back(stream.id());
+                }
                 self.activate();
             }
             // The session is over.
@@ -158,11 +172,16 @@ impl SessionInner {
         }
     }
 
-    /// Sends the credit that found the queue full.
+    /// Sends the credit that found the queue full, as far as there is room now.
     pub(super) fn send_kept_credit(self: &Rc<Self>) {
-        if self.credit.has_kept() {
-            for (stream_id, credit) in self.credit.kept.take() {
-                self.send_credit(stream_id, credit);
+        while let Some(stream_id) = { self.credit.kept.borrow_mut().pop_front() } {
+            let stream = self.streams.borrow().get(stream_id).cloned();
+            let Some(stream) = stream else { continue };
+            stream.owes_credit.set(false);
+            self.send_credit(&stream, stream.receiving.take());
+            if stream.owes_credit.get() {
+                // Still full.
+                return;
             }
         }
     }

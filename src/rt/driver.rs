@@ -67,6 +67,11 @@ impl SessionInner {
             self.lanes.consumer.borrow_mut().publish();
         }
         self.finish_closing();
+        // While the socket is not read, nobody would hear that the peer is gone.
+        let is_paused = self.has_too_much_unread();
+        if self.inbox.is_hung_up.get() || (is_paused && self.socket().is_hung_up()) {
+            self.hang_up();
+        }
         self.send_kept_credit();
         self.wake_waiting(now);
         let sent = self.lanes.must_look.get();
@@ -99,7 +104,9 @@ impl SessionInner {
         }
         let lanes = &self.lanes;
         let somebody_waits = !lanes.queue_waiting.is_empty() || !lanes.pool_waiting.is_empty();
-        if somebody_waits || self.credit.has_kept() {
+        // While the socket is not read, nobody would hear a SyncEvent, or the end of what came.
+        let is_paused = self.has_too_much_unread() || !self.inbox.closing.borrow().is_empty();
+        if somebody_waits || is_paused || self.credit.has_kept() {
             return Stay::Waiting;
         }
         let result = self.lanes.consumer.borrow_mut().try_sleep();
@@ -125,26 +132,33 @@ impl SessionInner {
         while taken < limit && !self.is_over() {
             let available = self.lanes.consumer.borrow_mut().available()? as usize;
             let count = available.min(limit - taken);
-            for _ in 0..count {
-                let (event, ahead) = {
-                    let mut consumer = self.lanes.consumer.borrow_mut();
-                    (consumer.pop(), consumer.offset_ahead(LOOK_AHEAD))
-                };
-                if let Some(offset) = ahead {
-                    self.lanes.manager.prefetch(offset);
-                }
-                if let Some(event) = event {
-                    self.handle_event(event)?;
-                }
-            }
+            self.take_events(count)?;
             taken += count;
             // What came while these were handled waits for the next turn, unless it is much.
             if count < WORTH_LOOKING_AGAIN {
                 break;
             }
         }
-        self.counters.events_received.add(taken as u64);
         Ok(taken)
+    }
+
+    /// Takes so many events, which are known to be there.
+    #[inline(always)]
+    fn take_events(self: &Rc<Self>, count: usize) -> Result<(), MemoryError> {
+        self.counters.events_received.add(count as u64);
+        for _ in 0..count {
+            let (event, ahead) = {
+                let mut consumer = self.lanes.consumer.borrow_mut();
+                (consumer.pop(), consumer.offset_ahead(LOOK_AHEAD))
+            };
+            if let Some(offset) = ahead {
+                self.lanes.manager.prefetch(offset);
+            }
+            if let Some(event) = event {
+                self.handle_event(event)?;
+            }
+        }
+        Ok(())
     }
 
     /// Whether the peer has published events that nobody took yet.
@@ -209,6 +223,9 @@ impl SessionInner {
     fn drain_in_place(self: &Rc<Self>, stream: &StreamInner) -> Result<Option<Chain>, MemoryError> {
         let available = self.lanes.consumer.borrow_mut().available()? as usize;
         let count = available.min(EVENTS_IN_PLACE);
+        if count > 0 {
+            self.look_for_extension_at_first();
+        }
         let mut chain = None;
         for index in 0..count {
             let event = self.lanes.consumer.borrow_mut().pop();
@@ -229,11 +246,12 @@ impl SessionInner {
         Ok(chain)
     }
 
-    /// Takes every event that was published before now.
+    /// Takes every event that was published before now. A peer that goes on publishing meanwhile
+    /// cannot hold us.
     pub(super) fn drain_all(self: &Rc<Self>) {
-        // A peer that goes on publishing meanwhile cannot hold us: there were at most that many.
-        let limit = self.lanes.consumer.borrow().capacity();
-        if let Err(error) = self.drain(limit as usize) {
+        let available = self.lanes.consumer.borrow_mut().available_now();
+        let result = available.and_then(|count| self.take_events(count as usize));
+        if let Err(error) = result {
             self.fail(error.into());
         }
     }

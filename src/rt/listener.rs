@@ -35,7 +35,7 @@ use crate::shm::access::PeerTrust;
 /// How long accepting pauses when the process has no descriptor left for another connection.
 const OUT_OF_DESCRIPTORS_PAUSE: Duration = Duration::from_millis(20);
 
-type OnRefused = Box<dyn Fn(&Error)>;
+type OnRefused = Rc<dyn Fn(&Error)>;
 
 /// Accepts sessions on a Unix socket, or over TCP on loopback.
 ///
@@ -151,7 +151,7 @@ impl Listener {
 
     /// Calls `tell` for every peer that was dropped before it became a session, with the reason.
     pub fn on_refused(&self, tell: impl Fn(&Error) + 'static) {
-        *self.shared.on_refused.borrow_mut() = Some(Box::new(tell));
+        *self.shared.on_refused.borrow_mut() = Some(Rc::new(tell));
     }
 
     /// Says that the promise behind this token speaks for the peers of sessions from now on, so
@@ -187,7 +187,8 @@ impl Listener {
 impl Shared {
     fn refuse(&self, error: &Error) {
         tracing::debug!(%error, "peer refused");
-        if let Some(tell) = &*self.on_refused.borrow() {
+        let tell = self.on_refused.borrow().clone();
+        if let Some(tell) = tell {
             tell(error);
         }
     }

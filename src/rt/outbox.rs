@@ -12,6 +12,7 @@ use std::rc::Rc;
 use bytes::{Buf, Bytes};
 use futures_lite::future::poll_fn;
 
+use super::sending::is_gone;
 use super::session::SessionInner;
 use super::socket::Socket;
 use super::wakers::WakerList;
@@ -19,6 +20,9 @@ use super::wakers::WakerList;
 /// Payload waits until less than this is kept, so that a slow peer costs a bounded amount of
 /// memory.
 const KEEP_AT_MOST: usize = 256 << 10;
+
+/// What may be kept besides payload.
+const KEEP_OF_OTHERS: usize = 4 << 20;
 
 /// The outbound half of a session's socket.
 #[derive(Default)]
@@ -28,6 +32,8 @@ pub(super) struct Outbox {
     /// Whether the task that waits for the socket runs.
     has_task: Cell<bool>,
     waiting: WakerList,
+    /// Whether something was thrown away, since the session ended first.
+    is_cut: Cell<bool>,
 }
 
 impl Outbox {
@@ -60,8 +66,21 @@ impl Outbox {
     /// Forgets everything: the socket is gone.
     pub(super) fn clear(&self) {
         self.kept.borrow_mut().clear();
-        self.kept_bytes.set(0);
+        if self.kept_bytes.replace(0) > 0 {
+            self.is_cut.set(true);
+        }
         self.waiting.wake_all();
+    }
+
+    /// Whether something was thrown away.
+    pub(super) fn is_cut(&self) -> bool {
+        self.is_cut.get()
+    }
+
+    /// Whether more is kept than payload can be, so that the rest are messages that the peer makes
+    /// this side send, and does not read.
+    pub(super) fn is_overfull(&self, message_len: u32) -> bool {
+        self.kept_bytes.get() > KEEP_AT_MOST + message_len as usize + KEEP_OF_OTHERS
     }
 
     fn drop_front(&self, sent: usize) {
@@ -82,8 +101,10 @@ impl Outbox {
 pub(super) async fn send_kept(session: Rc<SessionInner>) {
     let result = send_until_empty(&session).await;
     session.outbox().has_task.set(false);
-    if let Err(error) = result {
-        session.fail(error);
+    match result {
+        Err(crate::Error::Os { source, .. }) if is_gone(&source) => session.note_hung_up(),
+        Err(error) => session.fail(error),
+        Ok(()) => {}
     }
 }
 

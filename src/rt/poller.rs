@@ -24,7 +24,7 @@ use std::rc::Rc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use futures_lite::future::{or, poll_fn};
+use futures_lite::future::{or, poll_fn, yield_now};
 use glommio::{Latency, Shares, TaskQueueHandle};
 
 use super::driver::Stay;
@@ -334,6 +334,10 @@ impl Kick {
     /// While nobody spins, glommio looks at its rings as soon as there is nothing else to do. A
     /// byte sent while somebody does would wait for the timer of 100 ms.
     async fn first(&self) {
+        // Once the receives have begun, so that the byte is not found there without a look.
+        for _ in 0..self.pairs.len() {
+            yield_now().await;
+        }
         self.send();
         poll_fn(|context| {
             if !self.state.is_under_way.get() {
@@ -360,7 +364,7 @@ impl Kick {
             return;
         };
         // A little early, so that what takes two looks is done within two intervals.
-        if now.saturating_duration_since(last) < poller.reactor_interval.get() * 7 / 8 {
+        if now.saturating_duration_since(last) < poller.reactor_interval.get() / 8 * 7 {
             return;
         }
         poller.last_reactor_pass.set(Some(now));

@@ -204,14 +204,15 @@ impl ReadHalf {
 
     fn read_inbound(&self, to: &mut [u8]) -> usize {
         let session = self.session();
-        let mut taken = None;
+        let (mut taken, mut overhead) = (None, 0);
         let mut inbound = self.inner.inbound.borrow_mut();
         let before = inbound.socket_len();
         let count = inbound.read(to, |chain| {
             let (occupied, over_socket) = taken.unwrap_or_default();
             taken = Some((occupied + chain.occupies(), over_socket | !chain.is_shared()));
+            overhead += chain.socket_cost();
         });
-        let from_socket = before - inbound.socket_len();
+        let from_socket = before - inbound.socket_len() + overhead;
         drop(inbound);
         session.note_unread(from_socket);
         if let Some((occupied, over_socket)) = taken {

@@ -27,13 +27,28 @@ use crate::wire::{Event, EventState, Header, Message};
 
 /// The most receives in a row from one socket.
 const RECEIVES_PER_TURN: usize = 16;
+/// The most receives from a socket whose peer is gone.
+const RECEIVES_WHEN_HUNG_UP: usize = 1 << 12;
+/// How many closes may wait for the socket, beyond one for each stream that can be open.
+const SPARE_CLOSES: usize = 1 << 16;
 
 impl SessionInner {
     #[inline]
     pub(super) fn handle_event(self: &Rc<Self>, event: Event) -> Result<(), MemoryError> {
         match event.state() {
             EventState::Open => self.receive_slices(event)?,
-            EventState::Closed => self.inbox.closing.borrow_mut().push(event.stream_id),
+            EventState::Closed => {
+                let mut closing = self.inbox.closing.borrow_mut();
+                // Each stream closes once, and the list is empty whenever the socket is.
+                if closing.len() > self.config.limits.streams + SPARE_CLOSES {
+                    return Err(MemoryError::Field {
+                        what: "number of closed streams",
+                        value: closing.len() as u64,
+                        problem: "more than can have been open",
+                    });
+                }
+                closing.push(event.stream_id);
+            }
             EventState::HalfClosed => {
                 // No slice starts at offset 0: an end without data.
                 if event.offset != 0 {
@@ -99,7 +114,7 @@ impl SessionInner {
                 self.hand_over(&stream, data);
                 self.put_before_acceptors(stream);
             }
-            None => self.note_unread(data.socket_len()),
+            None => self.note_unread(data.socket_cost()),
         }
     }
 
@@ -148,7 +163,7 @@ impl SessionInner {
         }
     }
 
-    fn has_too_much_unread(&self) -> bool {
+    pub(super) fn has_too_much_unread(&self) -> bool {
         self.inbox.unread_bytes.get() >= self.config.limits.unread_fallback_bytes
     }
 
@@ -157,19 +172,18 @@ impl SessionInner {
         if self.inbox.closing.borrow().is_empty() {
             return;
         }
-        let is_drained = self.receive_messages();
-        if is_drained || self.is_over() {
-            let closing = std::mem::take(&mut *self.inbox.closing.borrow_mut());
+        // Those that are found while the socket is read came after it was looked at.
+        let mut closing = std::mem::take(&mut *self.inbox.closing.borrow_mut());
+        if self.receive_messages() || self.is_over() {
             for &id in &closing {
                 self.peer_closed(id);
             }
-            // Keeps the allocation.
-            let mut list = self.inbox.closing.borrow_mut();
-            if list.is_empty() {
-                *list = closing;
-                list.clear();
-            }
+            closing.clear();
         }
+        // Keeps the allocation, and those that are still to come behind the others.
+        let mut found = self.inbox.closing.borrow_mut();
+        closing.append(&mut found);
+        *found = closing;
     }
 
     fn peer_closed(&self, id: u32) {
@@ -269,6 +283,7 @@ impl SessionInner {
         match message {
             Message::SyncEvent => {
                 self.counters.sync_events_received.add(1);
+                self.look_for_extension();
                 self.activate();
             }
             Message::FallbackData { stream_id, status, data } => {
@@ -309,7 +324,7 @@ impl SessionInner {
                 if !data.is_empty() {
                     let data = Chain::received(Rc::clone(&self.lanes.manager), data);
                     let unread = &self.inbox.unread_bytes;
-                    unread.set(unread.get() + data.len());
+                    unread.set(unread.get() + data.socket_cost());
                     self.deliver(stream_id, data);
                 }
                 if EventState::from_status(status) == EventState::HalfClosed {
@@ -326,6 +341,19 @@ impl SessionInner {
             }
         }
         Ok(())
+    }
+
+    /// The peer is gone, which somebody else found out than the reader. Takes what it sent before,
+    /// also beyond what may wait unread: there is no more of it than the socket holds.
+    pub(super) fn hang_up(self: &Rc<Self>) {
+        for _ in 0..RECEIVES_WHEN_HUNG_UP {
+            match self.receive_once() {
+                Ok(Received::Bytes(_)) => {}
+                Ok(Received::Nothing | Received::End) => break,
+                Err(error) => return self.fail(error),
+            }
+        }
+        self.peer_is_gone();
     }
 
     /// The socket has ended. What the peer published before is still delivered.
@@ -350,13 +378,17 @@ pub(super) async fn read_socket(session: Rc<SessionInner>) {
             std::task::Poll::Pending
         })
         .await;
-        if let Err(error) = session.socket().readable().await {
-            session.fail(error);
-        }
+        // Also after a pause: what came with the last of it is not announced again.
         if session.receive_messages() {
             session.finish_closing();
         }
         // A peer that never stops sending must not keep the core.
         yield_now().await;
+        if session.is_over() || session.has_too_much_unread() {
+            continue;
+        }
+        if let Err(error) = session.socket().readable().await {
+            session.fail(error);
+        }
     }
 }

@@ -7,7 +7,9 @@ use std::rc::Rc;
 use super::outbox;
 use super::session::SessionInner;
 use super::stream::{Half, Halves, StreamInner};
+use crate::config::ProtocolVersion;
 use crate::error::Error;
+use crate::proto::session::Role;
 use crate::proto::stream::{OnClose, Path};
 use crate::wire::{Event, EventState, Message, fallback_header, sync_event};
 
@@ -62,15 +64,35 @@ impl SessionInner {
         }
     }
 
+    /// Says that this side is there, to a client that does not wait for an answer (version 2) and
+    /// may want to know what this side knows.
+    pub(super) fn show_up(self: &Rc<Self>) {
+        if self.role == Role::Server
+            && self.version == ProtocolVersion::V2
+            && self.credit.is_known()
+        {
+            self.send_message(&sync_event(self.version_byte()));
+        }
+    }
+
     /// Sends a message over the socket, behind all others.
     fn send_message(self: &Rc<Self>, message: &[u8]) {
+        if self.outbox().is_overfull(self.config.limits.message_len) {
+            return self.fail(Error::PeerNotReading);
+        }
         match self.outbox().send(self.socket(), message) {
             Ok(false) => {}
             Ok(true) => self.poller.spawn(outbox::send_kept(Rc::clone(self))),
-            // What the peer sent before it went is still delivered.
-            Err(error) if is_gone(&error) => self.peer_is_gone(),
+            Err(error) if is_gone(&error) => self.note_hung_up(),
             Err(error) => self.fail(Error::os("send to the peer", error)),
         }
+    }
+
+    /// Notes that the peer is gone. The next turn ends the session, behind everything that the peer
+    /// sent before it went.
+    pub(super) fn note_hung_up(self: &Rc<Self>) {
+        self.inbox.is_hung_up.set(true);
+        self.activate();
     }
 
     /// Sends data of a stream over the socket.
@@ -108,15 +130,23 @@ impl SessionInner {
         let on_close = stream.life().half_close();
         self.look_for_extension();
         stream.writer.wake();
-        if !self.credit.is_known() || self.is_over() {
+        match on_close {
+            OnClose::Nothing => {}
+            OnClose::Tell(_) if self.credit.is_known() => self.tell_half_closed(stream),
+            // A server that is met in version 2 may say later that it knows of this.
+            OnClose::Tell(_) => stream.owes_end.set(true),
+        }
+    }
+
+    pub(super) fn tell_half_closed(self: &Rc<Self>, stream: &StreamInner) {
+        if self.is_over() {
             return;
         }
         // A stream on which nothing was sent is opened by its end.
         let state = EventState::HalfClosed;
         let id = stream.id();
-        match on_close {
-            OnClose::Nothing => return,
-            OnClose::Tell(Path::SharedMemory) => {
+        match stream.life().path() {
+            Path::SharedMemory => {
                 let event = Event { stream_id: id, offset: 0, status: state.to_status() };
                 if matches!(self.send_event(event), Ok(false)) {
                     // The queue is full: behind everything that is in it, since the peer drains it
@@ -125,7 +155,7 @@ impl SessionInner {
                     self.send_fallback(id, &[], state);
                 }
             }
-            OnClose::Tell(Path::Socket) => {
+            Path::Socket => {
                 self.flush_queue();
                 self.send_fallback(id, &[], state);
             }
@@ -139,7 +169,10 @@ impl SessionInner {
             (Halves::None, _) => self.close_stream(stream),
             (_, Half::Write) => self.half_close_stream(stream),
             // What comes from now on is thrown away on arrival.
-            (_, Half::Read) => self.discard_unread(stream),
+            (_, Half::Read) => {
+                self.wake_reader(stream);
+                self.discard_unread(stream);
+            }
         }
     }
 
@@ -169,6 +202,6 @@ impl SessionInner {
     }
 }
 
-fn is_gone(error: &io::Error) -> bool {
+pub(super) fn is_gone(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
 }

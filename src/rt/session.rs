@@ -137,6 +137,8 @@ pub(super) struct Inbox {
     pub(super) closing: RefCell<Vec<u32>>,
     /// Bytes that came over the socket and wait in streams.
     pub(super) unread_bytes: Cell<usize>,
+    /// Whether a send found that the peer is gone.
+    pub(super) is_hung_up: Cell<bool>,
     /// The reader, while it waits for streams to be read.
     pub(super) paused: WakerList,
 }
@@ -230,6 +232,9 @@ impl SessionInner {
     }
 
     pub(super) fn poll_flushed(&self, context: &Context<'_>) -> Poll<Result<()>> {
+        if self.outbox.is_cut() {
+            return Poll::Ready(Err(self.end_error()));
+        }
         if self.outbox.is_empty() {
             return Poll::Ready(Ok(()));
         }
@@ -334,6 +339,7 @@ impl Session {
                 deframer: RefCell::new(Deframer::new(config.limits.message_len)),
                 closing: RefCell::default(),
                 unread_bytes: Cell::new(0),
+                is_hung_up: Cell::new(false),
                 paused: WakerList::default(),
             },
             credit,
@@ -354,6 +360,7 @@ impl Session {
         inner.poller.spawn(receiving::read_socket(Rc::clone(&inner)));
         // Events may be there already: a client of version 2 does not wait for an answer.
         inner.activate();
+        inner.show_up();
         Self { guard: Rc::new(SessionGuard { inner }) }
     }
 

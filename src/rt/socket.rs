@@ -20,6 +20,7 @@ use futures_lite::AsyncWrite;
 use glommio::net::{TcpListener, TcpStream};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
 };
@@ -198,6 +199,14 @@ impl Socket {
         let fd = self.fd().try_clone_to_owned();
         let fd = fd.map_err(|error| Error::os("duplicate a socket", error))?;
         Ok(SocketSender { stream: stream_from(fd) })
+    }
+
+    /// Whether the peer has closed its end. What it sent before may still be there.
+    pub(super) fn is_hung_up(&self) -> bool {
+        let mut polled = [PollFd::new(self.fd(), PollFlags::empty())];
+        let hung_up = PollFlags::POLLHUP | PollFlags::POLLERR;
+        nix::poll::poll(&mut polled, PollTimeout::ZERO).is_ok()
+            && polled[0].revents().is_some_and(|revents| revents.intersects(hung_up))
     }
 
     /// Ends the connection in both directions, for every handle on it.

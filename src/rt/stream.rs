@@ -33,6 +33,10 @@ pub(super) struct StreamInner {
     pub(super) writer: WakerSlot,
     pub(super) sending: SendWindow,
     pub(super) receiving: ReceiveWindow,
+    /// Whether its credit waits for room in the queue.
+    pub(super) owes_credit: Cell<bool>,
+    /// Whether this side's direction has ended and the peer is not known to understand that.
+    pub(super) owes_end: Cell<bool>,
     /// Whether the peer has heard of the stream, and so must hear of its end.
     is_known_to_peer: Cell<bool>,
     halves: Cell<Halves>,
@@ -62,6 +66,8 @@ impl StreamInner {
             writer: WakerSlot::default(),
             sending: SendWindow::default(),
             receiving: ReceiveWindow::default(),
+            owes_credit: Cell::new(false),
+            owes_end: Cell::new(false),
             is_known_to_peer: Cell::new(false),
             halves: Cell::new(Halves::Both),
         }
@@ -110,12 +116,14 @@ impl StreamInner {
         !self.inbound.borrow().is_empty() || !self.life.can_receive()
     }
 
-    /// Throws away what was not read. Gives how much of it had come over the socket.
+    /// Throws away what was not read. Gives what of it had come over the socket cost.
     pub(super) fn discard(&self) -> usize {
         let mut inbound = self.inbound.borrow_mut();
-        let socket_len = inbound.socket_len();
-        inbound.clear();
-        socket_len
+        let mut cost = 0;
+        while let Some(chain) = inbound.pop() {
+            cost += chain.socket_cost();
+        }
+        cost
     }
 
     /// Notes that one half of the handle is gone. Gives what is left.

@@ -6,7 +6,7 @@ use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes};
 use futures_lite::AsyncWrite;
@@ -305,11 +305,15 @@ impl WriteHalf {
         let now = Instant::now();
         let until = *self.pool_deadline.get_or_insert_with(|| {
             session.counters.pool_empty.add(1);
-            now + session.config.pool_wait
+            // For ever is as good as a year.
+            let at_most = session.config.pool_wait.min(Duration::from_secs(365 * 24 * 3600));
+            now + at_most
         });
         if now < until {
             session.lanes.pool_waiting.register(context, Some(until));
-            return self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed));
+            ready!(self.deadline.poll(context));
+            self.pool_deadline = None;
+            return Poll::Ready(Err(Error::DeadlinePassed));
         }
         self.pool_deadline = None;
         self.inner.life().fall_back();

@@ -23,6 +23,9 @@ use super::access::Memory;
 use super::manager::{BufferManager, NO_SLICE, SliceId};
 use super::region::Region;
 
+/// What a message that came over the socket costs besides its bytes, about.
+pub(crate) const SOCKET_MESSAGE_COST: usize = 128;
+
 /// An owned chain of buffer slices, or private memory, and how many of its bytes count.
 pub(crate) struct Chain<M: Memory = Region> {
     pub(super) manager: Rc<BufferManager<M>>,
@@ -173,6 +176,13 @@ impl<M: Memory> Chain<M> {
     #[inline]
     pub(crate) fn is_shared(&self) -> bool {
         matches!(self.state().private, Private::No)
+    }
+
+    /// What it costs until it is taken, when it came over the socket: its bytes, and what this side
+    /// needs to keep it.
+    #[inline]
+    pub(crate) fn socket_cost(&self) -> usize {
+        if self.is_shared() { 0 } else { self.len() + SOCKET_MESSAGE_COST }
     }
 
     /// How many of its bytes came over the socket.

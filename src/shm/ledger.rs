@@ -57,3 +57,31 @@ impl Entry {
         self.offset.get() as usize + SLICE_HEADER_LEN + self.start.get() as usize
     }
 }
+
+/// How many slices of one list are free, and how many there are.
+///
+/// ```
+/// use shmipc_glommio::SliceUsage;
+///
+/// fn bytes_in_use(usage: &SliceUsage) -> u64 {
+///     let free = i64::from(usage.free) + i64::from(usage.magazine);
+///     // A peer can write any count of free slices into the memory.
+///     let used = i64::from(usage.total) - free.clamp(0, i64::from(usage.total));
+///     used as u64 * u64::from(usage.slice_capacity)
+/// }
+///
+/// let usage = SliceUsage { slice_capacity: 4076, free: 90, magazine: 8, total: 100 };
+/// assert_eq!(bytes_in_use(&usage), 2 * 4076);
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SliceUsage {
+    /// Bytes of payload in each slice.
+    pub slice_capacity: u32,
+    /// Slices in the list's free chain, by the list's own count, which the peer can write.
+    pub free: i32,
+    /// Slices in this side's magazine, free too.
+    pub magazine: u32,
+    /// All slices of the list.
+    pub total: u32,
+}

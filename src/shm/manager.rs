@@ -27,6 +27,7 @@ use std::sync::atomic::Ordering;
 use super::access::{Memory, PeerTrust};
 use super::chain::{Chain, ChainState, Parcel};
 use super::ledger::Entry;
+pub use super::ledger::SliceUsage;
 pub(super) use super::ledger::{NO_SLICE, SliceId};
 use super::list::{BufferList, MAX_BATCH};
 use super::magazine::Magazine;
@@ -39,6 +40,8 @@ use crate::wire::layout::{FLAG_HAS_NEXT, FLAG_IN_USE, SLICE_SIZE_OFFSET};
 
 /// The most slices that this side keeps a ledger for: 80 MiB of ledger.
 const MAX_SLICES: u64 = 4 << 20;
+/// The most chains whose memory is kept for the chains to come.
+const MAX_CHAIN_STATES: u32 = 4096;
 /// The most slices in a magazine.
 const MAX_MAGAZINE: usize = 2 * MAX_BATCH;
 
@@ -62,6 +65,7 @@ pub(crate) struct BufferManager<M = Region> {
     ledger: Box<[Entry]>,
     /// Kept for the chains to come, so that none of them allocates.
     chain_states: Cell<Option<Box<ChainState>>>,
+    kept_chain_states: Cell<u32>,
     /// Which promise of the user speaks for the peer.
     trust: Cell<Option<u64>>,
     /// What was found broken where nobody could be told, in a `Drop`.
@@ -72,34 +76,6 @@ pub(crate) struct BufferManager<M = Region> {
     held: Cell<u32>,
     /// Whether slices go past the magazines.
     is_resting: Cell<bool>,
-}
-
-/// How many slices of one list are free, and how many there are.
-///
-/// ```
-/// use shmipc_glommio::SliceUsage;
-///
-/// fn bytes_in_use(usage: &SliceUsage) -> u64 {
-///     let free = i64::from(usage.free) + i64::from(usage.magazine);
-///     // A peer can write any count of free slices into the memory.
-///     let used = i64::from(usage.total) - free.clamp(0, i64::from(usage.total));
-///     used as u64 * u64::from(usage.slice_capacity)
-/// }
-///
-/// let usage = SliceUsage { slice_capacity: 4076, free: 90, magazine: 8, total: 100 };
-/// assert_eq!(bytes_in_use(&usage), 2 * 4076);
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct SliceUsage {
-    /// Bytes of payload in each slice.
-    pub slice_capacity: u32,
-    /// Slices in the list's free chain, by the list's own count, which the peer can write.
-    pub free: i32,
-    /// Slices in this side's magazine, free too.
-    pub magazine: u32,
-    /// All slices of the list.
-    pub total: u32,
 }
 
 impl<M: Memory> BufferManager<M> {
@@ -139,6 +115,7 @@ impl<M: Memory> BufferManager<M> {
             classes,
             ledger: ledger.into_boxed_slice(),
             chain_states: Cell::new(None),
+            kept_chain_states: Cell::new(0),
             trust: Cell::new(None),
             broken: RefCell::new(None),
             alarm: RefCell::new(None),
@@ -178,17 +155,22 @@ impl<M: Memory> BufferManager<M> {
         match self.chain_states.take() {
             Some(mut state) => {
                 self.chain_states.set(state.next_free.take());
+                self.kept_chain_states.set(self.kept_chain_states.get() - 1);
                 state
             }
             None => Box::new(ChainState::empty()),
         }
     }
 
-    /// Keeps what a chain consisted of. There are never more than were in use at the same time.
+    /// Keeps what a chain consisted of, up to a bound.
     #[inline]
     pub(super) fn recycle_chain_state(&self, mut state: Box<ChainState>) {
-        state.next_free = self.chain_states.take();
-        self.chain_states.set(Some(state));
+        let kept = self.kept_chain_states.get();
+        if kept < MAX_CHAIN_STATES {
+            self.kept_chain_states.set(kept + 1);
+            state.next_free = self.chain_states.take();
+            self.chain_states.set(Some(state));
+        }
     }
 
     #[inline]
@@ -458,6 +440,9 @@ impl<M: Memory> BufferManager<M> {
     #[inline(always)]
     pub(super) fn write_header(&self, id: SliceId) -> u32 {
         let entry = self.entry(id);
+        if entry.start.get() != 0 {
+            self.move_to_front(entry);
+        }
         let offset = entry.offset.get();
         let at = offset as usize;
         let memory = &*self.memory;
@@ -471,6 +456,15 @@ impl<M: Memory> BufferManager<M> {
         let words = [entry.len.get(), entry.start.get(), next, flags];
         memory.store_words(at + SLICE_SIZE_OFFSET, words);
         offset
+    }
+
+    /// Moves what a partly read slice still holds to its front: shmipc-go takes no notice of the
+    /// start of a slice that it receives.
+    #[cold]
+    fn move_to_front(&self, entry: &Entry) {
+        let from = entry.data();
+        entry.start.set(0);
+        self.memory.copy_within(from, entry.data(), entry.len.get() as usize);
     }
 
     /// Strikes a slice out of the ledger: it was sent, and is the peer's.

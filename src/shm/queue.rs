@@ -264,11 +264,6 @@ impl<M: Memory> Consumer<M> {
         Self { ring, head, published: head, known_tail: tail, slot }
     }
 
-    /// How many events the queue holds.
-    pub(crate) fn capacity(&self) -> u32 {
-        self.ring.capacity
-    }
-
     /// Whether there is an event, by the peer's tail of this moment.
     #[inline]
     pub(crate) fn has_events(&mut self) -> Result<bool, MemoryError> {
@@ -280,6 +275,13 @@ impl<M: Memory> Consumer<M> {
     pub(crate) fn available(&mut self) -> Result<u32, MemoryError> {
         // At most the capacity, by the check in `look`.
         Ok(if self.has_events()? { (self.known_tail - self.head) as u32 } else { 0 })
+    }
+
+    /// How many events there are by the peer's tail of this moment, also when some are known.
+    pub(crate) fn available_now(&mut self) -> Result<u32, MemoryError> {
+        self.look()?;
+        // At most the capacity, by the check in `look`.
+        Ok((self.known_tail - self.head) as u32)
     }
 
     /// Takes the next of the events that are [available](Self::available).
