@@ -24,7 +24,7 @@ use crate::shm::views::{SliceViews, SpareViews};
 /// use std::io::Write;
 ///
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-loan-{}", std::process::id()));
-/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
 /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
 /// # let config = config.build().unwrap();
 /// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
@@ -107,7 +107,7 @@ impl Loan {
 /// // SAFETY: both sides are this program. Neither writes to what it has sent.
 /// let trust = unsafe { PeerTrust::promise() };
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-views-mut-{}", std::process::id()));
-/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
 /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
 /// # let config = config.build().unwrap();
 /// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
@@ -154,7 +154,7 @@ impl std::io::Write for Loan {
 ///
 /// ```
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-message-{}", std::process::id()));
-/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
 /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
 /// # let config = config.build().unwrap();
 /// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
@@ -216,7 +216,7 @@ impl Message {
     ///
     /// ```
     /// # let path = std::env::temp_dir().join(format!("shmipc-doc-array-{}", std::process::id()));
-    /// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+    /// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
     /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
     /// # let config = config.build().unwrap();
     /// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
@@ -298,7 +298,7 @@ impl Message {
 /// // SAFETY: both sides are this program. Neither writes to what it has sent.
 /// let trust = unsafe { PeerTrust::promise() };
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-buf-{}", std::process::id()));
-/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
 /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
 /// # let config = config.build().unwrap();
 /// let listener = Listener::bind(&path, config.clone())?.trusting(&trust);
@@ -349,7 +349,7 @@ impl Buf for MessageBuf<'_> {
 /// // SAFETY: both sides are this program. Neither writes to what it has sent.
 /// let trust = unsafe { PeerTrust::promise() };
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-views-{}", std::process::id()));
-/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
 /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
 /// # let config = config.build().unwrap();
 /// let listener = Listener::bind(&path, config.clone())?.trusting(&trust);

@@ -31,7 +31,7 @@ const LENT_AT_MOST: usize = 16 << 10;
 /// use futures_lite::AsyncReadExt;
 ///
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-read-half-{}", std::process::id()));
-/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
 /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
 /// # let config = config.build().unwrap();
 /// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
@@ -282,7 +282,7 @@ impl AsyncBufRead for ReadHalf {
 /// use futures_lite::future::poll_once;
 ///
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-recv-{}", std::process::id()));
-/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
 /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
 /// # let config = config.build().unwrap();
 /// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
@@ -322,7 +322,7 @@ impl Future for Recv<'_> {
 /// use futures_lite::StreamExt;
 ///
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-messages-{}", std::process::id()));
-/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
 /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
 /// # let config = config.build().unwrap();
 /// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;

@@ -154,7 +154,7 @@ impl StreamInner {
 /// use shmipc_glommio::{Config, Connector, Error, Listener};
 ///
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-stream-{}", std::process::id()));
-/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
 /// let listener = Listener::bind(&path, Config::default())?;
 /// let server = glommio::spawn_local(async move {
 ///     let mut stream = listener.accept().await?.accept().await?;

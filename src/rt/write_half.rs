@@ -35,7 +35,7 @@ const FALLBACK_AT_MOST: usize = 64 << 10;
 /// use futures_lite::AsyncWriteExt;
 ///
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-write-half-{}", std::process::id()));
-/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
 /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
 /// # let config = config.build().unwrap();
 /// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
@@ -396,7 +396,7 @@ impl AsyncWrite for WriteHalf {
 /// use futures_lite::future::poll_once;
 ///
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-alloc-{}", std::process::id()));
-/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
 /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
 /// # let config = config.build().unwrap();
 /// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
@@ -434,7 +434,7 @@ impl Future for Alloc<'_> {
 /// use futures_lite::future::poll_once;
 ///
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-send-{}", std::process::id()));
-/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
 /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
 /// # let config = config.build().unwrap();
 /// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;

@@ -74,7 +74,6 @@ impl Entry {
 /// assert_eq!(bytes_in_use(&usage), 2 * 4076);
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
 pub struct SliceUsage {
     /// Bytes of payload in each slice.
     pub slice_capacity: u32,
