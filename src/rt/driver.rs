@@ -132,33 +132,26 @@ impl SessionInner {
         while taken < limit && !self.is_over() {
             let available = self.lanes.consumer.borrow_mut().available()? as usize;
             let count = available.min(limit - taken);
-            self.take_events(count)?;
+            for _ in 0..count {
+                let (event, ahead) = {
+                    let mut consumer = self.lanes.consumer.borrow_mut();
+                    (consumer.pop(), consumer.offset_ahead(LOOK_AHEAD))
+                };
+                if let Some(offset) = ahead {
+                    self.lanes.manager.prefetch(offset);
+                }
+                if let Some(event) = event {
+                    self.handle_event(event)?;
+                }
+            }
             taken += count;
             // What came while these were handled waits for the next turn, unless it is much.
             if count < WORTH_LOOKING_AGAIN {
                 break;
             }
         }
+        self.counters.events_received.add(taken as u64);
         Ok(taken)
-    }
-
-    /// Takes so many events, which are known to be there.
-    #[inline(always)]
-    fn take_events(self: &Rc<Self>, count: usize) -> Result<(), MemoryError> {
-        self.counters.events_received.add(count as u64);
-        for _ in 0..count {
-            let (event, ahead) = {
-                let mut consumer = self.lanes.consumer.borrow_mut();
-                (consumer.pop(), consumer.offset_ahead(LOOK_AHEAD))
-            };
-            if let Some(offset) = ahead {
-                self.lanes.manager.prefetch(offset);
-            }
-            if let Some(event) = event {
-                self.handle_event(event)?;
-            }
-        }
-        Ok(())
     }
 
     /// Whether the peer has published events that nobody took yet.
@@ -250,7 +243,8 @@ impl SessionInner {
     /// cannot hold us.
     pub(super) fn drain_all(self: &Rc<Self>) {
         let available = self.lanes.consumer.borrow_mut().available_now();
-        let result = available.and_then(|count| self.take_events(count as usize));
+        // They are known now, so one round takes them all.
+        let result = available.and_then(|count| self.drain(count as usize));
         if let Err(error) = result {
             self.fail(error.into());
         }
