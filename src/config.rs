@@ -149,7 +149,18 @@ pub struct Config {
     pub(crate) spin: Spin,
     pub(crate) reactor_interval: Duration,
     pub(crate) pool_wait: Duration,
+    pub(crate) socket_file: SocketFile,
+    pub(crate) checks_memory: bool,
     pub(crate) limits: Limits,
+}
+
+/// Who can connect to a Unix socket, as its file says.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SocketFile {
+    pub(crate) mode: u32,
+    /// User and group that the file is given to. `None` stays as it is.
+    pub(crate) user: Option<u32>,
+    pub(crate) group: Option<u32>,
 }
 
 /// What a peer can make this side spend, at most.
@@ -181,6 +192,8 @@ impl Default for Config {
             spin: Spin::For(Duration::from_micros(50)),
             reactor_interval: Duration::from_micros(250),
             pool_wait: Duration::from_millis(1),
+            socket_file: SocketFile { mode: 0o600, user: None, group: None },
+            checks_memory: true,
             limits: Limits {
                 handshake_timeout: Duration::from_secs(2),
                 handshakes: 64,
@@ -289,6 +302,57 @@ impl ConfigBuilder {
         self
     }
 
+    /// Sizes for messages of up to about 4 KiB, of which many are under way: 8 MiB of buffers in
+    /// slices of 256 bytes, 1 KiB, 4 KiB and 64 KiB. Longer messages take several slices.
+    ///
+    /// This and the other presets set buffer size, slice classes and queue capacity, and nothing
+    /// else; what is set after them holds.
+    pub fn small_messages(self) -> Self {
+        self.sizes(8 << 20, 8192, [(256, 10), (1 << 10, 20), (4 << 10, 45), (64 << 10, 25)])
+    }
+
+    /// Sizes for messages of up to several MiB: 128 MiB of buffers in slices of 4 KiB, 64 KiB and
+    /// 1 MiB.
+    pub fn large_messages(self) -> Self {
+        self.sizes(128 << 20, 4096, [(4 << 10, 5), (64 << 10, 25), (1 << 20, 70)])
+    }
+
+    /// Sizes for a container whose `/dev/shm` has the usual 64 MiB: 2 MiB of buffers in slices of
+    /// 1 KiB, 8 KiB and 64 KiB, so that thirty sessions with [file memory](MemoryKind::File) fit.
+    ///
+    /// memfd memory does not lie in `/dev/shm`, but counts for the container's memory limit.
+    pub fn container(self) -> Self {
+        self.sizes(2 << 20, 1024, [(1 << 10, 20), (8 << 10, 30), (64 << 10, 50)])
+    }
+
+    fn sizes<const N: usize>(self, size: u64, queue: u32, classes: [(u32, u32); N]) -> Self {
+        let class = |(stride, percent)| SliceClass::new(stride - SLICE_OVERHEAD as u32, percent);
+        self.buffer_size(size).queue_capacity(queue).slice_classes(classes.map(class))
+    }
+
+    /// Who can connect to a listener's Unix socket: the permissions of its file. Default: 0600, so
+    /// that only this user can. Connecting takes permission to write.
+    pub fn socket_mode(mut self, mode: u32) -> Self {
+        self.config.socket_file.mode = mode;
+        self
+    }
+
+    /// User and group, by number, that a listener's socket file is given to; `None` leaves what the
+    /// system chose. Giving to another user takes privileges.
+    pub fn socket_owner(mut self, user: Option<u32>, group: Option<u32>) -> Self {
+        self.config.socket_file.user = user;
+        self.config.socket_file.group = group;
+        self
+    }
+
+    /// Whether creating memory asks first if there is enough of it: in the file system of
+    /// [file memory](MemoryKind::File), and below the memory limits of this process' control
+    /// groups. Default: yes. Without, whoever touches a page that cannot be had is killed.
+    pub fn check_memory(mut self, checks: bool) -> Self {
+        self.config.checks_memory = checks;
+        self
+    }
+
     /// What the names of shared-memory files start with; also the name that a memfd shows in
     /// `/proc`. Default: `/dev/shm/shmipc`.
     pub fn path_prefix(mut self, prefix: impl Into<PathBuf>) -> Self {
@@ -388,6 +452,11 @@ impl ConfigBuilder {
         config.slice_classes.sort_by_key(|class| class.capacity);
         config.buffer_size = check_buffers(buffer_size, &config.slice_classes)?;
         check_prefix(&config.path_prefix)?;
+        let mode = config.socket_file.mode;
+        if mode > 0o777 {
+            let problem = "not nine bits of permissions";
+            return Err(ConfigError::Limit { what: "socket_mode", value: mode.into(), problem });
+        }
         let interval = config.reactor_interval.as_micros() as u64;
         at_least("reactor_interval in microseconds", interval, 20)?;
         let limits = &config.limits;
@@ -458,6 +527,27 @@ mod tests {
     }
 
     #[test]
+    fn presets_can_be_built_and_changed() {
+        let presets: [fn(ConfigBuilder) -> ConfigBuilder; 3] = [
+            ConfigBuilder::small_messages,
+            ConfigBuilder::large_messages,
+            ConfigBuilder::container,
+        ];
+        for preset in presets {
+            for memory in [MemoryKind::Memfd, MemoryKind::File] {
+                let builder = preset(Config::builder().memory(memory));
+                let config = builder.clone().build().unwrap();
+                assert_eq!(config.memory(), memory);
+                assert_eq!(config.slice_classes().iter().map(|c| c.percent).sum::<u32>(), 100);
+                assert_eq!(builder.queue_capacity(64).build().unwrap().queue_capacity(), 64);
+            }
+        }
+        assert!(
+            32 * u64::from(Config::builder().container().build().unwrap().buffer_size) <= 64 << 20
+        );
+    }
+
+    #[test]
     fn what_cannot_be_is_refused_by_name() {
         let refused = |builder: ConfigBuilder| builder.build().unwrap_err();
         let builder = Config::builder;
@@ -482,5 +572,6 @@ mod tests {
             assert!(matches!(error, ConfigError::PathPrefix(_)), "{prefix}");
         }
         assert!(matches!(refused(builder().max_streams(0)), ConfigError::Limit { .. }));
+        assert!(matches!(refused(builder().socket_mode(0o1600)), ConfigError::Limit { .. }));
     }
 }

@@ -6,6 +6,7 @@
 //! - [`MemoryError`]: the shared memory that the peer gave us, or writes to, does not hold
 //!   together.
 //! - [`ConfigError`]: the caller asked for something that cannot be.
+//! - [`ResourceError`]: the machine has too little of something.
 //! - [`Error`]: all of these, the operating system, and the ends of sessions and streams.
 //!
 //! Every one of them converts into [`std::io::Error`] with a fitting kind, so that code written for
@@ -284,6 +285,9 @@ pub enum ConfigError {
     /// The path prefix of shared-memory files is too long or not absolute.
     #[error("path prefix {0:?} must be absolute and leave room for the file names")]
     PathPrefix(PathBuf),
+    /// The processors that shards should run on are not there, or not for this process.
+    #[error("processors: {0}")]
+    Cores(String),
     /// A limit is zero or out of its range.
     #[error("{what} is {value}: {problem}")]
     Limit {
@@ -293,6 +297,51 @@ pub enum ConfigError {
         value: u64,
         /// Why that cannot be.
         problem: &'static str,
+    },
+}
+
+/// This machine, or what this process may have of it, cannot hold what was asked for.
+///
+/// ```
+/// use shmipc_glommio::{Config, Error, MemoryKind, ResourceError};
+///
+/// let config = Config::builder().memory(MemoryKind::File).build()?;
+/// // No machine has a million gigabytes in `/dev/shm`.
+/// let error = config.footprint(1, 1 << 20, 1 << 15).check().unwrap_err();
+/// assert!(matches!(error, Error::Resource(ResourceError::SharedMemory { .. })));
+/// # shmipc_glommio::Result::<()>::Ok(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ResourceError {
+    /// The file system of shared-memory files has too little space. In containers `/dev/shm` often
+    /// has 64 MiB.
+    #[error("{directory:?} has {available} bytes left, the shared memory takes {needed}")]
+    SharedMemory {
+        /// Where the files would be.
+        directory: PathBuf,
+        /// How many bytes they would take.
+        needed: u64,
+        /// How many there are.
+        available: u64,
+    },
+    /// A control group of this process may not use as much memory.
+    #[error("control group {group:?} has {available} bytes left, the shared memory takes {needed}")]
+    ControlGroup {
+        /// Where the system shows the group.
+        group: PathBuf,
+        /// How many bytes are needed.
+        needed: u64,
+        /// How many the group has left.
+        available: u64,
+    },
+    /// This process may not lock enough memory for the rings of its executors.
+    #[error("{limit} bytes of memory may be locked, the executors take {needed}: see `ulimit -l`")]
+    LockedMemory {
+        /// How many bytes are needed.
+        needed: u64,
+        /// The limit.
+        limit: u64,
     },
 }
 
@@ -328,6 +377,17 @@ pub enum Error {
     /// The configuration cannot be.
     #[error("configuration: {0}")]
     Config(#[from] ConfigError),
+    /// The machine has too little of something.
+    #[error("too little memory: {0}")]
+    Resource(#[from] ResourceError),
+    /// A shard of a server could not start, or did not go on.
+    #[error("shard {index}: {source}")]
+    Shard {
+        /// Which one.
+        index: usize,
+        /// Why.
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
     /// The operating system said no.
     #[error("{operation}: {source}")]
     Os {
@@ -387,6 +447,11 @@ impl Error {
             Self::Handshake(HandshakeError::Closed { .. }) => io::ErrorKind::UnexpectedEof,
             Self::Handshake(_) => io::ErrorKind::InvalidData,
             Self::Config(_) => io::ErrorKind::InvalidInput,
+            Self::Resource(ResourceError::SharedMemory { .. }) => io::ErrorKind::StorageFull,
+            Self::Resource(_) => io::ErrorKind::OutOfMemory,
+            Self::Shard { source, .. } => {
+                source.downcast_ref::<io::Error>().map_or(io::ErrorKind::Other, io::Error::kind)
+            }
             Self::Os { source, .. } => source.kind(),
             Self::PeerClosed => io::ErrorKind::ConnectionReset,
             Self::PeerNotReading => io::ErrorKind::TimedOut,
@@ -418,7 +483,7 @@ macro_rules! into_io_error {
     };
 }
 
-into_io_error!(WireError, HandshakeError, MemoryError, ConfigError);
+into_io_error!(WireError, HandshakeError, MemoryError, ConfigError, ResourceError);
 
 #[cfg(test)]
 mod tests {

@@ -66,6 +66,7 @@ compile_error!("shared memory by memfd and io_uring exist on Linux only");
 
 mod config;
 mod error;
+mod footprint;
 mod proto;
 mod rt;
 mod shm;
@@ -73,10 +74,14 @@ mod stats;
 pub mod wire;
 
 pub use config::{Config, ConfigBuilder, MemoryKind, ProtocolVersion, SliceClass, Spin};
-pub use error::{ConfigError, Error, HandshakeError, MemoryError, Result, WireError};
+pub use error::{
+    ConfigError, Error, HandshakeError, MemoryError, ResourceError, Result, WireError,
+};
+pub use footprint::Footprint;
 pub use rt::{
-    Alloc, Connector, Listener, Loan, Message, MessageBuf, Messages, ReadHalf, Recv, Send, Session,
-    Stream, Views, ViewsMut, WriteHalf,
+    Alloc, Connector, Cores, Deal, Listener, Loan, Message, MessageBuf, Messages, ReadHalf, Recv,
+    Send, Server, ServerBuilder, Session, Shard, ShardStats, Stopper, Stream, Views, ViewsMut,
+    WriteHalf,
 };
 pub use shm::access::PeerTrust;
 pub use shm::manager::SliceUsage;

@@ -2,8 +2,11 @@
 //! What a session counted.
 //!
 //! Counters are plain integers owned by the session's core; reading them costs nothing but a copy.
+//! One counts what other threads do, and is an atomic; it orders nothing.
 
 use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::shm::manager::SliceUsage;
 
@@ -58,6 +61,10 @@ pub struct SessionStats {
     pub credits_sent: u64,
     /// Times that this side's polling found nothing for the whole spin budget and went to sleep.
     pub sleeps: u64,
+    /// Times that another thread woke the task that reads this session's socket, or under a
+    /// [`Server`](crate::Server) the session's handler. Each costs both threads microseconds. This
+    /// crate does not do that; a handler that waits for other threads does.
+    pub cross_core_wakes: u64,
 }
 
 /// The free slices of a session's buffer memory.
@@ -112,11 +119,16 @@ macro_rules! counters {
         #[derive(Default)]
         pub(crate) struct Counters {
             $(pub(crate) $name: Count,)*
+            /// The only counter that other threads write.
+            pub(crate) cross_core_wakes: Arc<AtomicU64>,
         }
 
         impl Counters {
             pub(crate) fn get(&self) -> SessionStats {
-                SessionStats { $($name: self.$name.0.get(),)* }
+                SessionStats {
+                    $($name: self.$name.0.get(),)*
+                    cross_core_wakes: self.cross_core_wakes.load(Ordering::Relaxed),
+                }
             }
         }
     };

@@ -48,7 +48,8 @@ fn imports_go_down_only() {
         ("wire", &["error", "config"]),
         ("proto", &["error", "config", "wire"]),
         ("shm", &["error", "config", "wire"]),
-        ("rt", &["error", "config", "stats", "wire", "proto", "shm"]),
+        ("footprint", &["error", "config", "wire"]),
+        ("rt", &["error", "config", "footprint", "stats", "wire", "proto", "shm"]),
     ];
     for (path, text) in sources() {
         let room = room(&path);

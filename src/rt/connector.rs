@@ -66,6 +66,11 @@ impl Connector {
         self.session(Socket::connect_unix(path)).await
     }
 
+    /// Connects to the core that has shard `index` of a [`Server`](crate::Server) at `path`.
+    pub async fn connect_shard(&self, path: impl AsRef<Path>, index: usize) -> Result<Session> {
+        self.connect(super::socket_path::shard_path(path.as_ref(), index)).await
+    }
+
     /// Connects over TCP, to a server on this host. The memory must be
     /// [file memory](crate::MemoryKind::File), since TCP carries no descriptors.
     ///

@@ -238,6 +238,9 @@ fn create_memory(
 ) -> Result<(SessionMemory, Descriptors), Error> {
     let queue_len = queue::queues_len(config.queue_capacity);
     let buffer_len = config.buffer_size as usize;
+    if config.checks_memory {
+        config.footprint(1, 1, 1).check_shared_memory()?;
+    }
     let mut files = Vec::new();
     let (buffer, queue, descriptors) = match config.memory {
         MemoryKind::Memfd => {

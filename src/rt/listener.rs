@@ -4,29 +4,27 @@
 //! A task accepts connections and starts one more task for each handshake, so a peer that dawdles,
 //! or breaks the protocol, delays nobody. How many handshakes run at the same time is bounded.
 
+use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::fs;
 use std::future::poll_fn;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::rc::{Rc, Weak};
 use std::task::Poll;
 use std::time::Duration;
 
 use futures_lite::future::or;
-use glommio::sync::Semaphore;
+use glommio::sync::{Semaphore, StaticPermit};
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 
 use super::handshake;
 use super::poller::Poller;
 use super::session::Session;
 use super::socket::{ListenerSocket, Socket};
+use super::socket_path::{self, SocketPath};
 use super::wakers::WakerList;
 use crate::config::Config;
 use crate::error::{Error, HandshakeError, Result};
@@ -81,17 +79,63 @@ pub struct Listener {
     _path: Option<SocketPath>,
 }
 
+/// A Unix socket that listens. It can be opened on one thread and served on another.
+pub(super) struct Door {
+    pub(super) fd: OwnedFd,
+    pub(super) path: SocketPath,
+}
+
+impl Door {
+    pub(super) fn open(path: &Path, config: &Config) -> Result<Self> {
+        let (fd, path) = socket_path::listen(path, &config.socket_file)
+            .map_err(|error| Error::os("listen on a Unix socket", error))?;
+        Ok(Self { fd, path })
+    }
+}
+
 struct Shared {
     config: Rc<Config>,
-    ready: RefCell<VecDeque<Session>>,
+    /// As many as there can be handshakes at the same time.
+    places: Rc<Semaphore>,
+    ready: RefCell<VecDeque<Ready>>,
     failed: RefCell<Option<Error>>,
     waiting: WakerList,
     on_refused: RefCell<Option<OnRefused>>,
     trust: Cell<Option<u64>>,
 }
 
+/// A session whose handshake is done, and what was handed over with its connection.
+pub(super) struct Ready {
+    pub(super) session: Session,
+    pub(super) ticket: Option<Ticket>,
+}
+
+/// What goes with a connection that was accepted elsewhere, until its session is taken.
+pub(super) type Ticket = Box<dyn Any>;
+
+/// Takes connections that were accepted elsewhere into a listener.
+#[derive(Clone)]
+pub(super) struct Adopter {
+    shared: Weak<Shared>,
+}
+
+impl Adopter {
+    /// Starts the handshake, as soon as there is a place for it. Drops the connection when the
+    /// listener is gone.
+    pub(super) async fn adopt(&self, fd: OwnedFd, ticket: Ticket) {
+        let Some(places) = self.shared.upgrade().map(|shared| Rc::clone(&shared.places)) else {
+            return;
+        };
+        // The semaphore is never closed, so there is a place sooner or later.
+        if let Ok(place) = places.acquire_static_permit(1).await {
+            begin(Socket::connected(fd), Some(ticket), self.shared.clone(), place);
+        }
+    }
+}
+
 impl Listener {
-    /// Listens on a Unix socket that only this user can connect to (mode 0600).
+    /// Listens on a Unix socket that only this user can connect to, unless
+    /// [configured](crate::ConfigBuilder::socket_mode) otherwise.
     ///
     /// A socket file that a dead listener left is replaced. The file is removed when the listener
     /// is dropped.
@@ -100,10 +144,13 @@ impl Listener {
     ///
     /// [`Error::Os`], with `AddrInUse` when somebody listens there.
     pub fn bind(path: impl AsRef<Path>, config: Config) -> Result<Self> {
-        let path = path.as_ref();
-        let fd = bind_unix(path).map_err(|error| Error::os("listen on a Unix socket", error))?;
-        let socket = ListenerSocket::new(fd, false);
-        Ok(Self::start(socket, None, Some(SocketPath(path.to_owned())), config))
+        Ok(Self::at(Door::open(path.as_ref(), &config)?, config))
+    }
+
+    /// Listens at a door that was opened on another thread, possibly.
+    pub(super) fn at(door: Door, config: Config) -> Self {
+        let socket = ListenerSocket::new(door.fd, false);
+        Self::start(socket, None, Some(door.path), config)
     }
 
     /// Listens over TCP. Only loopback makes sense, since the memory is shared on one host, and
@@ -130,8 +177,10 @@ impl Listener {
         path: Option<SocketPath>,
         config: Config,
     ) -> Self {
+        let places = Rc::new(Semaphore::new(config.limits.handshakes as u64));
         let shared = Rc::new(Shared {
             config: Rc::new(config),
+            places,
             ready: RefCell::default(),
             failed: RefCell::default(),
             waiting: WakerList::default(),
@@ -154,10 +203,19 @@ impl Listener {
         *self.shared.on_refused.borrow_mut() = Some(Rc::new(tell));
     }
 
+    /// A handle that takes connections accepted elsewhere into this listener.
+    pub(super) fn adopter(&self) -> Adopter {
+        Adopter { shared: Rc::downgrade(&self.shared) }
+    }
+
     /// Says that the promise behind this token speaks for the peers of sessions from now on, so
     /// that their messages can be looked at in place.
     pub fn trusting(self, trust: &PeerTrust) -> Self {
-        self.shared.trust.set(Some(trust.id()));
+        self.trust_as(Some(trust.id()))
+    }
+
+    pub(super) fn trust_as(self, promise: Option<u64>) -> Self {
+        self.shared.trust.set(promise);
         self
     }
 
@@ -169,10 +227,14 @@ impl Listener {
     ///
     /// The listening socket itself failed; no more sessions will come.
     pub async fn accept(&self) -> Result<Session> {
+        Ok(self.accept_ready().await?.session)
+    }
+
+    pub(super) async fn accept_ready(&self) -> Result<Ready> {
         let shared = &self.shared;
         poll_fn(|context| {
-            if let Some(session) = shared.ready.borrow_mut().pop_front() {
-                return Poll::Ready(Ok(session));
+            if let Some(ready) = shared.ready.borrow_mut().pop_front() {
+                return Poll::Ready(Ok(ready));
             }
             if let Some(error) = &*shared.failed.borrow() {
                 return Poll::Ready(Err(error.clone()));
@@ -195,40 +257,33 @@ impl Shared {
 }
 
 async fn accept_connections(socket: ListenerSocket, shared: Weak<Shared>) {
-    let limit = match shared.upgrade() {
-        Some(shared) => shared.config.limits.handshakes,
-        None => return,
+    let Some(places) = shared.upgrade().map(|shared| Rc::clone(&shared.places)) else {
+        return;
     };
-    let places = Rc::new(Semaphore::new(limit as u64));
     loop {
-        // The semaphore is never closed, so there is a place sooner or later.
-        let Ok(place) = places.acquire_static_permit(1).await else {
-            return;
+        let error = match socket.accept().await {
+            Ok(connection) => {
+                // Now, not while nobody comes here: those that are adopted need places too. The
+                // semaphore is never closed, so there is one sooner or later.
+                let Ok(place) = places.acquire_static_permit(1).await else {
+                    return;
+                };
+                begin(connection, None, shared.clone(), place);
+                continue;
+            }
+            Err(error) => error,
         };
-        let connection = socket.accept().await;
         let Some(shared) = shared.upgrade() else {
             return;
         };
-        match connection {
-            Ok(connection) => {
-                let task = shake_hands(connection, Rc::downgrade(&shared));
-                glommio::spawn_local(async move {
-                    task.await;
-                    drop(place);
-                })
-                .detach();
-            }
-            Err(error) if is_passing(&error) => {
-                shared.refuse(&error);
-                drop(shared);
-                glommio::timer::sleep(OUT_OF_DESCRIPTORS_PAUSE).await;
-            }
-            Err(error) => {
-                *shared.failed.borrow_mut() = Some(error);
-                shared.waiting.wake_all();
-                return;
-            }
+        if !is_passing(&error) {
+            *shared.failed.borrow_mut() = Some(error);
+            shared.waiting.wake_all();
+            return;
         }
+        shared.refuse(&error);
+        drop(shared);
+        glommio::timer::sleep(OUT_OF_DESCRIPTORS_PAUSE).await;
     }
 }
 
@@ -253,7 +308,16 @@ fn is_passing(error: &Error) -> bool {
     )
 }
 
-async fn shake_hands(connection: Socket, shared: Weak<Shared>) {
+/// Starts the task of a handshake.
+fn begin(connection: Socket, ticket: Option<Ticket>, shared: Weak<Shared>, place: StaticPermit) {
+    glommio::spawn_local(async move {
+        shake_hands(connection, ticket, shared).await;
+        drop(place);
+    })
+    .detach();
+}
+
+async fn shake_hands(connection: Socket, ticket: Option<Ticket>, shared: Weak<Shared>) {
     let Some(config) = shared.upgrade().map(|shared| Rc::clone(&shared.config)) else {
         return;
     };
@@ -265,7 +329,7 @@ async fn shake_hands(connection: Socket, shared: Weak<Shared>) {
     match result {
         Ok(established) => {
             let session = Session::start(established, &config, shared.trust.get());
-            shared.ready.borrow_mut().push_back(session);
+            shared.ready.borrow_mut().push_back(Ready { session, ticket });
             shared.waiting.wake_all();
         }
         Err(error) => shared.refuse(&error),
@@ -283,43 +347,4 @@ pub(super) async fn within<T>(
         Err(HandshakeError::Timeout(timeout).into())
     };
     or(handshake, too_late).await
-}
-
-/// A Unix socket's entry in the file system.
-struct SocketPath(PathBuf);
-
-impl Drop for SocketPath {
-    fn drop(&mut self) {
-        // It may be gone, or somebody else's by now; neither is worth a word.
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
-fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
-    let address = UnixAddr::new(path)?;
-    let fd = nix::sys::socket::socket(
-        AddressFamily::Unix,
-        SockType::Stream,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )?;
-    if let Err(errno) = nix::sys::socket::bind(fd.as_raw_fd(), &address) {
-        if errno != Errno::EADDRINUSE || !is_left_over(path) {
-            return Err(errno.into());
-        }
-        fs::remove_file(path)?;
-        nix::sys::socket::bind(fd.as_raw_fd(), &address)?;
-    }
-    // Before it listens, nobody can connect, whatever the mode was for a moment.
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-    nix::sys::socket::listen(&fd, Backlog::new(1024)?)?;
-    Ok(fd)
-}
-
-/// Whether `path` is a socket that nobody listens on.
-fn is_left_over(path: &Path) -> bool {
-    let is_socket =
-        fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
-    let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
-    is_socket && UnixStream::connect(path).is_err_and(refused)
 }

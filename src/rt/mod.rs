@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The only room that knows glommio: sockets, the poller, sessions and streams.
 //!
-//! Everything here lives on one executor. There is no lock and no atomic; state that several tasks
-//! of the core share is in cells, and no cell is borrowed across an `await`.
+//! A session, and all it is made of, lives on one executor, without lock or atomic: state that
+//! several tasks of the core share is in cells, and no cell is borrowed across an `await`.
 //!
 //! - [`socket`]: a connected socket: readiness, sending without waiting, descriptors.
 //! - [`handshake`]: drives the state machines of `proto` over a socket.
@@ -11,30 +11,47 @@
 //! - [`poller`]: the one task per core that polls the queues of active sessions.
 //! - [`stream`]: a stream's handle, of a [`read_half`] and a [`write_half`], each with a
 //!   [`deadline`]; [`loan`]: messages as values; [`credit`]: how far a sender may go.
-//! - [`listener`], [`connector`]: how sessions come to be.
+//! - [`listener`], [`connector`]: how sessions come to be; [`socket_path`]: the files of sockets.
+//! - [`server`]: an executor for each of its [`cores`], each with a [`shard`] of the sessions;
+//!   [`dealer`]: the thread that deals what comes in at their common door; [`serving`]: a task for
+//!   each stream. Only what these hand over at accept time ever changes threads.
 
 mod connector;
+mod cores;
 mod credit;
 mod deadline;
+mod dealer;
 mod driver;
 mod handshake;
 mod listener;
 mod loan;
 mod outbox;
+mod own_core;
 mod poller;
 mod read_half;
 mod receiving;
 mod sending;
+mod server;
+mod server_builder;
+mod server_core;
+mod serving;
 mod session;
+mod shard;
 mod socket;
+mod socket_path;
 mod stream;
 mod wakers;
 mod write_half;
 
 pub use connector::Connector;
+pub use cores::Cores;
+pub use dealer::Deal;
 pub use listener::Listener;
 pub use loan::{Loan, Message, MessageBuf, Views, ViewsMut};
 pub use read_half::{Messages, ReadHalf, Recv};
+pub use server::{Server, Stopper};
+pub use server_builder::ServerBuilder;
 pub use session::Session;
+pub use shard::{Shard, ShardStats};
 pub use stream::Stream;
 pub use write_half::{Alloc, Send, WriteHalf};

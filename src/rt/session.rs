@@ -11,12 +11,14 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use super::credit::Credit;
 use super::handshake::{Established, SessionMemory};
 use super::outbox::Outbox;
+use super::own_core::counting_foreign_wakes;
 use super::poller::Poller;
 use super::receiving;
 use super::socket::Socket;
@@ -220,6 +222,16 @@ impl SessionInner {
         self.version.as_u8()
     }
 
+    /// Whether nothing is under way that this side knows of: all that came was read, by tasks that
+    /// wait for more, and all that they sent has gone.
+    pub(super) fn is_at_rest(&self) -> bool {
+        let has_events = self.lanes.consumer.borrow_mut().has_events().unwrap_or(false);
+        !has_events
+            && self.accepts.ready.borrow().is_empty()
+            && self.outbox.is_empty()
+            && self.streams.borrow().all().iter().all(|stream| stream.is_at_rest())
+    }
+
     fn poll_accept(&self, context: &Context<'_>) -> Poll<Result<Rc<StreamInner>>> {
         if let Some(stream) = self.accepts.ready.borrow_mut().pop_front() {
             return Poll::Ready(Ok(stream));
@@ -357,14 +369,16 @@ impl Session {
             }
         });
         inner.poller.demand(config.reactor_interval);
-        inner.poller.spawn(receiving::read_socket(Rc::clone(&inner)));
+        let foreign_wakes = Arc::clone(&inner.counters.cross_core_wakes);
+        let reading = receiving::read_socket(Rc::clone(&inner));
+        inner.poller.spawn(counting_foreign_wakes(reading, foreign_wakes));
         // Events may be there already: a client of version 2 does not wait for an answer.
         inner.activate();
         inner.show_up();
         Self { guard: Rc::new(SessionGuard { inner }) }
     }
 
-    fn inner(&self) -> &Rc<SessionInner> {
+    pub(super) fn inner(&self) -> &Rc<SessionInner> {
         self.guard.inner()
     }
 

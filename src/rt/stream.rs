@@ -116,6 +116,11 @@ impl StreamInner {
         !self.inbound.borrow().is_empty() || !self.life.can_receive()
     }
 
+    /// Whether everything that came was read, by a task that waits for more.
+    pub(super) fn is_at_rest(&self) -> bool {
+        self.reader.is_waiting() && self.inbound.borrow().is_empty()
+    }
+
     /// Throws away what was not read. Gives what of it had come over the socket cost.
     pub(super) fn discard(&self) -> usize {
         let mut inbound = self.inbound.borrow_mut();

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Which processors the shards of a server run on.
+
+use glommio::{CpuLocation, CpuSet};
+use nix::sched::{CpuSet as Allowed, sched_getaffinity};
+use nix::unistd::Pid;
+
+use crate::error::{ConfigError, Error, Result};
+
+/// Which processors the shards of a [`Server`](crate::Server) run on, one shard on each.
+///
+/// Only those count that this process may use (`taskset`, the container's processor set).
+///
+/// ```
+/// use shmipc_glommio::{Cores, Server};
+///
+/// // The second and the fourth processor.
+/// let builder = Server::builder("/run/store.sock").cores(Cores::List(vec![1, 3]));
+/// # drop(builder);
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Cores {
+    /// All of them.
+    All,
+    /// So many, spread over the machine: the second thread of a physical core comes after the first
+    /// of every other.
+    Count(usize),
+    /// These, by the numbers that the system gives them. Shard 0 runs on the first.
+    List(Vec<usize>),
+    /// So many shards that the system may move between processors: for tests, and for machines that
+    /// have other things to do. A shard without a processor of its own answers later.
+    Unpinned(usize),
+}
+
+impl Cores {
+    /// One entry for each shard: the processor that it is pinned to, if it is.
+    pub(super) fn choose(&self) -> Result<Vec<Option<usize>>> {
+        let chosen = match self {
+            Self::Unpinned(count) => vec![None; *count],
+            Self::All => pinned(spread(available()?)),
+            Self::Count(count) => {
+                let mut processors = spread(available()?);
+                if processors.len() < *count {
+                    let have = processors.len();
+                    return Err(cannot(format!("{count} asked for, this process may use {have}")));
+                }
+                processors.truncate(*count);
+                pinned(processors)
+            }
+            Self::List(list) => pinned(check_list(list, &available()?)?),
+        };
+        if chosen.is_empty() {
+            return Err(cannot("a server has at least one".into()));
+        }
+        Ok(chosen)
+    }
+}
+
+fn cannot(problem: String) -> Error {
+    ConfigError::Cores(problem).into()
+}
+
+fn pinned(processors: Vec<usize>) -> Vec<Option<usize>> {
+    processors.into_iter().map(Some).collect()
+}
+
+/// The processors that are there and that this process may use.
+fn available() -> Result<Vec<CpuLocation>> {
+    let failed = |error: std::io::Error| Error::os("look for processors", error);
+    let allowed = sched_getaffinity(Pid::from_raw(0)).map_err(|errno| failed(errno.into()))?;
+    let online = CpuSet::online().map_err(|error| failed(error.into()))?;
+    let may_use = |cpu: usize| cpu < Allowed::count() && allowed.is_set(cpu).unwrap_or(false);
+    Ok(online.into_iter().filter(|location| may_use(location.cpu)).collect())
+}
+
+/// Puts the first thread of every physical core in front of all second ones.
+fn spread(mut processors: Vec<CpuLocation>) -> Vec<usize> {
+    processors.sort_by_key(|location| location.cpu);
+    let rank = |at: usize| {
+        let place = |location: &CpuLocation| (location.package, location.core);
+        let before = &processors[..at];
+        before.iter().filter(|other| place(other) == place(&processors[at])).count()
+    };
+    let mut ranked: Vec<_> =
+        (0..processors.len()).map(|at| (rank(at), processors[at].cpu)).collect();
+    ranked.sort_unstable();
+    ranked.into_iter().map(|(_, cpu)| cpu).collect()
+}
+
+fn check_list(list: &[usize], available: &[CpuLocation]) -> Result<Vec<usize>> {
+    for (at, cpu) in list.iter().enumerate() {
+        if !available.iter().any(|location| location.cpu == *cpu) {
+            return Err(cannot(format!("this process may not use processor {cpu}")));
+        }
+        if list[..at].contains(cpu) {
+            return Err(cannot(format!("processor {cpu} is there twice")));
+        }
+    }
+    Ok(list.to_vec())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(cpu: usize, core: usize, package: usize) -> CpuLocation {
+        CpuLocation { cpu, core, package, numa_node: package }
+    }
+
+    #[test]
+    fn second_threads_of_a_core_come_last() {
+        let siblings = vec![at(3, 1, 0), at(0, 0, 0), at(1, 0, 0), at(2, 1, 0), at(4, 0, 1)];
+        assert_eq!(spread(siblings), [0, 2, 4, 1, 3]);
+    }
+
+    #[test]
+    fn what_there_is_not_is_refused() {
+        let refused = |cores: Cores| cores.choose().map(drop).unwrap_err().to_string();
+        assert!(refused(Cores::Count(100_000)).contains("may use"));
+        assert!(refused(Cores::List(vec![100_000])).contains("processor 100000"));
+        assert!(refused(Cores::List(vec![])).contains("at least one"));
+        assert!(refused(Cores::Unpinned(0)).contains("at least one"));
+        let here = Cores::All.choose().unwrap();
+        let first = here[0].unwrap();
+        assert!(refused(Cores::List(vec![first, first])).contains("twice"));
+        assert_eq!(Cores::List(vec![first]).choose().unwrap(), [Some(first)]);
+        assert_eq!(Cores::Count(here.len()).choose().unwrap(), here);
+        assert_eq!(Cores::Unpinned(3).choose().unwrap(), [None; 3]);
+    }
+}

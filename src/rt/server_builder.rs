@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! How a [`Server`] is to be, and how it starts.
+
+use std::fmt;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use glommio::{LocalExecutorBuilder, Placement};
+
+use super::cores::Cores;
+use super::dealer::{Deal, Inlet};
+use super::listener::Door;
+use super::server::Server;
+use super::server_core::{Common, Core, OnRefused};
+use super::session::Session;
+use super::shard::{Failure, Place, Shard, ShardLink};
+use super::socket_path::{self, shard_path};
+use super::stream::Stream;
+use crate::config::Config;
+use crate::error::{ConfigError, Error, Result};
+use crate::shm::access::PeerTrust;
+
+type MakeExecutor = Box<dyn Fn(usize, Option<usize>) -> LocalExecutorBuilder>;
+
+/// Says how a [`Server`] is to be, and starts it.
+///
+/// ```
+/// use std::time::Duration;
+/// use shmipc_glommio::{Config, Cores, Deal, Server};
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-builder-{}", std::process::id()));
+/// let server = Server::builder(&path)
+///     .cores(Cores::Unpinned(2))
+///     .config(Config::builder().small_messages().socket_mode(0o660).build()?)
+///     .deal(Deal::FewestSessions)
+///     .stop_patience(Duration::from_secs(10))
+///     .on_refused(|shard, error| eprintln!("shard {shard} refused a peer: {error}"))
+///     .serve_streams(|mut stream| async move {
+///         while let Some(message) = stream.recv().await? {
+///             stream.forward(message).await?;
+///         }
+///         shmipc_glommio::Result::Ok(())
+///     })?;
+/// # drop(server);
+/// # shmipc_glommio::Result::<()>::Ok(())
+/// ```
+#[must_use]
+pub struct ServerBuilder {
+    path: PathBuf,
+    config: Config,
+    cores: Cores,
+    deal: Deal,
+    queue: usize,
+    patience: Duration,
+    trust: Option<u64>,
+    executor: Option<MakeExecutor>,
+    on_refused: Option<OnRefused>,
+}
+
+impl ServerBuilder {
+    pub(super) fn new(path: PathBuf) -> Self {
+        Self {
+            path,
+            config: Config::default(),
+            cores: Cores::All,
+            deal: Deal::default(),
+            queue: 64,
+            patience: Duration::from_secs(5),
+            trust: None,
+            executor: None,
+            on_refused: None,
+        }
+    }
+
+    /// The configuration of sessions and doors. Default: [`Config::default`].
+    pub fn config(mut self, config: Config) -> Self {
+        self.config = config;
+        self
+    }
+
+    /// Where the shards run. Default: [`Cores::All`].
+    pub fn cores(mut self, cores: Cores) -> Self {
+        self.cores = cores;
+        self
+    }
+
+    /// Which core gets the next connection of the shared door. Default: one after the other.
+    pub fn deal(mut self, deal: Deal) -> Self {
+        self.deal = deal;
+        self
+    }
+
+    /// How many connections may wait for one core to take them from the shared door. When all cores
+    /// have that many, more wait in the socket's backlog. Default: 64.
+    pub fn deal_queue(mut self, connections: usize) -> Self {
+        self.queue = connections;
+        self
+    }
+
+    /// How long sessions get to come to rest when the server stops because it is dropped, or
+    /// because one of its shards did. Default: five seconds.
+    pub fn stop_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// Says that the promise behind this token speaks for the peers of all sessions.
+    pub fn trusting(mut self, trust: &PeerTrust) -> Self {
+        self.trust = Some(trust.id());
+        self
+    }
+
+    /// Makes the executor of each shard, given its index and the processor that it should be pinned
+    /// to. Default: `LocalExecutorBuilder::new(Placement::Fixed(processor))`, or `Unbound`.
+    pub fn executor(
+        mut self,
+        make: impl Fn(usize, Option<usize>) -> LocalExecutorBuilder + 'static,
+    ) -> Self {
+        self.executor = Some(Box::new(make));
+        self
+    }
+
+    /// Calls `tell` with the shard's index for every peer that was dropped before it became a
+    /// session, on that shard's thread. What goes wrong with the shared door itself is told with
+    /// the number of shards for an index.
+    pub fn on_refused(mut self, tell: impl Fn(usize, &Error) + Send + Sync + 'static) -> Self {
+        self.on_refused = Some(Arc::new(tell));
+        self
+    }
+
+    /// Starts a server that runs `serve` for every stream of every session, each in a task of its
+    /// own. What these tasks give is not looked at.
+    ///
+    /// # Errors
+    ///
+    /// As [`start`](Self::start).
+    pub fn serve_streams<F, S>(self, serve: F) -> Result<Server>
+    where
+        F: Fn(Stream) -> S + Clone + Send + 'static,
+        S: Future + 'static,
+    {
+        self.start(move |_| {
+            let serve = serve.clone();
+            async {
+                Ok::<_, Error>(move |session: Session| {
+                    let serve = serve.clone();
+                    async move {
+                        session.serve_streams(serve).await;
+                        Ok::<_, Error>(())
+                    }
+                })
+            }
+        })
+    }
+
+    /// Starts the server: runs `factory` on each of its cores, which makes what the core needs and
+    /// gives the handler of its sessions. Returns when all cores are ready and all doors are open.
+    ///
+    /// A session lives until its handler ends. An error or panic of the handler ends that session
+    /// and nothing else. (A panic of another task ends its executor, and that stops the server.)
+    ///
+    /// # Errors
+    ///
+    /// A live server listens at one of the paths, a core is not there, the limit of locked memory
+    /// is too low, an executor cannot be made, or a factory fails. Nothing is left running then.
+    pub fn start<F, M, H, S, E, D>(self, factory: F) -> Result<Server>
+    where
+        F: Fn(Shard) -> M + Clone + Send + 'static,
+        M: Future<Output = std::result::Result<H, E>> + 'static,
+        E: Into<Failure> + 'static,
+        H: Fn(Session) -> S + 'static,
+        S: Future<Output = std::result::Result<(), D>> + 'static,
+        D: Into<Failure> + 'static,
+    {
+        if self.queue == 0 {
+            let problem = "nothing would get through";
+            return Err(ConfigError::Limit { what: "deal_queue", value: 0, problem }.into());
+        }
+        let cores = self.cores.choose()?;
+        self.config.footprint(cores.len(), 0, 0).check()?;
+        let doors = open_doors(&self.path, cores.len(), &self.config)?;
+        let inlets = (0..cores.len()).map(|_| Inlet::new(self.queue));
+        let (inlets, bells): (Vec<_>, Vec<_>) =
+            inlets.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let (control, dealer_control) =
+            UnixStream::pair().map_err(|error| Error::os("make a socket pair", error))?;
+        let links = inlets.into_iter().map(|inlet| Arc::new(ShardLink::new(inlet))).collect();
+        let common = Common { links, control, stop_at: Mutex::default(), patience: self.patience };
+        let common = Arc::new(common);
+        let mut server = Server::new(self.path.clone(), Arc::clone(&common));
+        let (tell, ready) = mpsc::channel();
+        for (index, (door, bell)) in doors.into_iter().zip(bells).enumerate() {
+            let place = Place {
+                index,
+                count: cores.len(),
+                core: cores[index],
+                path: door.path.path().into(),
+            };
+            let core = Core {
+                place,
+                door,
+                bell,
+                common: Arc::clone(&common),
+                config: self.config.clone(),
+                trust: self.trust,
+                on_refused: self.on_refused.clone(),
+            };
+            let (factory, tell) = (factory.clone(), tell.clone());
+            let executor = self.executor_of(index, cores[index]);
+            server.add_thread(core.start(executor, factory, tell)?);
+        }
+        drop(tell);
+        // Each core says one word, or drops its end of the channel without.
+        if ready.iter().count() < cores.len() {
+            common.stop(Duration::ZERO);
+            server.join_all()?;
+            let stopped = io::Error::other("it was stopped before it was ready");
+            return Err(Error::os("start a server", stopped));
+        }
+        // Now that all cores take what comes there.
+        let door = Door::open(&self.path, &self.config)?;
+        server.open_shared_door(door, dealer_control, self.deal, self.on_refused)?;
+        Ok(server)
+    }
+
+    fn executor_of(&self, index: usize, core: Option<usize>) -> LocalExecutorBuilder {
+        if let Some(make) = &self.executor {
+            return make(index, core);
+        }
+        let placement = core.map_or(Placement::Unbound, Placement::Fixed);
+        LocalExecutorBuilder::new(placement)
+    }
+}
+
+impl fmt::Debug for ServerBuilder {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("ServerBuilder")
+            .field("path", &self.path)
+            .field("cores", &self.cores)
+            .field("deal", &self.deal)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Opens the doors of all shards, and removes those that a server with more of them left.
+fn open_doors(path: &Path, count: usize, config: &Config) -> Result<Vec<Door>> {
+    let failed = |error| Error::os("listen on a Unix socket", error);
+    if socket_path::is_socket(path) {
+        // Now, before anything else is touched: is it a live server's?
+        socket_path::remove_left_over(path).map_err(failed)?;
+    }
+    let doors: Result<Vec<_>> =
+        (0..count).map(|index| Door::open(&shard_path(path, index), config)).collect();
+    let more = (count..).map(|index| shard_path(path, index));
+    for left_over in more.take_while(|path| socket_path::is_socket(path)) {
+        socket_path::remove_left_over(&left_over).map_err(failed)?;
+    }
+    doors
+}

@@ -1,0 +1,482 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! One core of a server, and the sessions that are its own.
+//!
+//! A session gets here by the core's own door, or from the [dealer](super::dealer), and stays. Its
+//! handler runs as a task of this core; how it ends, by a panic too, concerns that session only.
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::future::poll_fn;
+use std::panic::AssertUnwindSafe;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use futures_lite::FutureExt;
+use futures_lite::future::or;
+
+use super::dealer::{Inlet, Load};
+use super::listener::{Adopter, Listener, Ready};
+use super::own_core::counting_foreign_wakes;
+use super::session::Session;
+use super::socket::{Received, Socket};
+use super::wakers::WakerList;
+use crate::error::{Error, Result};
+
+/// What the handlers of sessions and shards fail with.
+pub(super) type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// How often sessions are looked at that should come to rest.
+const DRAIN_INTERVAL: Duration = Duration::from_millis(2);
+/// How long a session gets to send what waits for its socket, when it is closed.
+const CLOSE_PATIENCE: Duration = Duration::from_millis(500);
+
+/// What one shard of a server counted.
+///
+/// ```
+/// use shmipc_glommio::{Cores, Server};
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-shards-{}", std::process::id()));
+/// let server = Server::builder(&path).cores(Cores::Unpinned(2)).serve_streams(|_| async {})?;
+/// for (index, shard) in server.stats().iter().enumerate() {
+///     println!("shard {index}: {} of {} sessions are open", shard.open, shard.accepted);
+/// }
+/// # shmipc_glommio::Result::<()>::Ok(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct ShardStats {
+    /// Sessions that came to be, by both doors.
+    pub accepted: u64,
+    /// Those among them that came in at the shared door.
+    pub dealt: u64,
+    /// Sessions that are open.
+    pub open: u64,
+    /// Sessions whose handler ended with an error.
+    pub failed: u64,
+    /// Sessions whose handler panicked.
+    pub panicked: u64,
+    /// Peers that were dropped before they became a session.
+    pub refused: u64,
+    /// Wake-ups that other threads gave to tasks of sessions that have ended; those of open
+    /// sessions are in their own [counters](crate::SessionStats::cross_core_wakes).
+    pub cross_core_wakes: u64,
+}
+
+/// What a shard shares with the threads of its server.
+pub(super) struct ShardLink {
+    pub(super) inlet: Arc<Inlet>,
+    counters: ShardCounters,
+}
+
+/// Written by the shard's thread alone, once per session; read by any. They order nothing.
+#[derive(Default)]
+struct ShardCounters {
+    accepted: AtomicU64,
+    dealt: AtomicU64,
+    ended: AtomicU64,
+    failed: AtomicU64,
+    panicked: AtomicU64,
+    refused: AtomicU64,
+    cross_core_wakes: AtomicU64,
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+impl ShardLink {
+    pub(super) fn new(inlet: Inlet) -> Self {
+        Self { inlet: Arc::new(inlet), counters: ShardCounters::default() }
+    }
+
+    pub(super) fn stats(&self) -> ShardStats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &self.counters;
+        // The end of a session is counted after its beginning.
+        let ended = get(&counters.ended);
+        let accepted = get(&counters.accepted);
+        ShardStats {
+            accepted,
+            dealt: get(&counters.dealt),
+            open: accepted.saturating_sub(ended),
+            failed: get(&counters.failed),
+            panicked: get(&counters.panicked),
+            refused: get(&counters.refused),
+            cross_core_wakes: get(&counters.cross_core_wakes),
+        }
+    }
+}
+
+/// One core of a [`Server`](crate::Server), as its tasks see it.
+///
+/// Belongs to the core's executor. Cloning gives another handle.
+///
+/// ```
+/// use std::cell::Cell;
+/// use std::rc::Rc;
+/// use shmipc_glommio::{Cores, Error, Server, Session, Shard};
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-shard-{}", std::process::id()));
+/// let server = Server::builder(&path).cores(Cores::Unpinned(2)).start(|shard: Shard| async move {
+///     // What only this core touches needs no lock.
+///     let requests = Rc::new(Cell::new(0));
+///     let counted = Rc::clone(&requests);
+///     glommio::spawn_local(async move {
+///         shard.stopping().await;
+///         println!("shard {} had {} requests", shard.index(), counted.get());
+///     })
+///     .detach();
+///     Ok::<_, Error>(move |session: Session| {
+///         let requests = Rc::clone(&requests);
+///         async move {
+///             while let Ok(mut stream) = session.accept().await {
+///                 while let Some(request) = stream.recv().await? {
+///                     requests.set(requests.get() + 1);
+///                     stream.forward(request).await?;
+///                 }
+///             }
+///             Ok::<_, Error>(())
+///         }
+///     })
+/// })?;
+/// # server.stop(std::time::Duration::from_secs(5))?;
+/// # shmipc_glommio::Result::<()>::Ok(())
+/// ```
+#[derive(Clone)]
+pub struct Shard {
+    inner: Rc<ShardInner>,
+}
+
+struct ShardInner {
+    place: Place,
+    link: Arc<ShardLink>,
+    open: RefCell<BTreeMap<u64, Session>>,
+    ended: WakerList,
+    stop: Stop,
+}
+
+/// Where a shard stands among those of its server.
+#[derive(Clone)]
+pub(super) struct Place {
+    pub(super) index: usize,
+    pub(super) count: usize,
+    pub(super) core: Option<usize>,
+    pub(super) path: Arc<Path>,
+}
+
+/// How far the end has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
+enum Phase {
+    Serving,
+    /// Until then sessions may come to rest by themselves.
+    Draining(Instant),
+    /// Handlers that still run are dropped.
+    Cut,
+}
+
+struct Stop {
+    phase: Cell<Phase>,
+    waiting: WakerList,
+}
+
+impl Stop {
+    fn advance(&self, phase: Phase) {
+        self.phase.set(phase);
+        self.waiting.wake_all();
+    }
+
+    async fn reached(&self, is_far_enough: impl Fn(Phase) -> bool) {
+        poll_fn(|context| {
+            if is_far_enough(self.phase.get()) {
+                return Poll::Ready(());
+            }
+            self.waiting.register(context, None);
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
+impl Shard {
+    pub(super) fn new(place: Place, link: Arc<ShardLink>) -> Self {
+        let stop = Stop { phase: Cell::new(Phase::Serving), waiting: WakerList::default() };
+        let (open, ended) = Default::default();
+        Self { inner: Rc::new(ShardInner { place, link, open, ended, stop }) }
+    }
+
+    /// Which shard this is, from 0.
+    pub fn index(&self) -> usize {
+        self.inner.place.index
+    }
+
+    /// How many shards the server has.
+    pub fn count(&self) -> usize {
+        self.inner.place.count
+    }
+
+    /// The processor that this shard is pinned to, if it is.
+    pub fn core(&self) -> Option<usize> {
+        self.inner.place.core
+    }
+
+    /// The path of this shard's own door.
+    pub fn path(&self) -> &Path {
+        &self.inner.place.path
+    }
+
+    /// The sessions that are open on this core.
+    pub fn sessions(&self) -> Vec<Session> {
+        self.inner.open.borrow().values().cloned().collect()
+    }
+
+    /// What this shard counted.
+    pub fn stats(&self) -> ShardStats {
+        self.inner.link.stats()
+    }
+
+    /// Waits until the server is to stop. Cancel-safe.
+    ///
+    /// No more sessions come from then on. Those that are open go on until they are at rest.
+    pub async fn stopping(&self) {
+        self.inner.stop.reached(|phase| phase != Phase::Serving).await;
+    }
+
+    /// Whether the server is to stop.
+    pub fn is_stopping(&self) -> bool {
+        self.inner.stop.phase.get() != Phase::Serving
+    }
+
+    /// Listens to the bell: takes in what is dealt, and begins to stop when it is time.
+    pub(super) async fn take_in(
+        &self,
+        bell: Socket,
+        adopter: Adopter,
+        stop_at: impl Fn() -> Option<Instant>,
+    ) {
+        let arrivals = Rc::new(WakerList::default());
+        let adopting = adopt(Arc::clone(&self.inner.link), adopter, Rc::clone(&arrivals));
+        let _adopting = glommio::spawn_local(adopting);
+        // The other end goes with the server only, and the server waits for this.
+        while bell.readable().await.is_ok() {
+            while let Ok(Received::Bytes(_)) = bell.try_receive(&mut [0; 64]) {}
+            self.inner.link.inlet.answer();
+            arrivals.wake_all();
+            if let Some(deadline) = stop_at()
+                && self.inner.stop.phase.get() != Phase::Cut
+            {
+                self.inner.stop.advance(Phase::Draining(deadline));
+            }
+        }
+    }
+
+    /// Serves the sessions of `listener` until the server stops, or the listener fails.
+    pub(super) async fn serve<H, S, E>(&self, listener: &Listener, handler: H) -> Result<()>
+    where
+        H: Fn(Session) -> S + 'static,
+        S: Future<Output = std::result::Result<(), E>> + 'static,
+        E: Into<Failure>,
+    {
+        let handler = Rc::new(handler);
+        let mut number = 0;
+        loop {
+            let stopped = async {
+                self.stopping().await;
+                Ok(None)
+            };
+            let accepted = async { listener.accept_ready().await.map(Some) };
+            let Some(Ready { session, ticket }) = or(stopped, accepted).await? else {
+                return Ok(());
+            };
+            number += 1;
+            self.begin(number, session, ticket, Rc::clone(&handler));
+        }
+    }
+
+    /// Starts the handler of a session.
+    fn begin<H, S, E>(
+        &self,
+        number: u64,
+        session: Session,
+        ticket: Option<Box<dyn Any>>,
+        handler: Rc<H>,
+    ) where
+        H: Fn(Session) -> S + 'static,
+        S: Future<Output = std::result::Result<(), E>> + 'static,
+        E: Into<Failure>,
+    {
+        let counters = &self.inner.link.counters;
+        count(&counters.accepted);
+        let load: Load = match ticket.map(Box::<dyn Any>::downcast) {
+            Some(Ok(load)) => {
+                count(&counters.dealt);
+                *load
+            }
+            _ => self.inner.link.inlet.own_session(),
+        };
+        self.inner.open.borrow_mut().insert(number, session.clone());
+        let shard = self.clone();
+        glommio::spawn_local(async move {
+            let foreign_wakes = Arc::clone(&session.inner().counters.cross_core_wakes);
+            let handled = {
+                let session = session.clone();
+                async move { handler(session).await.map_err(Into::into) }
+            };
+            let handled = AssertUnwindSafe(handled).catch_unwind();
+            let handled = counting_foreign_wakes(handled, foreign_wakes);
+            let cut = async {
+                shard.inner.stop.reached(|phase| phase == Phase::Cut).await;
+                Ok(Ok(()))
+            };
+            let result = or(handled, cut).await;
+            shard.note_end(number, &session, result);
+            close(&session).await;
+            shard.inner.open.borrow_mut().remove(&number);
+            shard.inner.ended.wake_all();
+            drop(load);
+        })
+        .detach();
+    }
+
+    fn note_end(
+        &self,
+        number: u64,
+        session: &Session,
+        result: std::thread::Result<std::result::Result<(), Failure>>,
+    ) {
+        let counters = &self.inner.link.counters;
+        let (shard, reason) = (self.index(), session.end_reason());
+        match result {
+            Ok(Ok(())) => tracing::debug!(shard, session = number, ?reason, "session served"),
+            Ok(Err(error)) => {
+                count(&counters.failed);
+                tracing::debug!(shard, session = number, ?reason, %error, "handler failed");
+            }
+            Err(panic) => {
+                count(&counters.panicked);
+                let text = panic_text(&*panic);
+                tracing::error!(shard, session = number, text, "handler panicked");
+            }
+        }
+        let wakes = session.stats().cross_core_wakes;
+        counters.cross_core_wakes.fetch_add(wakes, Ordering::Relaxed);
+        count(&counters.ended);
+    }
+
+    pub(super) fn note_refused(&self) {
+        count(&self.inner.link.counters.refused);
+    }
+
+    /// Has the handlers that still run dropped, as soon as they wait for something.
+    pub(super) fn cut(&self) {
+        self.inner.stop.advance(Phase::Cut);
+    }
+
+    /// Ends the sessions, each when it is at rest; at the deadline, those that are left.
+    pub(super) async fn drain(&self) {
+        // Without one, the listener failed before anybody asked.
+        let mut deadline = Instant::now();
+        loop {
+            if let Phase::Draining(at) = self.inner.stop.phase.get() {
+                deadline = at;
+            }
+            if self.inner.open.borrow().is_empty() || Instant::now() >= deadline {
+                break;
+            }
+            for session in self.sessions() {
+                if session.end_reason().is_none() && session.inner().is_at_rest() {
+                    glommio::spawn_local(async move { close(&session).await }).detach();
+                }
+            }
+            self.ended_within(DRAIN_INTERVAL.min(left_until(deadline))).await;
+        }
+        for session in self.sessions() {
+            glommio::spawn_local(async move { close(&session).await }).detach();
+        }
+        let end = Instant::now() + 2 * CLOSE_PATIENCE;
+        while !self.inner.open.borrow().is_empty() && Instant::now() < end {
+            self.ended_within(left_until(end)).await;
+        }
+        self.cut();
+        while !self.inner.open.borrow().is_empty() {
+            self.ended_within(CLOSE_PATIENCE).await;
+        }
+    }
+
+    /// Shuts down the sockets of all sessions, of which no task will run again, so that peers know.
+    pub(super) fn abandon(self) {
+        for session in self.sessions() {
+            session.inner().socket().shut_down();
+            // Its end would wake tasks of an executor that is no more.
+            std::mem::forget(session);
+        }
+        std::mem::forget(self);
+    }
+
+    /// Waits until a session ends, but no longer than this.
+    async fn ended_within(&self, patience: Duration) {
+        let before = self.inner.open.borrow().len();
+        let ended = poll_fn(|context| {
+            if self.inner.open.borrow().len() < before {
+                return Poll::Ready(());
+            }
+            self.inner.ended.register(context, None);
+            Poll::Pending
+        });
+        or(ended, async {
+            glommio::timer::sleep(patience).await;
+        })
+        .await;
+    }
+}
+
+impl fmt::Debug for Shard {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Shard")
+            .field("index", &self.index())
+            .field("count", &self.count())
+            .field("core", &self.core())
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
+}
+
+fn left_until(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
+}
+
+/// What a panic said, when it said something.
+pub(super) fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("panicked")
+}
+
+/// Closes a session whose peer may not take the last bytes.
+async fn close(session: &Session) {
+    or(session.close(), async {
+        glommio::timer::sleep(CLOSE_PATIENCE).await;
+        session.inner().fail(Error::SessionClosed);
+    })
+    .await;
+}
+
+/// Takes dealt connections into the listener, as many at a time as it has places for.
+async fn adopt(link: Arc<ShardLink>, adopter: Adopter, arrivals: Rc<WakerList>) {
+    loop {
+        let dealt = poll_fn(|context| match link.inlet.take() {
+            Some(dealt) => Poll::Ready(dealt),
+            None => {
+                arrivals.register(context, None);
+                Poll::Pending
+            }
+        })
+        .await;
+        adopter.adopt(dealt.fd, Box::new(dealt.load)).await;
+    }
+}

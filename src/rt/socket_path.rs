@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The files of Unix sockets that something here listens on.
+//!
+//! A file that a dead listener left is replaced, one of a living listener never. Looking whether it
+//! lives and replacing it are two steps, so listeners take turns at them: each holds a lock on the
+//! directory meanwhile.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
+use nix::unistd::{Gid, Uid};
+
+use crate::config::SocketFile;
+
+/// How many connections wait to be accepted.
+const BACKLOG: i32 = 1024;
+/// How often, and how long apart, the directory's lock is tried.
+const LOCK_TRIES: u32 = 200;
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
+
+/// A Unix socket's entry in the file system, removed when this, or a copy of it, is dropped.
+#[derive(Clone)]
+pub(super) struct SocketPath {
+    path: PathBuf,
+    /// Device and number of the file, by which it is known again.
+    identity: (u64, u64),
+}
+
+impl SocketPath {
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn identity_of(path: &Path) -> io::Result<(u64, u64)> {
+        let metadata = fs::symlink_metadata(path)?;
+        Ok((metadata.dev(), metadata.ino()))
+    }
+}
+
+impl Drop for SocketPath {
+    fn drop(&mut self) {
+        let _turn = lock_directory(&self.path);
+        // It may be gone by now, or somebody else's; neither is worth a word.
+        if Self::identity_of(&self.path).is_ok_and(|identity| identity == self.identity) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Listens at `path`. Nobody can connect before the file is as it is configured to be.
+pub(super) fn listen(path: &Path, file: &SocketFile) -> io::Result<(OwnedFd, SocketPath)> {
+    let address = UnixAddr::new(path)?;
+    let fd = new_socket(SockFlag::empty())?;
+    let _turn = lock_directory(path);
+    if let Err(errno) = nix::sys::socket::bind(fd.as_raw_fd(), &address) {
+        if errno != Errno::EADDRINUSE {
+            return Err(errno.into());
+        }
+        remove_left_over(path)?;
+        nix::sys::socket::bind(fd.as_raw_fd(), &address)?;
+    }
+    let entry = SocketPath { path: path.to_owned(), identity: SocketPath::identity_of(path)? };
+    // Before it listens, nobody can connect, whatever the mode was for a moment.
+    fs::set_permissions(path, fs::Permissions::from_mode(file.mode))?;
+    if file.user.is_some() || file.group.is_some() {
+        let (user, group) = (file.user.map(Uid::from_raw), file.group.map(Gid::from_raw));
+        nix::unistd::chown(path, user, group)?;
+    }
+    nix::sys::socket::listen(&fd, Backlog::new(BACKLOG)?)?;
+    Ok((fd, entry))
+}
+
+/// Where shard `index` of a server at `path` listens.
+pub(super) fn shard_path(path: &Path, index: usize) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{index}"));
+    name.into()
+}
+
+/// Whether a socket's file is there, of a living listener or of a dead one.
+pub(super) fn is_socket(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
+}
+
+/// Removes what a dead listener left at `path`.
+///
+/// # Errors
+///
+/// It lives, or it is no socket, or cannot be removed.
+pub(super) fn remove_left_over(path: &Path) -> io::Result<()> {
+    let in_use = |what: &str| {
+        let text = format!("{} {what}", path.display());
+        Err(io::Error::new(io::ErrorKind::AddrInUse, text))
+    };
+    if !is_socket(path) {
+        return in_use("exists and is not a socket");
+    }
+    if is_alive(path)? {
+        return in_use("is listened on by a live server");
+    }
+    fs::remove_file(path)
+}
+
+/// Whether somebody listens on the socket at `path`.
+fn is_alive(path: &Path) -> io::Result<bool> {
+    // Without waiting: one whose backlog is full lives.
+    let fd = new_socket(SockFlag::SOCK_NONBLOCK)?;
+    let address = UnixAddr::new(path)?;
+    Ok(nix::sys::socket::connect(fd.as_raw_fd(), &address) != Err(Errno::ECONNREFUSED))
+}
+
+fn new_socket(flags: SockFlag) -> io::Result<OwnedFd> {
+    let flags = flags | SockFlag::SOCK_CLOEXEC;
+    Ok(nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?)
+}
+
+/// Waits for the turn to change the directory's sockets. Who holds it for long, or forbids to read
+/// the directory, does not keep a server from starting: then it goes on without.
+fn lock_directory(path: &Path) -> Option<Flock<File>> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let mut directory = File::open(parent.unwrap_or(Path::new("."))).ok()?;
+    for _ in 0..LOCK_TRIES {
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Some(lock),
+            Err((again, Errno::EWOULDBLOCK)) => directory = again,
+            Err(_) => return None,
+        }
+        std::thread::sleep(LOCK_PAUSE);
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    const PRIVATE: SocketFile = SocketFile { mode: 0o600, user: None, group: None };
+
+    fn temporary(name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("shmipc-path-{name}-{}", std::process::id()))
+    }
+
+    #[test]
+    fn what_the_dead_left_is_replaced_and_the_living_refused() {
+        let path = temporary("stale");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists(), "the standard library leaves the file");
+        let (fd, entry) = listen(&path, &PRIVATE).unwrap();
+        let mode = fs::symlink_metadata(entry.path()).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let error = listen(&path, &PRIVATE).map(drop).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        assert!(error.to_string().contains("live server"), "{error}");
+        drop(entry);
+        assert!(!path.exists());
+        drop(fd);
+    }
+
+    #[test]
+    fn one_with_a_full_backlog_lives() {
+        let path = temporary("full");
+        let fd = new_socket(SockFlag::empty()).unwrap();
+        nix::sys::socket::bind(fd.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        nix::sys::socket::listen(&fd, Backlog::new(0).unwrap()).unwrap();
+        let _waiting = UnixStream::connect(&path).unwrap();
+        assert!(is_alive(&path).unwrap());
+        fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn what_is_not_a_socket_stays() {
+        let path = temporary("file");
+        fs::write(&path, "precious").unwrap();
+        let error = listen(&path, &PRIVATE).map(drop).unwrap_err();
+        assert!(error.to_string().contains("not a socket"), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+        fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_another_put_there_since_is_not_removed() {
+        let path = temporary("other");
+        let (_fd, entry) = listen(&path, &PRIVATE).unwrap();
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "another").unwrap();
+        drop(entry);
+        assert!(path.exists());
+        fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn mode_and_owner_are_as_configured() {
+        let path = temporary("mode");
+        let (user, group) = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
+        let file = SocketFile { mode: 0o620, user: Some(user), group: Some(group) };
+        let (_fd, _entry) = listen(&path, &file).unwrap();
+        let metadata = fs::symlink_metadata(&path).unwrap();
+        assert_eq!(metadata.permissions().mode() & 0o777, 0o620);
+        assert_eq!((metadata.uid(), metadata.gid()), (user, group));
+    }
+
+    #[test]
+    fn of_many_that_find_a_stale_file_one_gets_it() {
+        let path = temporary("race");
+        for _ in 0..50 {
+            drop(UnixListener::bind(&path).unwrap());
+            let racers: Vec<_> = (0..4)
+                .map(|_| {
+                    let path = path.clone();
+                    std::thread::spawn(move || listen(&path, &PRIVATE))
+                })
+                .collect();
+            let results: Vec<_> = racers.into_iter().map(|racer| racer.join().unwrap()).collect();
+            assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
+            assert!(path.exists());
+        }
+    }
+}
