@@ -21,23 +21,24 @@ use crate::error::{Error, Result};
 
 /// A server with a shard, an executor on a thread of its own, on each of its cores.
 ///
-/// Shard `i` listens on `PATH.i`, for clients that know which shard they want
-/// ([`Connector::connect_shard`](crate::Connector::connect_shard)). What comes in at `PATH` is dealt
-/// over the cores. From then on a session belongs to its core, and nothing of it crosses to another.
+/// Shard `i` listens on `PATH.i`, for clients that know which shard they want: see
+/// [`connect_shard`](crate::Connector::connect_shard). What comes in at `PATH` is dealt over the
+/// cores. From then on a session belongs to its core, and nothing of it crosses to another.
 ///
 /// The handle is for the thread that starts and stops it. Dropping it stops the server, and waits.
 ///
 /// ```
 /// use std::time::Duration;
-/// use shmipc_glommio::{Config, Connector, Cores, Server};
+/// use shmipc_glommio::{Config, Connector, Cores, Error, Server};
 ///
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-server-{}", std::process::id()));
 /// // Sends everything back, on two cores.
-/// let server = Server::builder(&path).cores(Cores::Unpinned(2)).serve_streams(|mut stream| async move {
+/// let builder = Server::builder(&path).cores(Cores::Unpinned(2));
+/// let server = builder.serve_streams(|mut stream| async move {
 ///     while let Some(message) = stream.recv().await? {
 ///         stream.forward(message).await?;
 ///     }
-///     shmipc_glommio::Result::Ok(())
+///     Ok::<_, Error>(())
 /// })?;
 /// # let at = path.clone();
 /// # glommio::LocalExecutorBuilder::default().spawn(|| async move { let path = at;

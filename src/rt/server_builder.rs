@@ -30,7 +30,7 @@ type MakeExecutor = Box<dyn Fn(usize, Option<usize>) -> LocalExecutorBuilder>;
 ///
 /// ```
 /// use std::time::Duration;
-/// use shmipc_glommio::{Config, Cores, Deal, Server};
+/// use shmipc_glommio::{Config, Cores, Deal, Error, Server};
 ///
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-builder-{}", std::process::id()));
 /// let server = Server::builder(&path)
@@ -43,7 +43,7 @@ type MakeExecutor = Box<dyn Fn(usize, Option<usize>) -> LocalExecutorBuilder>;
 ///         while let Some(message) = stream.recv().await? {
 ///             stream.forward(message).await?;
 ///         }
-///         shmipc_glommio::Result::Ok(())
+///         Ok::<_, Error>(())
 ///     })?;
 /// # drop(server);
 /// # shmipc_glommio::Result::<()>::Ok(())

@@ -62,7 +62,7 @@ impl Session {
     ///         })
     ///         .await;
     ///     assert!(matches!(reason, Error::PeerClosed));
-    ///     shmipc_glommio::Result::Ok(())
+    ///     Ok::<_, Error>(())
     /// });
     /// # let session = Connector::new(Config::default()).connect(&path).await?;
     /// # let mut stream = session.open_stream()?;

@@ -39,7 +39,7 @@ enum Order {
     /// Prove that honest peers are served, and report.
     Echo(Sender<()>),
     /// Be the client of whoever listens there.
-    Connect(PathBuf, Config),
+    Connect(PathBuf, Box<Config>),
     Stop,
 }
 
@@ -190,7 +190,7 @@ impl Bed {
 
     /// Tells our client to connect to whoever listens there.
     pub(crate) fn connect(&self, path: &Path, config: Config) {
-        self.orders.send(Order::Connect(path.to_owned(), config)).unwrap();
+        self.orders.send(Order::Connect(path.to_owned(), Box::new(config))).unwrap();
     }
 
     /// Stops the executor and looks for what bad peers may have left in it.
@@ -281,7 +281,7 @@ impl Host {
                     done.send(()).unwrap();
                 }
                 Ok(Order::Connect(path, config)) => {
-                    let call = call(path, config, self.api, self.fates.clone());
+                    let call = call(path, *config, self.api, self.fates.clone());
                     glommio::spawn_local(call).detach();
                 }
                 Ok(Order::Stop) | Err(TryRecvError::Disconnected) => return,
