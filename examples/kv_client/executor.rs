@@ -109,7 +109,7 @@ impl Executor {
         })
     }
 
-    /// Opens the connections of this executor: every so manieth.
+    /// Opens the connections that are dealt to this executor.
     async fn connect(&mut self) -> Result<(), Failure> {
         let values = Rc::new(Values::new(self.options.seed, self.options.value));
         let mine = (self.number..self.options.connections).step_by(self.options.threads);
@@ -118,10 +118,9 @@ impl Executor {
             // It waits for the server, as for an answer.
             watch.outstanding.set(1);
             self.watches.borrow_mut().push(Rc::clone(&watch));
-            let pipes = self.pipes().await.map_err(|(to, source)| Failure::Connect {
-                connection: number,
-                to,
-                source,
+            let pipes = self.pipes().await.map_err(|source| {
+                let to = self.options.target.to_string();
+                Failure::Connect { connection: number, to, source }
             })?;
             watch.outstanding.set(0);
             let (values, latencies) = (Rc::clone(&values), Rc::clone(&self.latencies));
@@ -132,37 +131,27 @@ impl Executor {
         Ok(())
     }
 
-    /// The pipes of one connection; what could not be reached otherwise, and why.
-    async fn pipes(&mut self) -> Result<Vec<Pipe>, (String, io::Error)> {
+    /// The pipes of one connection.
+    async fn pipes(&mut self) -> io::Result<Vec<Pipe>> {
         match &self.options.target {
-            Target::Unix(path) => {
-                let named = |error: io::Error| (path.display().to_string(), error);
-                let socket =
-                    UnixStream::connect(path).await.map_err(|error| named(error.into()))?;
-                Ok(vec![Pipe::Unix(socket)])
-            }
+            Target::Unix(path) => Ok(vec![Pipe::Unix(UnixStream::connect(path).await?)]),
             Target::Tcp(address) => {
-                let named = |error: io::Error| (address.to_string(), error);
-                let socket =
-                    TcpStream::connect(address).await.map_err(|error| named(error.into()))?;
-                socket.set_nodelay(true).map_err(|error| named(error.into()))?;
+                let socket = TcpStream::connect(address).await?;
+                socket.set_nodelay(true)?;
                 Ok(vec![Pipe::Tcp(socket)])
             }
             Target::Shm(path) => {
-                let named = |error: io::Error| (path.display().to_string(), error);
                 if self.sessions.is_empty() {
-                    let config = self.options.config().map_err(|error| named(error.into()))?;
-                    let shards = Shards::find(path, config);
+                    let shards = Shards::find(path, self.options.config()?);
                     for shard in 0..shards.count() {
-                        let session = shards.connect(shard).await;
-                        self.sessions.push(session.map_err(|error| named(error.into()))?);
+                        self.sessions.push(shards.connect(shard).await?);
                     }
                 }
-                let streams = self.sessions.iter().map(|session| {
-                    let stream = session.open_stream().map_err(|error| named(error.into()))?;
+                let open = |session: &Session| {
+                    let stream = session.open_stream()?;
                     Ok(Pipe::Shm { stream, message: None })
-                });
-                streams.collect()
+                };
+                self.sessions.iter().map(open).collect()
             }
         }
     }

@@ -78,9 +78,7 @@ impl Lane {
             }
             has_moved = true;
             let answered = format.verify(&buffer[..len], &self.outstanding, &mut self.position)?;
-            if answered > 0 {
-                tally.note_answered(self.outstanding.drain(..answered));
-            }
+            tally.note_answered(self.outstanding.drain(..answered));
             // To look again for what may have come meanwhile can wait until its slot is filled.
             if !has_more {
                 break;

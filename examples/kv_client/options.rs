@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The command line.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -47,6 +48,15 @@ impl Target {
             Self::Shm(_) => "shm",
             Self::Unix(_) => "unix",
             Self::Tcp(_) => "tcp",
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Shm(path) | Self::Unix(path) => path.display().fmt(formatter),
+            Self::Tcp(address) => address.fmt(formatter),
         }
     }
 }

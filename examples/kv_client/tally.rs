@@ -48,7 +48,7 @@ impl Tally {
         Self { latencies, now: Instant::now(), outstanding: 0 }
     }
 
-    /// Notes that requests were answered just now.
+    /// Notes which requests what was read just now has answered, if any.
     #[inline]
     pub(crate) fn note_answered(&mut self, requests: impl ExactSizeIterator<Item = Request>) {
         self.now = Instant::now();
