@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A load generator for a key-value store that speaks RESP2, the protocol of Redis.
+//!
+//! `cargo run --release --example kv_client -- --shm /tmp/kv.sock --requests 1000000`
+//!
+//! It knows three ways to the store: shared memory, a Unix socket and TCP. Over shared memory it
+//! opens a session to every shard and sends each request straight to the shard that owns the key;
+//! over a socket the server does that. Operations, keys and values are the same whichever way they
+//! go. Every byte of every answer is verified, and the first wrong one ends it.
+//!
+//! First it writes all its keys (so the store holds connections × keys × value bytes), then it
+//! measures. It ends with one line of JSON on stdout, and with status 0 only if every answer was
+//! right.
+
+#[path = "kv_client/connection.rs"]
+mod connection;
+#[path = "kv_client/counts.rs"]
+mod counts;
+#[path = "kv_client/cpu.rs"]
+mod cpu;
+#[path = "kv_client/crew.rs"]
+mod crew;
+#[path = "kv_client/executor.rs"]
+mod executor;
+#[path = "kv_client/failure.rs"]
+mod failure;
+#[path = "kv_client/format.rs"]
+mod format;
+#[path = "kv_client/lane.rs"]
+mod lane;
+#[path = "kv_client/options.rs"]
+mod options;
+#[path = "kv_client/outgoing.rs"]
+mod outgoing;
+#[path = "kv_client/pace.rs"]
+mod pace;
+#[path = "kv_client/pipe.rs"]
+mod pipe;
+#[path = "kv_client/report.rs"]
+mod report;
+#[path = "kv_client/shards.rs"]
+mod shards;
+#[allow(unreachable_pub, reason = "the server has it, too")]
+#[path = "kv/slots.rs"]
+mod slots;
+#[path = "kv_client/tally.rs"]
+mod tally;
+#[path = "kv_client/values.rs"]
+mod values;
+#[path = "kv_client/work.rs"]
+mod work;
+
+use std::process::ExitCode;
+
+use options::{Options, USAGE};
+
+/// The exit status of a command that was called wrongly.
+const BAD_ARGUMENTS: u8 = 2;
+
+fn main() -> ExitCode {
+    let options = match Options::parse() {
+        Ok(Some(options)) => options,
+        Ok(None) => {
+            println!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprintln!("{error}\n{USAGE}");
+            return ExitCode::from(BAD_ARGUMENTS);
+        }
+    };
+    match crew::run(&options) {
+        Ok(outcome) => {
+            println!("{}", report::success(&options, &outcome));
+            ExitCode::SUCCESS
+        }
+        Err(failure) => {
+            println!("{}", report::failure(&options, &failure));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The life of one executor: connect, load, warm up, measure.
+
+use std::cell::RefCell;
+use std::io;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use futures_lite::future::or;
+use glommio::channels::local_channel;
+use glommio::net::{TcpStream, UnixStream};
+use hdrhistogram::Histogram;
+use shmipc_glommio::Session;
+
+use super::connection::Connection;
+use super::counts::Counts;
+use super::cpu::{self, Cpu};
+use super::crew::Shared;
+use super::failure::Failure;
+use super::options::{Options, Target};
+use super::pace::Pace;
+use super::pipe::Pipe;
+use super::shards::Shards;
+use super::tally::{Latencies, Watch, latencies};
+use super::values::Values;
+use super::work::Plan;
+
+/// How often the watchdog looks.
+const TICK: Duration = Duration::from_millis(100);
+
+/// What an executor has measured.
+pub(crate) struct Measured {
+    pub(crate) latencies: Histogram<u64>,
+    pub(crate) started: Instant,
+    pub(crate) ended: Instant,
+    /// Over shared memory.
+    pub(crate) counts: Option<Counts>,
+    /// Of the executor that has looked.
+    pub(crate) cpu: Option<Cpu>,
+}
+
+/// The connections of an executor, for its watchdog.
+type Watches = Rc<RefCell<Vec<Rc<Watch>>>>;
+
+struct Executor {
+    options: Options,
+    number: usize,
+    sessions: Vec<Session>,
+    connections: Vec<Connection>,
+    watches: Watches,
+    latencies: Latencies,
+}
+
+/// Does the work of executor `number`.
+pub(crate) async fn run(
+    options: Options,
+    number: usize,
+    shared: &Shared,
+) -> Result<Measured, Failure> {
+    let patience = options.timeout;
+    let mut executor = Executor {
+        options,
+        number,
+        sessions: Vec::new(),
+        connections: Vec::new(),
+        watches: Rc::default(),
+        latencies: Rc::new(RefCell::new(latencies())),
+    };
+    let watches = Rc::clone(&executor.watches);
+    or(executor.work(shared), watch(&watches, patience, || shared.note_alive(number))).await
+}
+
+impl Executor {
+    async fn work(&mut self, shared: &Shared) -> Result<Measured, Failure> {
+        self.connect().await?;
+        self.all(|_| (Plan::Load, None)).await?;
+        let options = self.options.clone();
+        self.all(|number| (Plan::Mixed(options.share(options.warmup, number)), None)).await?;
+
+        // Everybody is warm; then the first executor looks at the processor times; then all go.
+        shared.meet().await;
+        let cpu_before = self.cpu_before().await?;
+        self.latencies.borrow_mut().reset();
+        shared.meet().await;
+        let counts_before = Counts::of(&self.sessions);
+        let started = Instant::now();
+        self.all(|number| {
+            let pace =
+                options.rate.map(|rate| Pace::new(started, rate, number, options.connections));
+            (Plan::Mixed(options.share(options.requests, number)), pace)
+        })
+        .await?;
+        let ended = Instant::now();
+        let counts = Counts::of(&self.sessions).since(&counts_before);
+        shared.meet().await;
+        let cpu = match cpu_before {
+            None => None,
+            Some(before) => Some(self.cpu_after().await?.since(&before)),
+        };
+        // Nobody closes connections while the server's processor time is asked for.
+        shared.meet().await;
+        let is_shm = !self.sessions.is_empty();
+        Ok(Measured {
+            latencies: self.latencies.borrow().clone(),
+            started,
+            ended,
+            counts: is_shm.then_some(counts),
+            cpu,
+        })
+    }
+
+    /// Opens the connections that are dealt to this executor.
+    async fn connect(&mut self) -> Result<(), Failure> {
+        let values = Rc::new(Values::new(self.options.seed, self.options.value));
+        let mine = (self.number..self.options.connections).step_by(self.options.threads);
+        for number in mine {
+            let watch = Rc::new(Watch::new(number));
+            // It waits for the server, as for an answer.
+            watch.outstanding.set(1);
+            self.watches.borrow_mut().push(Rc::clone(&watch));
+            let pipes = self.pipes().await.map_err(|source| {
+                let to = self.options.target.to_string();
+                Failure::Connect { connection: number, to, source }
+            })?;
+            watch.outstanding.set(0);
+            let (values, latencies) = (Rc::clone(&values), Rc::clone(&self.latencies));
+            let connection =
+                Connection::new(number, pipes, &self.options, values, latencies, watch);
+            self.connections.push(connection);
+        }
+        Ok(())
+    }
+
+    /// The pipes of one connection.
+    async fn pipes(&mut self) -> io::Result<Vec<Pipe>> {
+        match &self.options.target {
+            Target::Unix(path) => Ok(vec![Pipe::Unix(UnixStream::connect(path).await?)]),
+            Target::Tcp(address) => {
+                let socket = TcpStream::connect(address).await?;
+                socket.set_nodelay(true)?;
+                Ok(vec![Pipe::Tcp(socket)])
+            }
+            Target::Shm(path) => {
+                if self.sessions.is_empty() {
+                    let shards = Shards::find(path, self.options.config()?);
+                    for shard in 0..shards.count() {
+                        self.sessions.push(shards.connect(shard).await?);
+                    }
+                }
+                let open = |session: &Session| {
+                    let stream = session.open_stream()?;
+                    Ok(Pipe::Shm { stream, message: None })
+                };
+                self.sessions.iter().map(open).collect()
+            }
+        }
+    }
+
+    /// Runs all connections, each with its plan and pace. The first failure ends it.
+    async fn all(&mut self, plan: impl Fn(usize) -> (Plan, Option<Pace>)) -> Result<(), Failure> {
+        let (sender, receiver) = local_channel::new_unbounded();
+        let sender = Rc::new(sender);
+        let mut tasks = Vec::new();
+        for mut connection in self.connections.drain(..) {
+            let (plan, pace) = plan(connection.number());
+            let sender = Rc::clone(&sender);
+            tasks.push(glommio::spawn_local(async move {
+                let result = connection.run(plan, pace).await;
+                // Nobody listens any more when another connection has failed.
+                let _ = sender.try_send(result.map(|()| connection));
+            }));
+        }
+        drop(sender);
+        while let Some(result) = receiver.recv().await {
+            self.connections.push(result?);
+        }
+        self.connections.sort_by_key(Connection::number);
+        Ok(())
+    }
+
+    /// Looks at the processor times, in the first executor only.
+    async fn cpu_before(&mut self) -> Result<Option<Cpu>, Failure> {
+        if self.number > 0 {
+            return Ok(None);
+        }
+        let server = self.server_cpu().await?;
+        Ok(Some(Cpu { server, client: cpu::of_client() }))
+    }
+
+    /// The same at the end. What it takes to ask is not counted as the client's.
+    async fn cpu_after(&mut self) -> Result<Cpu, Failure> {
+        let client = cpu::of_client();
+        Ok(Cpu { client, server: self.server_cpu().await? })
+    }
+
+    async fn server_cpu(&mut self) -> Result<Option<Duration>, Failure> {
+        // The first executor has the first connection.
+        let Some(connection) = self.connections.first_mut() else { return Ok(None) };
+        Ok(cpu::of_server(&connection.server_info().await?))
+    }
+}
+
+/// Ends when a connection that waits for answers has not moved for too long.
+async fn watch(
+    watches: &Watches,
+    patience: Duration,
+    note_alive: impl Fn(),
+) -> Result<Measured, Failure> {
+    let mut seen: Vec<(u64, Instant)> = Vec::new();
+    loop {
+        glommio::timer::sleep(TICK).await;
+        note_alive();
+        let now = Instant::now();
+        for (index, watch) in watches.borrow().iter().enumerate() {
+            let (moves, outstanding) = (watch.moves.get(), watch.outstanding.get());
+            if index == seen.len() {
+                seen.push((moves, now));
+            }
+            let (last, since) = &mut seen[index];
+            if *last != moves || outstanding == 0 {
+                (*last, *since) = (moves, now);
+            } else if now.duration_since(*since) >= patience {
+                let connection = watch.connection;
+                return Err(Failure::Stalled { connection, outstanding, patience });
+            }
+        }
+    }
+}
