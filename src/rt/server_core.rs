@@ -70,29 +70,34 @@ pub(super) struct Core {
 /// Stops the whole server when one core ends, whatever for: data of that shard would be missing.
 struct StopsAll(Arc<Common>);
 
-/// What is left of a core whose executor was ended by a panic.
+/// What has to be cleared away from outside when the executor of a core is ended by a panic.
 ///
 /// glommio does not drop the tasks of such an executor, and what they own stays open. So that peers
-/// do not wait for a core that is no more, its sockets are shut down from outside.
+/// do not wait for a core that is no more, its sockets are shut down.
+#[derive(Default)]
 struct Wreck {
-    door: OwnedFd,
-    /// Removes the door's file.
-    path: SocketPath,
-    shard: Rc<RefCell<Option<Shard>>>,
+    door: Option<(OwnedFd, SocketPath)>,
+    shard: Option<Shard>,
 }
 
+type SharedWreck = Rc<RefCell<Wreck>>;
+
 impl Wreck {
-    fn new(door: &Door) -> Result<Self> {
+    fn new(door: &Door) -> Result<SharedWreck> {
         let fd = door.fd.try_clone().map_err(|error| Error::os("duplicate a socket", error))?;
-        Ok(Self { door: fd, path: door.path.clone(), shard: Rc::default() })
+        let door = Some((fd, door.path.clone()));
+        Ok(Rc::new(RefCell::new(Self { door, shard: None })))
     }
 
     fn clear(self) {
-        let Self { door, path, shard } = self;
-        drop(path);
-        // It may be closed already, by the unwinding.
-        let _ = nix::sys::socket::shutdown(door.as_raw_fd(), nix::sys::socket::Shutdown::Both);
-        if let Some(shard) = shard.take() {
+        let Self { door, shard } = self;
+        if let Some((fd, path)) = door {
+            // First its file: nobody finds it any more.
+            drop(path);
+            // It may be closed already, by the unwinding.
+            let _ = nix::sys::socket::shutdown(fd.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+        }
+        if let Some(shard) = shard {
             shard.abandon();
         }
     }
@@ -126,19 +131,20 @@ impl Core {
         let run = move || {
             let _stops_all = StopsAll(Arc::clone(&self.common));
             let wreck = Wreck::new(&self.door)?;
-            let show = Rc::clone(&wreck.shard);
+            let shown = Rc::clone(&wreck);
             let run = AssertUnwindSafe(|| {
                 let executor = executor
                     .make()
                     .map_err(|error| shard_error(index, Box::new(io::Error::from(error))))?;
                 executor.run(async move {
-                    let result = self.run(factory, tell, Rc::clone(&show)).await;
-                    show.take();
+                    let result = self.run(factory, tell, Rc::clone(&shown)).await;
+                    // Nothing is left that somebody would have to clear away.
+                    shown.take();
                     result
                 })
             });
             std::panic::catch_unwind(run).unwrap_or_else(|panic| {
-                wreck.clear();
+                wreck.take().clear();
                 Err(shard_error(index, panic_text(&*panic).into()))
             })
         };
@@ -153,7 +159,7 @@ impl Core {
         self,
         factory: F,
         tell: mpsc::Sender<()>,
-        show: Rc<RefCell<Option<Shard>>>,
+        wreck: SharedWreck,
     ) -> Result<()>
     where
         F: Fn(Shard) -> M,
@@ -166,7 +172,7 @@ impl Core {
         let Self { place, door, bell, common, config, trust, on_refused } = self;
         let index = place.index;
         let shard = Shard::new(place, Arc::clone(&common.links[index]));
-        *show.borrow_mut() = Some(shard.clone());
+        wreck.borrow_mut().shard = Some(shard.clone());
         let listener = Listener::at(door, config).trust_as(trust);
         let refusing = shard.clone();
         listener.on_refused(move |error| {
@@ -192,8 +198,9 @@ impl Core {
         let _ = tell.send(());
         drop(tell);
         let served = shard.serve(&listener, handler).await;
-        // Its path goes with it.
+        // Its path goes with it, and who still waits there is let go.
         drop(listener);
+        wreck.borrow_mut().door.take();
         shard.drain().await;
         taking_in.cancel().await;
         served.map_err(|error| shard_error(index, error.into()))
