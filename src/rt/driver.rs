@@ -21,7 +21,9 @@ const WORTH_LOOKING_AGAIN: usize = 16;
 const LOOK_AHEAD: u32 = 2;
 /// How often a task looks at the queue itself before it sleeps: a microsecond or so, within which a
 /// peer answers that is at it, even if its own task has to go over its poller.
-const IN_PLACE_LOOKS: usize = 250;
+const IN_PLACE_LOOKS: usize = 600;
+/// After so many of these looks, the queues of the core's other sessions are looked at too.
+const LOOKS_AT_OTHERS: usize = 8;
 /// How many waits are not made in place after some that were in vain.
 const IN_PLACE_SKIPS: u32 = 63;
 /// What a session's tasks may spend in a row without the poller's turn: some 20 us, so that other
@@ -184,9 +186,13 @@ impl SessionInner {
             return None;
         }
         self.flush_queue();
-        for _ in 0..IN_PLACE_LOOKS {
+        for look in 1..=IN_PLACE_LOOKS {
             // Without a pause: it would take longer than the look, and this ends soon.
             if !self.has_events() {
+                if look % LOOKS_AT_OTHERS == 0 && self.poller.has_events_beside(self) {
+                    // The same task may wait for them too.
+                    return None;
+                }
                 continue;
             }
             let chain = match self.drain_in_place(stream) {

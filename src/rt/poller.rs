@@ -38,6 +38,9 @@ const WAITING_INTERVAL: Duration = Duration::from_micros(100);
 /// How often the queues are looked at between a pass and the other tasks' turn.
 const LOOKS_PER_PASS: usize = 4;
 
+/// How many sessions a task that waits for one looks at beside it.
+const LOOKED_AT_BESIDE: usize = 8;
+
 thread_local! {
     static CURRENT: RefCell<Option<Rc<Poller>>> = const { RefCell::new(None) };
 }
@@ -150,6 +153,17 @@ impl Poller {
 
     fn has_events(&self) -> bool {
         self.active.borrow().iter().any(|session| session.has_events())
+    }
+
+    /// Whether something came for one of the sessions beside this one, of the first few.
+    #[inline]
+    pub(super) fn has_events_beside(&self, session: &Rc<SessionInner>) -> bool {
+        let active = self.active.borrow();
+        active.len() > 1
+            && active
+                .iter()
+                .take(LOOKED_AT_BESIDE)
+                .any(|other| !Rc::ptr_eq(other, session) && other.has_events())
     }
 
     /// Waits until a session becomes active.
