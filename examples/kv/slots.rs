@@ -7,7 +7,7 @@
 const SLOTS: usize = 16384;
 
 /// The shard, of so many, that owns a key.
-pub fn shard_of(key: &[u8], shards: usize) -> usize {
+pub(crate) fn shard_of(key: &[u8], shards: usize) -> usize {
     usize::from(crc16(hashed_part(key))) % SLOTS * shards / SLOTS
 }
 

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The sockets that stock clients come to.
+//!
+//! TCP: every shard listens at the same address, and the system deals the connections. Unix sockets
+//! know no such thing, so a thread of its own accepts, and deals the connections in turn. That is
+//! the one time that a connection crosses threads.
+
+use std::fs;
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::thread;
+use std::time::Duration;
+
+use futures_lite::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use glommio::{Task, net};
+
+use super::connection;
+use super::shard::Shard;
+use super::socket::ReservedAddress;
+
+/// The most clients of one shard.
+const CLIENTS_AT_MOST: u64 = 10_000;
+/// How long accepting pauses when it failed: the process may be out of descriptors.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// The doors of the process, closed when this goes.
+pub(crate) struct AllDoors {
+    tcp: Option<ReservedAddress>,
+    unix: Option<UnixDoor>,
+}
+
+struct UnixDoor {
+    listener: UnixListener,
+    path: PathBuf,
+    /// By which the shards are given their connections.
+    shards: Vec<UnixStream>,
+}
+
+/// The doors of one shard.
+#[derive(Debug)]
+pub(crate) struct Doors {
+    tcp: Option<SocketAddr>,
+    /// Where the numbers of accepted descriptors come in. They are this shard's from then on.
+    unix: Option<UnixStream>,
+}
+
+impl AllDoors {
+    /// Takes the addresses. Nobody is served before the shards have their doors.
+    pub(crate) fn reserve(tcp: Option<SocketAddr>, unix: Option<&Path>) -> io::Result<Self> {
+        let tcp = tcp.map(ReservedAddress::new).transpose()?;
+        let unix = unix.map(UnixDoor::open).transpose()?;
+        Ok(Self { tcp, unix })
+    }
+
+    /// The TCP address, with the port that the system chose if it was to.
+    pub(crate) fn tcp_address(&self) -> Option<SocketAddr> {
+        self.tcp.as_ref().map(ReservedAddress::address)
+    }
+
+    /// What one more shard needs.
+    pub(crate) fn for_shard(&mut self) -> io::Result<Doors> {
+        let unix = match &mut self.unix {
+            Some(door) => {
+                let (ours, theirs) = UnixStream::pair()?;
+                door.shards.push(ours);
+                Some(theirs)
+            }
+            None => None,
+        };
+        Ok(Doors { tcp: self.tcp_address(), unix })
+    }
+
+    /// Starts to deal connections to the shards.
+    pub(crate) fn start(&mut self) -> io::Result<()> {
+        let Some(door) = &mut self.unix else {
+            return Ok(());
+        };
+        let (listener, shards) = (door.listener.try_clone()?, std::mem::take(&mut door.shards));
+        thread::Builder::new().name("accept".into()).spawn(move || deal(&listener, &shards))?;
+        Ok(())
+    }
+}
+
+/// Gives each shard a connection in turn, for as long as the process lives.
+fn deal(listener: &UnixListener, shards: &[UnixStream]) {
+    for mut shard in shards.iter().cycle() {
+        let stream = loop {
+            match listener.accept() {
+                Ok((stream, _)) => break stream,
+                Err(_) => thread::sleep(PAUSE),
+            }
+        };
+        let fd = stream.into_raw_fd();
+        if shard.write_all(&fd.to_ne_bytes()).is_err() {
+            // SAFETY: nobody has been told of this descriptor, which was owned here a moment ago.
+            drop(unsafe { OwnedFd::from_raw_fd(fd) });
+        }
+    }
+}
+
+impl UnixDoor {
+    /// Listens where only this user can connect. What a dead server left there is replaced.
+    fn open(path: &Path) -> io::Result<Self> {
+        let is_socket = fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket());
+        let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
+        if is_socket && UnixStream::connect(path).is_err_and(refused) {
+            fs::remove_file(path)?;
+        }
+        let listener = UnixListener::bind(path)?;
+        let door = Self { listener, path: path.to_owned(), shards: Vec::new() };
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+        Ok(door)
+    }
+}
+
+impl Drop for UnixDoor {
+    fn drop(&mut self) {
+        // It may be gone already, which is as well.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Opens a shard's doors. They are open as long as the tasks live.
+pub(crate) fn open(shard: &Rc<Shard>, doors: Doors) -> io::Result<Vec<Task<()>>> {
+    let mut tasks = Vec::new();
+    if let Some(address) = doors.tcp {
+        let listener = net::TcpListener::bind(address).map_err(io::Error::from)?;
+        tasks.push(glommio::spawn_local(accept_tcp(Rc::clone(shard), listener)));
+    }
+    if let Some(dealt) = doors.unix {
+        // SAFETY: the descriptor is open and has no other owner once it is taken out of `dealt`.
+        let dealt = unsafe { net::UnixStream::from_raw_fd(dealt.into_raw_fd()) };
+        tasks.push(glommio::spawn_local(accept_unix(Rc::clone(shard), dealt)));
+    }
+    Ok(tasks)
+}
+
+async fn accept_tcp(shard: Rc<Shard>, listener: net::TcpListener) {
+    loop {
+        match listener.accept().await {
+            Ok(stream) => {
+                // Replies are written whole; if it cannot be set, they come later, but come.
+                let _ = stream.set_nodelay(true);
+                welcome(&shard, stream);
+            }
+            Err(_) => glommio::timer::sleep(PAUSE).await,
+        }
+    }
+}
+
+async fn accept_unix(shard: Rc<Shard>, mut dealt: net::UnixStream) {
+    let mut fd = [0; size_of::<RawFd>()];
+    while dealt.read_exact(&mut fd).await.is_ok() {
+        let fd = RawFd::from_ne_bytes(fd);
+        // SAFETY: `deal` gave up this open descriptor when it wrote its number, to this shard only.
+        welcome(&shard, unsafe { net::UnixStream::from_raw_fd(fd) });
+    }
+}
+
+fn welcome(shard: &Rc<Shard>, mut stream: impl AsyncRead + AsyncWrite + Unpin + 'static) {
+    let shard = Rc::clone(shard);
+    glommio::spawn_local(async move {
+        if shard.counters.clients.get() >= CLIENTS_AT_MOST {
+            let refusal = b"-ERR max number of clients reached\r\n";
+            return stream.write_all(refusal).await.ok();
+        }
+        // A connection that fails has nobody left to be told.
+        connection::serve(&shard, stream).await.ok()
+    })
+    .detach();
+}

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Replies, as they are written.
+
+use std::fmt::{self, Write};
+
+/// Where replies are collected until they are sent.
+pub(crate) type Replies = Vec<u8>;
+
+pub(crate) const OK: &[u8] = b"+OK\r\n";
+pub(crate) const NULL: &[u8] = b"$-1\r\n";
+pub(crate) const EMPTY_ARRAY: &[u8] = b"*0\r\n";
+
+/// An error, whose text starts with its kind: `ERR syntax error`.
+pub(crate) fn error(replies: &mut Replies, text: fmt::Arguments<'_>) {
+    replies.push(b'-');
+    // A line end inside would be the start of another reply.
+    let mut line = OneLine(replies);
+    // Writing to memory does not fail.
+    let _ = line.write_fmt(text);
+    replies.extend_from_slice(b"\r\n");
+}
+
+pub(crate) fn integer(replies: &mut Replies, value: i64) {
+    header(replies, b':', value);
+}
+
+pub(crate) fn bulk(replies: &mut Replies, bytes: &[u8]) {
+    header(replies, b'$', bytes.len() as i64);
+    replies.extend_from_slice(bytes);
+    replies.extend_from_slice(b"\r\n");
+}
+
+pub(crate) fn array(replies: &mut Replies, len: usize) {
+    header(replies, b'*', len as i64);
+}
+
+/// A letter, a number and a line end.
+fn header(replies: &mut Replies, letter: u8, value: i64) {
+    replies.push(letter);
+    digits(replies, value);
+    replies.extend_from_slice(b"\r\n");
+}
+
+/// A number as it is stored and sent.
+pub(crate) fn digits(to: &mut Vec<u8>, value: i64) {
+    let mut digits = [0; 20];
+    let mut at = digits.len();
+    let mut rest = value.unsigned_abs();
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (rest % 10) as u8;
+        rest /= 10;
+        if rest == 0 {
+            break;
+        }
+    }
+    if value < 0 {
+        to.push(b'-');
+    }
+    to.extend_from_slice(&digits[at..]);
+}
+
+struct OneLine<'a>(&'a mut Replies);
+
+impl Write for OneLine<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let one_line = text.bytes().map(|byte| if byte.is_ascii_control() { b' ' } else { byte });
+        self.0.extend(one_line);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replies_look_as_the_protocol_has_them() {
+        let mut replies = Replies::new();
+        integer(&mut replies, i64::MIN);
+        integer(&mut replies, 0);
+        integer(&mut replies, i64::MAX);
+        bulk(&mut replies, b"a\r\n");
+        array(&mut replies, 10);
+        error(&mut replies, format_args!("ERR {}", "two\r\nlines"));
+        let expected = ":-9223372036854775808\r\n:0\r\n:9223372036854775807\r\n$3\r\na\r\n\r\n\
+            *10\r\n-ERR two  lines\r\n";
+        assert_eq!(replies, expected.as_bytes());
+    }
+}

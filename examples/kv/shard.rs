@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What one core has: its store, its sessions with the other cores, and its counters.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use glommio::Task;
+use shmipc_glommio::{Config, Session};
+
+use super::connection;
+use super::doors::{self, Doors};
+use super::execute::Place;
+use super::peers::Peers;
+use super::resp::Limits;
+use super::store::Store;
+
+/// How often keys that have expired are looked for.
+const SWEEP_INTERVAL: Duration = Duration::from_millis(100);
+/// How many are removed before others get their turn.
+const SWEEP_AT_MOST: usize = 1000;
+
+/// What all shards are told alike.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    pub(crate) shards: usize,
+    pub(crate) limits: Limits,
+    /// Where the shards listen: each at this path, a dot, and its number.
+    pub(crate) shm: Option<PathBuf>,
+    pub(crate) config: Config,
+    pub(crate) is_debug_allowed: bool,
+    pub(crate) started: Instant,
+}
+
+/// One shard, for the tasks of its core.
+pub(crate) struct Shard {
+    pub(crate) place: Place,
+    pub(crate) settings: Settings,
+    pub(crate) store: RefCell<Store>,
+    pub(crate) peers: Peers,
+    pub(crate) counters: Counters,
+}
+
+/// What has happened in a shard.
+#[derive(Default)]
+pub(crate) struct Counters {
+    /// Sessions over shared memory that live, those of other shards among them.
+    pub(crate) sessions: Cell<u64>,
+    /// Clients that are connected: sockets, and streams of sessions.
+    pub(crate) clients: Cell<u64>,
+    /// Clients that ever were.
+    pub(crate) clients_ever: Cell<u64>,
+    /// Commands taken, from clients and from other shards.
+    pub(crate) commands: Cell<u64>,
+    /// Commands, or parts of them, that were passed on to other shards.
+    pub(crate) forwarded: Cell<u64>,
+}
+
+/// Counts something for as long as it lives.
+pub(crate) struct Counted<'a>(&'a Cell<u64>);
+
+impl<'a> Counted<'a> {
+    pub(crate) fn new(counter: &'a Cell<u64>) -> Self {
+        counter.set(counter.get() + 1);
+        Self(counter)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
+
+impl Shard {
+    /// Counts one up, and gives the count.
+    pub(crate) fn add(counter: &Cell<u64>) -> u64 {
+        counter.set(counter.get() + 1);
+        counter.get()
+    }
+
+    /// Tells the store what time it is.
+    pub(crate) fn tell_time(&self, store: &mut Store) {
+        store.set_now(self.settings.started.elapsed().as_millis() as u64);
+    }
+}
+
+/// Starts a shard on the executor of this thread: its store, its doors, its timer. They work as
+/// long as the tasks live.
+pub(crate) fn start_shard(
+    index: usize,
+    settings: Settings,
+    doors: Doors,
+) -> io::Result<(Rc<Shard>, Vec<Task<()>>)> {
+    let paths =
+        (0..settings.shards).filter_map(|shard| Some(path_of(settings.shm.as_ref()?, shard)));
+    let shard = Rc::new(Shard {
+        place: Place { index, count: settings.shards },
+        store: RefCell::new(Store::new()),
+        peers: Peers::new(paths.collect(), settings.config.clone()),
+        counters: Counters::default(),
+        settings,
+    });
+    let mut tasks = doors::open(&shard, doors)?;
+    tasks.push(glommio::spawn_local(sweep(Rc::clone(&shard))));
+    Ok((shard, tasks))
+}
+
+/// Where a shard listens for sessions.
+pub(crate) fn path_of(path: &Path, shard: usize) -> PathBuf {
+    let mut path = path.as_os_str().to_owned();
+    path.push(format!(".{shard}"));
+    path.into()
+}
+
+/// Serves every stream of a session, until it ends.
+pub(crate) async fn serve_session(shard: Rc<Shard>, session: Session) {
+    let _counted = Counted::new(&shard.counters.sessions);
+    while let Ok(stream) = session.accept().await {
+        let shard = Rc::clone(&shard);
+        // A stream that ends with an error has no reply to lose.
+        glommio::spawn_local(async move { connection::serve(&shard, stream).await.ok() }).detach();
+    }
+}
+
+/// Removes what has expired and is not asked for.
+async fn sweep(shard: Rc<Shard>) {
+    loop {
+        glommio::timer::sleep(SWEEP_INTERVAL).await;
+        loop {
+            let has_more = {
+                let mut store = shard.store.borrow_mut();
+                shard.tell_time(&mut store);
+                store.sweep(SWEEP_AT_MOST)
+            };
+            if !has_more {
+                break;
+            }
+            futures_lite::future::yield_now().await;
+        }
+    }
+}

@@ -1,0 +1,472 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The key-value server as the program it is, with the clients that people have for Redis, with one
+//! that sends what no decent client sends, and over shared memory.
+//!
+//! `redis-cli` and `redis-benchmark` must be there (Debian package `redis-tools`). `cargo test`
+//! builds the examples before; `cargo test --test kv` alone does not.
+
+#[path = "support/executor.rs"]
+#[allow(dead_code, reason = "not all of it is needed here")]
+mod executor;
+#[path = "support/kv/mod.rs"]
+mod kv;
+
+use std::collections::HashSet;
+use std::fs;
+use std::io::Read;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use kv::client::{Client, Reply, connect, encode, pipeline};
+use kv::model::{self, Model, compare};
+use kv::process::{Directory, LONG, Running, Server, redis_cli, redis_tool, until};
+use nix::sys::signal::Signal;
+
+/// Keys of the first and of the second of two shards.
+const FIRST: &str = "hello";
+const SECOND: &str = "foo";
+
+/// A field of each shard's line in INFO.
+fn fields(server: &Server, name: &str) -> Vec<u64> {
+    let text = Client::tcp(&server.tcp).ask("INFO shards").text().to_owned();
+    let lines = text.lines().filter(|line| line.starts_with("shard"));
+    let field = |line: &str| {
+        let fields = line.split_once(':').unwrap().1.to_owned();
+        let found = fields.split(',').find_map(|field| field.strip_prefix(&format!("{name}=")));
+        found.unwrap_or_else(|| panic!("no {name} in {line}")).parse().unwrap()
+    };
+    lines.map(field).collect()
+}
+
+/// Every shard has touched its keys, and nobody else has.
+fn only_owners_touched(server: &Server, shards: usize) {
+    let by_owner = fields(server, "touches_owner");
+    assert_eq!(by_owner.len(), shards);
+    assert!(by_owner.iter().all(|&touches| touches > 0), "{by_owner:?}");
+    assert_eq!(fields(server, "touches_other"), vec![0; shards]);
+}
+
+#[test]
+fn redis_cli_gets_the_answers_of_redis() {
+    let wrong_number = |name| format!("ERR wrong number of arguments for '{name}' command\n\n");
+    let (get, mset, ping) = (wrong_number("get"), wrong_number("mset"), wrong_number("ping"));
+    let not_an_integer = "ERR value is not an integer or out of range\n\n";
+    let overflow = "ERR increment or decrement would overflow\n\n";
+    let steps: &[(&str, &str)] = &[
+        ("ping", "PONG\n"),
+        ("PING hello", "hello\n"),
+        ("ping a b", &ping),
+        ("echo x", "x\n"),
+        ("flushall", "OK\n"),
+        ("dbsize", "0\n"),
+        ("get a", "\n"),
+        ("get", &get),
+        ("set a 1", "OK\n"),
+        ("get a", "1\n"),
+        ("set a 2 NX", "\n"),
+        ("set a 2 XX GET", "1\n"),
+        ("set b 2 XX", "\n"),
+        ("set b 2 nx get", "\n"),
+        ("set a", "ERR wrong number of arguments for 'set' command\n\n"),
+        ("set a 1 NX XX", "ERR syntax error\n\n"),
+        ("set a 1 EX", "ERR syntax error\n\n"),
+        ("set a 1 EX 10 PX 10", "ERR syntax error\n\n"),
+        ("set a 1 EX 0", "ERR invalid expire time in 'set' command\n\n"),
+        ("set a 1 EX x", not_an_integer),
+        ("set a 1 EX 9223372036854775807", "ERR invalid expire time in 'set' command\n\n"),
+        ("get a", "2\n"),
+        ("ttl a", "-1\n"),
+        ("ttl nowhere", "-2\n"),
+        ("pttl nowhere", "-2\n"),
+        ("expire nowhere 100", "0\n"),
+        ("expire a 1000", "1\n"),
+        ("ttl a", "1000\n"),
+        ("set a 3 KEEPTTL", "OK\n"),
+        ("ttl a", "1000\n"),
+        ("persist a", "1\n"),
+        ("persist a", "0\n"),
+        ("pexpire a 500000", "1\n"),
+        ("ttl a", "500\n"),
+        ("set a 4", "OK\n"),
+        ("ttl a", "-1\n"),
+        ("setex a 600 5", "OK\n"),
+        ("ttl a", "600\n"),
+        ("expire a -1", "1\n"),
+        ("exists a", "0\n"),
+        ("expire a x", not_an_integer),
+        ("incr n", "1\n"),
+        ("incrby n 41", "42\n"),
+        ("decr n", "41\n"),
+        ("decrby n 40", "1\n"),
+        ("incrby n x", not_an_integer),
+        ("set n text", "OK\n"),
+        ("incr n", not_an_integer),
+        ("set n 9223372036854775807", "OK\n"),
+        ("incr n", overflow),
+        ("decrby n -9223372036854775808", "ERR decrement would overflow\n\n"),
+        ("mset k1 v1 k2 v2 k3 v3 k4 v4", "OK\n"),
+        ("mset k1 v1 k2", &mset),
+        ("mget k1 k2 nowhere k3 k4 k1", "v1\nv2\n\nv3\nv4\nv1\n"),
+        ("exists k1 k2 k3 k4 k1 nowhere", "5\n"),
+        ("del k1 k2 k3 nowhere", "3\n"),
+        ("dbsize", "3\n"),
+        ("select 0", "OK\n"),
+        ("select 1", "ERR DB index is out of range\n\n"),
+        ("select x", not_an_integer),
+        ("config get save", "\n"),
+        ("command", "\n"),
+        ("client setname me", "OK\n"),
+        ("client getname", "\n"),
+        ("client setinfo lib-name x", "OK\n"),
+        ("hello 3", "NOPROTO unsupported protocol version\n\n"),
+        ("scan x", "ERR invalid cursor\n\n"),
+        ("scan 0 COUNT 0", "ERR syntax error\n\n"),
+        ("scan 0 MATCH", "ERR syntax error\n\n"),
+        ("nonsense a b", "ERR unknown command 'nonsense', with args beginning with: 'a' 'b' \n\n"),
+        ("flushdb async", "OK\n"),
+        ("dbsize", "0\n"),
+        ("quit", "OK\n"),
+    ];
+    let server = Server::start(2);
+    for door in server.doors() {
+        for (command, expected) in steps {
+            let words: Vec<&str> = command.split(' ').collect();
+            assert_eq!(redis_cli(&door, &words), *expected, "{command} by {door:?}");
+        }
+        redis_cli(&door, &["mset", "x1", "", "x2", "", "y1", "", "y2", ""]);
+        let keys = redis_cli(&door, &["--scan", "--pattern", "x*"]);
+        let mut keys: Vec<&str> = keys.lines().collect();
+        keys.sort_unstable();
+        assert_eq!(keys, ["x1", "x2"]);
+        let hello = redis_cli(&door, &["hello", "2"]);
+        assert!(hello.contains("proto\n2\n"), "{hello}");
+        let info = redis_cli(&door, &["info"]);
+        for field in ["process_id:", "shards:2", "used_cpu_sys:", "used_cpu_user:", "shard1:keys="]
+        {
+            assert!(info.contains(field), "no {field} in {info}");
+        }
+        assert!(!redis_cli(&door, &["info", "cpu"]).contains("shard"));
+    }
+    only_owners_touched(&server, 2);
+    server.stop();
+}
+
+#[test]
+fn redis_benchmark_runs_without_an_error() {
+    let server = Server::start(2);
+    let small = ["-t", "ping,set,get,incr,mset", "-P", "16", "-n", "8000", "-d", "64"];
+    let random = ["-t", "set,get,mset", "-P", "16", "-n", "8000", "-r", "1000", "-d", "64"];
+    let large = ["-t", "set,get", "-P", "16", "-n", "96", "-c", "4", "-d", "1048576", "-r", "10"];
+    for door in server.doors() {
+        for (arguments, tests) in [(&small[..], 6), (&random, 3), (&large, 2)] {
+            let arguments = [arguments, &["-q"]].concat();
+            let output = redis_tool("redis-benchmark", &door, &arguments);
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(output.status.success(), "{arguments:?}: {output:?}");
+            assert!(!text.to_lowercase().contains("err"), "{arguments:?}: {text}");
+            assert_eq!(text.matches("requests per second").count(), tests, "{text}");
+        }
+    }
+    only_owners_touched(&server, 2);
+    server.stop();
+}
+
+#[test]
+fn pipelines_over_all_shards_are_answered_as_by_one_store() {
+    let mut random = model::random();
+    let server = Server::start(3);
+    let mut client = Client::unix(&server.unix());
+    let mut model = Model::default();
+    for (count, largest, longest) in
+        [(2000, 100, 50), (3000, 5000, 100_000), (300, 1 << 20, 1 << 22)]
+    {
+        let (bytes, expected) = model::pipeline(&mut random, &mut model, "k", count, largest);
+        let pieces = model::cut(&mut random, &bytes, longest);
+        compare(&client.pipeline(pieces, count), &expected);
+    }
+    assert!(fields(&server, "forwarded").iter().sum::<u64>() > 0);
+    only_owners_touched(&server, 3);
+    server.stop();
+}
+
+#[test]
+fn streams_over_shared_memory_are_served_whatever_shard_they_lead_to() {
+    let mut random = model::random();
+    let server = Server::start(2);
+    // Each has keys of all shards, so half of them are in the wrong place.
+    let paths = [server.shm(0), server.shm(1), server.any_shm(), server.shm(0)];
+    let mut plans = Vec::new();
+    for (number, path) in paths.into_iter().enumerate() {
+        // What counts all keys, or removes them, would meet those of the others.
+        let prefix = format!("stream{number}:");
+        let mut steps = Vec::new();
+        let mut model = Model::default();
+        for (count, largest, longest) in [(1000, 5000, 20_000), (200, 1 << 20, 1 << 21)] {
+            let (bytes, expected) =
+                model::undisturbed_pipeline(&mut random, &mut model, &prefix, count, largest);
+            steps.push((model::cut(&mut random, &bytes, longest), expected));
+        }
+        plans.push((path, steps));
+    }
+    executor::run(LONG, move || async move {
+        let clients: Vec<_> = plans
+            .into_iter()
+            .map(|(path, steps)| {
+                glommio::spawn_local(async move {
+                    let session = connect(path).await;
+                    for (pieces, expected) in steps {
+                        compare(&pipeline(&session, pieces, expected.len()).await, &expected);
+                    }
+                })
+            })
+            .collect();
+        for client in clients {
+            client.await;
+        }
+    });
+    only_owners_touched(&server, 2);
+    server.stop();
+}
+
+#[test]
+fn shards_that_send_each_other_much_do_not_block_each_other() {
+    const VALUES: usize = 40;
+    let server = Server::start(2);
+    let paths = [(server.shm(0), SECOND), (server.shm(1), FIRST)];
+    executor::run(LONG, move || async move {
+        let clients = paths.map(|(path, key)| {
+            glommio::spawn_local(async move {
+                let session = connect(path).await;
+                let value = vec![b'v'; 1 << 20];
+                let set = encode(&[b"SET", key.as_bytes(), &value]);
+                let get = encode(&["GET", key]);
+                let pieces = vec![[set, get].concat(); VALUES];
+                for pair in pipeline(&session, pieces, 2 * VALUES).await.chunks(2) {
+                    assert_eq!(pair[0], Reply::Status("OK".into()));
+                    assert!(pair[1] == Reply::Bulk(Some(value.clone())), "another value");
+                }
+            })
+        });
+        for client in clients {
+            client.await;
+        }
+    });
+    assert_eq!(fields(&server, "forwarded").iter().filter(|&&count| count > 0).count(), 2);
+    only_owners_touched(&server, 2);
+    server.stop();
+}
+
+#[test]
+fn a_shard_alone_answers_for_itself_alone() {
+    let server = Server::start(2);
+    executor::run(LONG, {
+        let path = server.shm(1);
+        move || async move {
+            let session = connect(path).await;
+            let commands = ["SHARD ONLY", "SET foo 1", "GET hello", "DBSIZE", "FLUSHALL", "DBSIZE"];
+            let pieces = commands.iter().map(|line| format!("{line}\r\n").into_bytes()).collect();
+            let replies = pipeline(&session, pieces, commands.len()).await;
+            let ok = Reply::Status("OK".into());
+            let refusal = Reply::Error("ERR not a key of this shard".into());
+            let [one, none] = [Reply::Integer(1), Reply::Integer(0)];
+            assert_eq!(replies, [ok.clone(), ok.clone(), refusal, one, ok, none]);
+        }
+    });
+    server.stop();
+}
+
+#[test]
+fn a_scan_gives_what_is_there_all_the_while() {
+    const STAY: usize = 500;
+    let server = Server::start(3);
+    let mut client = Client::tcp(&server.tcp);
+    for number in 0..STAY {
+        client.call(&["SET", &format!("stay:{number}"), "x"]);
+    }
+    let mut other = Client::unix(&server.unix());
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _ends_the_other = RaisedAtEnd(&is_over);
+        scope.spawn(|| {
+            let mut number = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                other.call(&["SET", &format!("come:{number}"), "x"]);
+                if number >= 50 {
+                    other.call(&["DEL", &format!("come:{}", number - 50)]);
+                }
+                number += 1;
+            }
+        });
+        for count in ["1", "7", "100"] {
+            let (mut cursor, mut seen) = ("0".to_owned(), HashSet::new());
+            loop {
+                let reply = client.call(&["SCAN", &cursor, "MATCH", "stay:*", "COUNT", count]);
+                let [next, keys] = reply.array() else { panic!("{reply:?}") };
+                for key in keys.array() {
+                    assert!(seen.insert(key.text().to_owned()), "{key:?} came twice");
+                }
+                cursor = next.text().to_owned();
+                if cursor == "0" {
+                    break;
+                }
+            }
+            assert_eq!(seen.len(), STAY);
+        }
+    });
+    only_owners_touched(&server, 3);
+    server.stop();
+}
+
+/// However the test ends, the thread beside it does, too.
+struct RaisedAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for RaisedAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn keys_expire_whether_somebody_looks_or_not() {
+    let server = Server::start(2);
+    let mut client = Client::tcp(&server.tcp);
+    for number in 0..200 {
+        client.call(&["SET", &format!("short:{number}"), "x", "PX", "1"]);
+        client.call(&["SET", &format!("long:{number}"), "x", "EX", "1000"]);
+    }
+    until("a key is gone when it is looked for", || client.ask("GET short:0") == Reply::Bulk(None));
+    // Nobody looks for the others.
+    until("all are swept", || client.ask("DBSIZE") == Reply::Integer(200));
+    assert_eq!(client.ask("GET long:0").text(), "x");
+    let left = client.ask("PTTL long:0").integer();
+    assert!((1..=1_000_000).contains(&left), "{left}");
+    server.stop();
+}
+
+#[test]
+fn garbage_ends_its_own_connection_only() {
+    let server = Server::start(2);
+    let mut decent = Client::tcp(&server.tcp);
+    decent.ask("SET a 1");
+    let huge = "*1\r\n$99999999999\r\n";
+    for garbage in ["*x\r\n", "*1\r\n:1\r\n", huge, "*9999999\r\n", "get \"a\r\n"] {
+        let mut client = Client::tcp(&server.tcp);
+        // What came before is answered; what comes behind is not.
+        client.send(format!("PING\r\nGET a\r\n{garbage}PING\r\n").as_bytes());
+        assert_eq!(client.reply(), Reply::Status("PONG".into()));
+        assert_eq!(client.reply().text(), "1");
+        match client.reply() {
+            Reply::Error(text) => assert!(text.starts_with("ERR Protocol error: "), "{text}"),
+            other => panic!("{garbage:?} is answered {other:?}"),
+        }
+        assert_eq!(client.reply_or_end(), None, "{garbage:?}");
+    }
+    let mut random = model::random();
+    for _ in 0..50 {
+        let mut client = Client::tcp(&server.tcp);
+        let noise: Vec<u8> = (0..random.between(1, 300)).map(|_| random.next() as u8).collect();
+        client.send(&noise);
+        client.finish_writing();
+        // It ends, one way or the other.
+        let mut rest = Vec::new();
+        let _ = client.socket.read_to_end(&mut rest);
+    }
+    assert_eq!(decent.ask("GET a").text(), "1");
+    server.stop();
+}
+
+#[test]
+fn a_shard_that_is_blocked_blocks_no_other() {
+    let server = Server::start(2);
+    let mut seconds = 1;
+    loop {
+        let (path, others) = (server.shm(1), server.shm(0));
+        let (told, is_awake) = std::sync::mpsc::channel();
+        let sleeper = thread::spawn(move || {
+            executor::run(LONG, move || async move {
+                let session = connect(path).await;
+                let sleep = format!("DEBUG SLEEP {seconds} {SECOND}\r\n").into_bytes();
+                told.send(()).unwrap();
+                let replies = pipeline(&session, vec![sleep], 1).await;
+                assert_eq!(replies, [Reply::Status("OK".into())]);
+                drop(told);
+            });
+        });
+        is_awake.recv_timeout(LONG).unwrap();
+        executor::run(LONG, move || async move {
+            let session = connect(others).await;
+            for _ in 0..200 {
+                let get = encode(&["INCR", FIRST]);
+                assert!(pipeline(&session, vec![get], 1).await[0].integer() > 0);
+            }
+        });
+        let slept = is_awake.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty);
+        sleeper.join().unwrap();
+        if slept {
+            break;
+        }
+        assert!(seconds < 30, "the other shard does not answer while one sleeps");
+        seconds *= 3;
+    }
+    server.stop();
+}
+
+#[test]
+fn a_killed_server_leaves_nothing_that_stops_the_next() {
+    let server = Server::start(2);
+    redis_cli(&server.doors()[1], &["set", "a", "1"]);
+    let directory = server.kill();
+    assert!(!directory.files().is_empty(), "there is nothing to replace");
+    let server = Server::start_in(directory, 2);
+    assert_eq!(redis_cli(&server.doors()[1], &["get", "a"]), "\n");
+    assert_eq!(redis_cli(&server.doors()[1], &["set", "a", "1"]), "OK\n");
+    server.stop();
+}
+
+#[test]
+fn one_shard_needs_no_shared_memory() {
+    let directory = Directory::new();
+    let mut process =
+        Running::start(&["--shards", "1", "--unix", &directory.file("unix"), "--spin", "0"]);
+    let path = process.line_with("listening on unix ");
+    process.line_with("ready");
+    let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&path).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    let mut client = Client::unix(&path);
+    assert_eq!(client.ask("MSET a 1 b 2 c 3"), Reply::Status("OK".into()));
+    assert_eq!(client.ask("MGET a b c").array().len(), 3);
+    let refusal = client.ask("DEBUG SLEEP 1");
+    assert!(matches!(&refusal, Reply::Error(text) if text.contains("not allowed")), "{refusal:?}");
+    process.signal(Signal::SIGINT);
+    assert!(process.end().0.success());
+    assert_eq!(directory.files(), [""; 0]);
+}
+
+#[test]
+fn wrong_arguments_end_with_2() {
+    let tcp = ["--tcp", "127.0.0.1:0"];
+    let wrong: &[&[&str]] = &[
+        &[],
+        &["--shards", "2"],
+        &["--shards", "2", "--tcp", "127.0.0.1:0"],
+        &["--shm", "/tmp/never-made", "--shards", "0"],
+        &["--shm", "/tmp/never-made", "--shards", "257"],
+        &["--shm", "/tmp/never-made", "--max-bulk", "7"],
+        &["--tcp", "localhost", "--shards", "1"],
+        &[tcp[0], tcp[1], "--shards", "1", "--spin", "long"],
+        &[tcp[0], tcp[1], "--shards", "1", "--nonsense"],
+        &[tcp[0], tcp[1], "--shards", "1", "stray"],
+    ];
+    for arguments in wrong {
+        let mut process = Running::start(arguments);
+        let (status, output) = process.end();
+        assert_eq!(status.code(), Some(2), "{arguments:?}");
+        assert_eq!(output, "", "{arguments:?}");
+        process.line_with("usage: ");
+    }
+    // Nothing is wrong with this but that the directory is not there.
+    let mut process = Running::start(&["--shards", "1", "--unix", "/nowhere/kv"]);
+    assert_eq!(process.end().0.code(), Some(1));
+    let (status, usage) = Running::start(&["--help"]).end();
+    assert!(status.success() && usage.starts_with("usage: "), "{usage}");
+}
