@@ -380,6 +380,22 @@ pub enum Error {
     /// The machine has too little of something.
     #[error("too little memory: {0}")]
     Resource(#[from] ResourceError),
+    /// A server has no shard of this number.
+    #[error("there is no shard {index}, the server has {count}")]
+    NoSuchShard {
+        /// The shard that was asked for.
+        index: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// No session to a shard came up for as long as the caller could wait.
+    #[error("no session to shard {shard}: {source}")]
+    Unavailable {
+        /// Which shard.
+        shard: usize,
+        /// Why the last one ended, or could not be made.
+        source: Arc<Error>,
+    },
     /// A shard of a server could not start, or did not go on.
     #[error("shard {index}: {source}")]
     Shard {
@@ -452,6 +468,8 @@ impl Error {
             Self::Shard { source, .. } => {
                 source.downcast_ref::<io::Error>().map_or(io::ErrorKind::Other, io::Error::kind)
             }
+            Self::NoSuchShard { .. } => io::ErrorKind::NotFound,
+            Self::Unavailable { source, .. } => source.kind(),
             Self::Os { source, .. } => source.kind(),
             Self::PeerClosed => io::ErrorKind::ConnectionReset,
             Self::PeerNotReading => io::ErrorKind::TimedOut,

@@ -79,9 +79,9 @@ pub use error::{
 };
 pub use footprint::Footprint;
 pub use rt::{
-    Alloc, Connector, Cores, Deal, Listener, Loan, Message, MessageBuf, Messages, ReadHalf, Recv,
-    Send, Server, ServerBuilder, Session, Shard, ShardStats, Stopper, Stream, Views, ViewsMut,
-    WriteHalf,
+    Alloc, Client, ClientBuilder, Connector, Cores, Deal, Listener, Loan, Message, MessageBuf,
+    Messages, ReadHalf, Recv, Send, Server, ServerBuilder, Session, SessionState, SessionStatus,
+    Shard, ShardStats, Stopper, Stream, Views, ViewsMut, WriteHalf,
 };
 pub use shm::access::PeerTrust;
 pub use shm::manager::SliceUsage;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! How a client gets a session.
 
+use std::io;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use super::handshake;
@@ -10,8 +11,9 @@ use super::listener::within;
 use super::poller::Poller;
 use super::session::Session;
 use super::socket::Socket;
+use super::socket_path::{is_socket, shard_path};
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::shm::access::PeerTrust;
 
 /// Connects to servers. Each session has its own shared memory.
@@ -66,9 +68,32 @@ impl Connector {
         self.session(Socket::connect_unix(path)).await
     }
 
-    /// Connects to the core that has shard `index` of a [`Server`](crate::Server) at `path`.
+    /// Connects to shard `index` of the server at `path`: to `PATH.<index>`, where a
+    /// [`Server`](crate::Server) has one door for each core. A server that has no such doors counts
+    /// as one shard.
+    ///
+    /// Cancel-safe: dropping the future drops the connection and the memory.
+    ///
+    /// # Errors
+    ///
+    /// As [`connect`](Self::connect), and [`Error::NoSuchShard`].
     pub async fn connect_shard(&self, path: impl AsRef<Path>, index: usize) -> Result<Session> {
-        self.connect(super::socket_path::shard_path(path.as_ref(), index)).await
+        let path = path.as_ref();
+        let count = Self::shard_count(path)?;
+        if index >= count {
+            return Err(Error::NoSuchShard { index, count });
+        }
+        self.connect(door_of(path, index)).await
+    }
+
+    /// How many shards the server at `path` has: as many as there are doors beside it, or one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Os`] with `NotFound`: no server is there. (One that has died, and left its files,
+    /// is: connecting tells.)
+    pub fn shard_count(path: impl AsRef<Path>) -> Result<usize> {
+        count_shards(path.as_ref())
     }
 
     /// Connects over TCP, to a server on this host. The memory must be
@@ -89,4 +114,22 @@ impl Connector {
         let established = within(config, connect).await?;
         Ok(Session::start(established, config, self.trust))
     }
+}
+
+/// How many shards the server at `path` has.
+pub(super) fn count_shards(path: &Path) -> Result<usize> {
+    let doors = (0..).take_while(|&index| is_socket(&shard_path(path, index))).count();
+    if doors == 0 && !is_socket(path) {
+        let missing = io::Error::new(io::ErrorKind::NotFound, "no socket is there");
+        return Err(Error::os("look for a server", missing));
+    }
+    Ok(doors.max(1))
+}
+
+/// Where shard `index` is reached, as far as can be seen now.
+pub(super) fn door_of(path: &Path, index: usize) -> PathBuf {
+    if index == 0 && !is_socket(&shard_path(path, 0)) {
+        return path.to_owned();
+    }
+    shard_path(path, index)
 }

@@ -12,10 +12,13 @@
 //! - [`stream`]: a stream's handle, of a [`read_half`] and a [`write_half`], each with a
 //!   [`deadline`]; [`loan`]: messages as values; [`credit`]: how far a sender may go.
 //! - [`listener`], [`connector`]: how sessions come to be; [`socket_path`]: the files of sockets.
+//! - [`client`]: a core's sessions to the shards of a server, each [`kept`] up with a [`backoff`].
 //! - [`server`]: an executor for each of its [`cores`], each with a [`shard`] of the sessions;
 //!   [`dealer`]: the thread that deals what comes in at their common door; [`serving`]: a task for
 //!   each stream. Only what these hand over at accept time ever changes threads.
 
+mod backoff;
+mod client;
 mod connector;
 mod cores;
 mod credit;
@@ -23,6 +26,7 @@ mod deadline;
 mod dealer;
 mod driver;
 mod handshake;
+mod kept;
 mod listener;
 mod loan;
 mod outbox;
@@ -43,9 +47,11 @@ mod stream;
 mod wakers;
 mod write_half;
 
+pub use client::{Client, ClientBuilder};
 pub use connector::Connector;
 pub use cores::Cores;
 pub use dealer::Deal;
+pub use kept::{SessionState, SessionStatus};
 pub use listener::Listener;
 pub use loan::{Loan, Message, MessageBuf, Views, ViewsMut};
 pub use read_half::{Messages, ReadHalf, Recv};

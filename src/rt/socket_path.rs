@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
-use nix::unistd::{Gid, Uid};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, sockopt};
+use nix::unistd::{Gid, Pid, Uid};
 
 use crate::config::SocketFile;
 
@@ -24,6 +24,9 @@ const BACKLOG: i32 = 1024;
 /// How often, and how long apart, the directory's lock is tried.
 const LOCK_TRIES: u32 = 200;
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
+/// How often, and how long apart, the socket of a dead process is looked at until it is gone.
+const CLEAR_UP_TRIES: u32 = 400;
+const CLEAR_UP_PAUSE: Duration = Duration::from_millis(5);
 
 /// A Unix socket's entry in the file system, removed when this, or a copy of it, is dropped.
 #[derive(Clone)]
@@ -109,11 +112,29 @@ pub(super) fn remove_left_over(path: &Path) -> io::Result<()> {
 }
 
 /// Whether somebody listens on the socket at `path`.
+///
+/// The socket of a process that was killed may outlive it by some milliseconds, while the kernel
+/// clears up behind its io_uring. That is waited for.
 fn is_alive(path: &Path) -> io::Result<bool> {
-    // Without waiting: one whose backlog is full lives.
-    let fd = new_socket(SockFlag::SOCK_NONBLOCK)?;
     let address = UnixAddr::new(path)?;
-    Ok(nix::sys::socket::connect(fd.as_raw_fd(), &address) != Err(Errno::ECONNREFUSED))
+    for _ in 0..CLEAR_UP_TRIES {
+        // Without waiting: one whose backlog is full lives.
+        let fd = new_socket(SockFlag::SOCK_NONBLOCK)?;
+        match nix::sys::socket::connect(fd.as_raw_fd(), &address) {
+            Err(Errno::ECONNREFUSED) => return Ok(false),
+            Ok(()) if is_ghost(&fd) => std::thread::sleep(CLEAR_UP_PAUSE),
+            _ => return Ok(true),
+        }
+    }
+    Ok(true)
+}
+
+/// Whether the process that listened behind a connection is no more.
+fn is_ghost(connection: &OwnedFd) -> bool {
+    let credentials = nix::sys::socket::getsockopt(connection, sockopt::PeerCredentials);
+    // A process of a container that this one cannot see has the number 0.
+    let listener = credentials.map_or(0, |credentials| credentials.pid());
+    listener > 0 && nix::sys::signal::kill(Pid::from_raw(listener), None) == Err(Errno::ESRCH)
 }
 
 fn new_socket(flags: SockFlag) -> io::Result<OwnedFd> {

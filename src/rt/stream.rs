@@ -13,7 +13,7 @@ use futures_lite::{AsyncBufRead, AsyncRead, AsyncWrite};
 
 use super::loan::{Loan, Message};
 use super::read_half::{Messages, ReadHalf, Recv};
-use super::session::SessionGuard;
+use super::session::{Session, SessionGuard};
 use super::wakers::WakerSlot;
 use super::write_half::{Alloc, Send, WriteHalf};
 use crate::error::Result;
@@ -198,6 +198,17 @@ impl Stream {
     /// The stream's number, which the client chose. Both sides know it by this number.
     pub fn id(&self) -> u32 {
         self.writer.id()
+    }
+
+    /// Whether nothing of what it was used for before is left on it.
+    pub(super) fn is_reusable(&self) -> bool {
+        let inner = self.writer.inner();
+        let is_whole = inner.life().here() == Side::Open && inner.life().peer() == Side::Open;
+        is_whole && self.unread() == 0 && !self.writer.session().is_over()
+    }
+
+    pub(super) fn is_of_session(&self, session: &Session) -> bool {
+        Rc::ptr_eq(self.writer.session(), session.inner())
     }
 
     /// How many bytes have arrived and wait to be read.

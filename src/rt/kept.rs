@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! One session that a client keeps: made again whenever it has ended.
+
+use std::cell::{Cell, RefCell};
+use std::collections::hash_map::RandomState;
+use std::fmt;
+use std::hash::{BuildHasher, Hasher};
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Instant;
+
+use super::backoff::Backoff;
+use super::connector::{Connector, door_of};
+use super::session::Session;
+use super::stream::Stream;
+use super::wakers::WakerList;
+use crate::error::{Error, Result};
+
+/// How it stands with a session that a [`Client`](crate::Client) keeps.
+///
+/// ```
+/// use shmipc_glommio::{Client, SessionState};
+///
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async {
+/// let client = Client::builder("/nowhere/store.sock")
+///     .on_change(|shard, state| match state {
+///         SessionState::Waiting { error, .. } => eprintln!("shard {shard} is away: {error}"),
+///         state => println!("shard {shard}: {state:?}"),
+///     })
+///     .patience(std::time::Duration::from_millis(10))
+///     .build()?;
+/// client.open_stream(0).await.unwrap_err();
+/// let state = &client.status()[0].state;
+/// assert!(!matches!(state, SessionState::Up));
+/// # shmipc_glommio::Result::<()>::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum SessionState {
+    /// A connection is being made.
+    Connecting,
+    /// It can be used.
+    Up,
+    /// It has ended, or could not be made; the next attempt comes at a time.
+    Waiting {
+        /// When the next attempt comes.
+        until: Instant,
+        /// How many attempts have failed in a row.
+        failures: u32,
+        /// Why the last session ended, or the last attempt failed.
+        error: Error,
+    },
+}
+
+/// One of the sessions that a [`Client`](crate::Client) keeps, at one moment.
+///
+/// ```
+/// use shmipc_glommio::{Client, Config, Listener, SessionState};
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-status-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// # let _listener = Listener::bind(&path, Config::default())?;
+/// let client = Client::builder(&path).build()?;
+/// let stream = client.open_stream(0).await?;
+/// let status = &client.status()[0];
+/// assert!(matches!(status.state, SessionState::Up));
+/// assert_eq!((status.shard, status.open_streams, status.connections), (0, 1, 1));
+/// # drop(stream);
+/// # shmipc_glommio::Result::<()>::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct SessionStatus {
+    /// The shard that it leads to.
+    pub shard: usize,
+    /// Which of the shard's sessions it is, from 0.
+    pub number: usize,
+    /// How it stands.
+    pub state: SessionState,
+    /// Since when it stands like that.
+    pub since: Instant,
+    /// How often a session came to be here.
+    pub connections: u64,
+    /// Streams that are open, those that are kept for reuse among them.
+    pub open_streams: usize,
+    /// Streams that are kept for reuse.
+    pub idle_streams: usize,
+}
+
+/// Told of every change, with the shard.
+pub(super) type OnChange = Rc<dyn Fn(usize, &SessionState)>;
+
+/// A place for one session, which is filled again when it becomes empty.
+pub(super) struct Kept {
+    shard: usize,
+    number: usize,
+    state: RefCell<State>,
+    since: Cell<Instant>,
+    connections: Cell<u64>,
+    /// Streams of the present session that nobody uses, the latest last.
+    idle: RefCell<Vec<Stream>>,
+    most_idle: usize,
+    on_change: Option<OnChange>,
+}
+
+enum State {
+    Connecting,
+    Up(Session),
+    Waiting { until: Instant, failures: u32, error: Error },
+}
+
+impl Kept {
+    pub(super) fn new(
+        shard: usize,
+        number: usize,
+        most_idle: usize,
+        on_change: Option<OnChange>,
+    ) -> Self {
+        Self {
+            shard,
+            number,
+            state: RefCell::new(State::Connecting),
+            since: Cell::new(Instant::now()),
+            connections: Cell::new(0),
+            idle: RefCell::default(),
+            most_idle,
+            on_change,
+        }
+    }
+
+    /// The session, when there is one that lives.
+    pub(super) fn session(&self) -> Option<Session> {
+        match &*self.state.borrow() {
+            State::Up(session) if session.end_reason().is_none() => Some(session.clone()),
+            _ => None,
+        }
+    }
+
+    /// Why there is none, if that is known.
+    pub(super) fn error(&self) -> Option<Error> {
+        match &*self.state.borrow() {
+            State::Connecting => None,
+            State::Up(session) => session.end_reason(),
+            State::Waiting { error, .. } => Some(error.clone()),
+        }
+    }
+
+    /// Streams that somebody uses.
+    pub(super) fn busy_streams(&self, session: &Session) -> usize {
+        session.stream_count().saturating_sub(self.idle.borrow().len())
+    }
+
+    /// A stream that was used before and can be used again: the one that was used last, whose
+    /// memory is warmest.
+    pub(super) fn take_idle(&self) -> Option<Stream> {
+        let mut idle = self.idle.borrow_mut();
+        while let Some(stream) = idle.pop() {
+            if stream.is_reusable() {
+                return Some(stream);
+            }
+        }
+        None
+    }
+
+    /// Keeps a stream for the next who needs one, if it is fit for that.
+    pub(super) fn keep(&self, mut stream: Stream) {
+        let is_of_present = self.session().is_some_and(|session| stream.is_of_session(&session));
+        let mut idle = self.idle.borrow_mut();
+        if is_of_present && stream.is_reusable() && idle.len() < self.most_idle {
+            stream.set_read_deadline(None);
+            stream.set_write_deadline(None);
+            idle.push(stream);
+        }
+    }
+
+    pub(super) fn status(&self) -> SessionStatus {
+        let open_streams = match &*self.state.borrow() {
+            State::Up(session) => session.stream_count(),
+            _ => 0,
+        };
+        SessionStatus {
+            shard: self.shard,
+            number: self.number,
+            state: self.state.borrow().shown(),
+            since: self.since.get(),
+            connections: self.connections.get(),
+            open_streams,
+            idle_streams: self.idle.borrow().len(),
+        }
+    }
+
+    fn change(&self, state: State, waiting: &WakerList) {
+        let shown = state.shown();
+        let before = self.state.replace(state);
+        self.since.set(Instant::now());
+        let idle = std::mem::take(&mut *self.idle.borrow_mut());
+        // A session that ends here may have handles elsewhere; what is dropped wakes tasks.
+        drop((before, idle));
+        waiting.wake_all();
+        if let Some(tell) = &self.on_change {
+            tell(self.shard, &shown);
+        }
+    }
+
+    /// Fills the place for as long as the task lives that this is.
+    pub(super) async fn fill(
+        &self,
+        connector: &Connector,
+        path: &Path,
+        backoff: Backoff,
+        waiting: &WakerList,
+        connected: impl Fn(),
+    ) {
+        let mut failures = 0;
+        loop {
+            self.change(State::Connecting, waiting);
+            let error = match self.connect(connector, path).await {
+                Ok(session) => {
+                    self.connections.set(self.connections.get() + 1);
+                    connected();
+                    let began = Instant::now();
+                    self.change(State::Up(session.clone()), waiting);
+                    let reason = session.closed().await;
+                    // One that accepts and goes at once is as good as away.
+                    failures = if began.elapsed() > backoff.most { 0 } else { failures + 1 };
+                    reason
+                }
+                Err(error) => {
+                    failures += 1;
+                    error
+                }
+            };
+            let wait = backoff.wait(failures, random());
+            tracing::debug!(shard = self.shard, %error, ?wait, "connecting again");
+            let until = Instant::now() + wait;
+            self.change(State::Waiting { until, failures, error }, waiting);
+            glommio::timer::sleep(wait).await;
+        }
+    }
+
+    async fn connect(&self, connector: &Connector, path: &Path) -> Result<Session> {
+        connector.connect(door_of(path, self.shard)).await
+    }
+}
+
+impl State {
+    fn shown(&self) -> SessionState {
+        match self {
+            Self::Connecting => SessionState::Connecting,
+            Self::Up(_) => SessionState::Up,
+            Self::Waiting { until, failures, error } => {
+                let (until, failures, error) = (*until, *failures, error.clone());
+                SessionState::Waiting { until, failures, error }
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Kept {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.status().fmt(formatter)
+    }
+}
+
+/// From the standard library's own source of randomness, seeded by the system per thread.
+fn random() -> u64 {
+    RandomState::new().build_hasher().finish()
+}
