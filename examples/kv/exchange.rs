@@ -12,15 +12,15 @@ use std::future::{pending, poll_fn};
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use futures_lite::future::or;
-use futures_lite::{AsyncReadExt, AsyncWrite};
-use shmipc_glommio::{ReadHalf, Session, WriteHalf};
+use futures_lite::{AsyncWrite, AsyncWriteExt};
+use shmipc_glommio::{Session, WriteHalf};
 
-use super::input::Input;
 use super::peers::Peers;
 use super::reply::{self, Replies};
-use super::resp::integer;
+use super::source::{Failure, Source};
 
 /// A batch ends when so many bytes of replies, or of commands for others, have come together.
 const BATCH_BYTES: usize = 256 << 10;
@@ -28,8 +28,8 @@ const BATCH_BYTES: usize = 256 << 10;
 const BATCH_COMMANDS: usize = 1024;
 /// So many bytes of replies are sent before the rest of the batch's are there.
 const OUTPUT_AT_MOST: usize = 4 << 20;
-/// The longest line of a shard's reply.
-const LINE_AT_MOST: usize = 64 << 10;
+/// How long a client may take to read anything of what it asked for, before it is given up.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the replies to one client are made of.
 pub(crate) struct Exchange {
@@ -76,22 +76,9 @@ struct Outgoing {
     link: Option<(Session, WriteHalf)>,
 }
 
-/// Where the replies of a shard come from.
-enum Source {
-    Here { replies: Replies, used: usize },
-    Link { reader: Option<ReadHalf>, input: Input, failure: Option<Failure> },
-}
-
-/// The text of an error reply: a shard could not be asked, or said no.
-type Failure = String;
-
 impl Exchange {
     /// For a client of the shard `here`, one of so many.
     pub(crate) fn new(here: usize, shards: usize) -> Self {
-        let source = |shard| match shard {
-            _ if shard == here => Source::Here { replies: Replies::new(), used: 0 },
-            _ => Source::no_link(),
-        };
         Self {
             here,
             pieces: Vec::new(),
@@ -99,17 +86,14 @@ impl Exchange {
             commands: 0,
             queued: 0,
             outgoing: (0..shards).map(|_| Outgoing::default()).collect(),
-            sources: (0..shards).map(source).collect(),
+            sources: (0..shards).map(|_| Source::default()).collect(),
         }
     }
 
     /// Where replies that are made here are written. Their place is behind all that was asked
     /// before.
     pub(crate) fn replies(&mut self) -> &mut Replies {
-        match &mut self.sources[self.here] {
-            Source::Here { replies, .. } => replies,
-            Source::Link { .. } => unreachable!("the own shard's source is made in `new`"),
-        }
+        self.sources[self.here].made_here()
     }
 
     /// Whether it is time to send and to answer.
@@ -174,19 +158,15 @@ impl Exchange {
         } else {
             self.place();
             self.open_links(peers).await;
-            let Self { pieces, outgoing, sources, .. } = self;
+            let Self { here, pieces, outgoing, sources, .. } = self;
             let sending = async {
                 poll_fn(|context| poll_send_all(outgoing, context)).await;
                 pending().await
             };
-            or(sending, join_all(pieces, sources, client)).await?;
+            or(sending, join_all(pieces, *here, sources, client)).await?;
             self.drop_failed_links();
-            self.replies().clear();
         }
-        if let Source::Here { replies, used } = &mut self.sources[self.here] {
-            *used = 0;
-            replies.shrink_to(OUTPUT_AT_MOST);
-        }
+        self.sources[self.here].forget_made_here(OUTPUT_AT_MOST);
         (self.placed, self.commands, self.queued) = (0, 0, 0);
         Ok(())
     }
@@ -214,9 +194,9 @@ impl Exchange {
 
     fn drop_failed_links(&mut self) {
         for (outgoing, source) in self.outgoing.iter_mut().zip(&mut self.sources) {
-            if let Source::Link { failure: Some(_), .. } = source {
+            if source.has_failed() {
                 outgoing.cancel();
-                *source = Source::no_link();
+                *source = Source::default();
             }
             outgoing.bytes.shrink_to(OUTPUT_AT_MOST);
         }
@@ -261,24 +241,32 @@ fn poll_send_all(outgoing: &mut [Outgoing], context: &mut Context<'_>) -> Poll<(
 
 /// Sends replies to a client, and forgets them.
 async fn send(client: &mut (impl AsyncWrite + Unpin), replies: &mut Replies) -> io::Result<()> {
-    use futures_lite::AsyncWriteExt;
-    if !replies.is_empty() {
-        client.write_all(replies).await?;
-        client.flush().await?;
-        replies.clear();
+    let mut sent = 0;
+    while sent < replies.len() {
+        match or(client.write(&replies[sent..]), too_late()).await? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            count => sent += count,
+        }
     }
+    replies.clear();
     Ok(())
+}
+
+async fn too_late() -> io::Result<usize> {
+    glommio::timer::sleep(PATIENCE).await;
+    Err(io::ErrorKind::TimedOut.into())
 }
 
 async fn join_all(
     pieces: &mut Vec<Piece>,
+    here: usize,
     sources: &mut [Source],
     client: &mut (impl AsyncWrite + Unpin),
 ) -> io::Result<()> {
     let mut output = Replies::new();
     for piece in pieces.drain(..) {
         let before = output.len();
-        if let Err(failure) = join(piece, sources, &mut output).await {
+        if let Err(failure) = join(piece, here, sources, &mut output).await {
             output.truncate(before);
             reply::error(&mut output, format_args!("{failure}"));
         }
@@ -290,17 +278,14 @@ async fn join_all(
 }
 
 /// Appends the next piece. Whatever fails, the replies that belong to it have been taken.
-async fn join(piece: Piece, sources: &mut [Source], output: &mut Replies) -> Result<(), Failure> {
+async fn join(
+    piece: Piece,
+    here: usize,
+    sources: &mut [Source],
+    output: &mut Replies,
+) -> Result<(), Failure> {
     match piece {
-        Piece::Here(len) => {
-            for source in sources.iter_mut() {
-                if let Source::Here { replies, used } = source {
-                    output.extend_from_slice(&replies[*used..*used + len]);
-                    *used += len;
-                }
-            }
-            Ok(())
-        }
+        Piece::Here(len) => sources[here].copy(output, len).await,
         Piece::Next(shard) => sources[shard].copy_reply(output).await,
         Piece::Elements(owners) => join_elements(&owners, sources, output).await,
         Piece::Sum(shards) => {
@@ -363,138 +348,4 @@ async fn join_elements(
         }
     }
     result
-}
-
-impl Source {
-    fn no_link() -> Self {
-        Self::Link { reader: None, input: Input::default(), failure: None }
-    }
-
-    fn linked(reader: ReadHalf) -> Self {
-        Self::Link { reader: Some(reader), input: Input::default(), failure: None }
-    }
-
-    fn failed(failure: Failure) -> Self {
-        Self::Link { reader: None, input: Input::default(), failure: Some(failure) }
-    }
-
-    fn unread(&self) -> &[u8] {
-        match self {
-            Self::Here { replies, used } => &replies[*used..],
-            Self::Link { input, .. } => input.unread(),
-        }
-    }
-
-    fn consume(&mut self, count: usize) {
-        match self {
-            Self::Here { used, .. } => *used += count,
-            Self::Link { input, .. } => input.consume(count),
-        }
-    }
-
-    /// Waits for more bytes.
-    async fn more(&mut self) -> Result<(), Failure> {
-        let Self::Link { reader, input, failure } = self else {
-            return Err("ERR a reply of this shard is missing".into());
-        };
-        if let Some(failure) = failure {
-            return Err(failure.clone());
-        }
-        let result = match reader {
-            Some(reader) => input.fill(reader, 0).await,
-            None => Ok(0),
-        };
-        let text = match result {
-            Ok(1..) => return Ok(()),
-            Ok(0) => "ERR the shard's stream has ended".to_owned(),
-            Err(error) => format!("ERR the shard's stream failed: {error}"),
-        };
-        Err(failure.insert(text).clone())
-    }
-
-    /// Reads exactly so many bytes that have not come yet straight to where they go.
-    async fn read_onto(&mut self, output: &mut Replies, len: usize) -> Result<(), Failure> {
-        let Self::Link { reader: Some(reader), failure, .. } = self else {
-            return self.more().await;
-        };
-        let start = output.len();
-        output.resize(start + len, 0);
-        match reader.read_exact(&mut output[start..]).await {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                let text = format!("ERR the shard's stream failed: {error}");
-                Err(failure.insert(text).clone())
-            }
-        }
-    }
-
-    /// Takes a line without its end. One that is an error is a failure.
-    async fn line(&mut self) -> Result<Vec<u8>, Failure> {
-        let mut searched = 0;
-        loop {
-            let unread = self.unread();
-            if let Some(end) = unread[searched..].iter().position(|&byte| byte == b'\n') {
-                let end = searched + end;
-                let line = unread[..end].strip_suffix(b"\r").unwrap_or(&unread[..end]).to_vec();
-                self.consume(end + 1);
-                return match line.strip_prefix(b"-") {
-                    Some(error) => Err(String::from_utf8_lossy(error).into_owned()),
-                    None => Ok(line),
-                };
-            }
-            searched = unread.len();
-            if searched > LINE_AT_MOST {
-                return Err(self.give_up());
-            }
-            self.more().await?;
-        }
-    }
-
-    /// Takes a line that is a letter and a number.
-    async fn number(&mut self, letter: u8) -> Result<i64, Failure> {
-        let line = self.line().await?;
-        let number = line.strip_prefix(&[letter]).and_then(integer);
-        number.ok_or_else(|| self.give_up())
-    }
-
-    /// The shard said what it should not. Nothing behind that can be understood.
-    fn give_up(&mut self) -> Failure {
-        let text = "ERR the shard's reply makes no sense".to_owned();
-        if let Self::Link { failure, reader, .. } = self {
-            *failure = Some(text.clone());
-            *reader = None;
-        }
-        text
-    }
-
-    /// Appends the next reply, whatever it is.
-    async fn copy_reply(&mut self, output: &mut Replies) -> Result<(), Failure> {
-        let mut left: usize = 1;
-        while left > 0 {
-            left -= 1;
-            let line = self.line().await?;
-            let count = match line.first() {
-                Some(b'$' | b'*') => integer(&line[1..]).ok_or_else(|| self.give_up())?,
-                _ => 0,
-            };
-            output.extend_from_slice(&line);
-            output.extend_from_slice(b"\r\n");
-            // The length of nothing is -1.
-            let Ok(count) = usize::try_from(count) else { continue };
-            match line[0] {
-                b'$' => self.copy(output, count.saturating_add(2)).await?,
-                b'*' => left = left.saturating_add(count),
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
-    async fn copy(&mut self, output: &mut Replies, len: usize) -> Result<(), Failure> {
-        let unread = self.unread();
-        let here = len.min(unread.len());
-        output.extend_from_slice(&unread[..here]);
-        self.consume(here);
-        if here < len { self.read_onto(output, len - here).await } else { Ok(()) }
-    }
 }
