@@ -42,7 +42,7 @@ use kv::shard::{self, Settings, Shard};
 const USAGE: &str = "usage: kv_server [--tcp ADDRESS:PORT] [--unix PATH] [--shm PATH]
   at least one of these; --shm is needed for more than one shard
   --shards N        how many shards, one thread each (default: one a processor)
-  --pin             keep each shard on a processor of its own
+  --pin             keep each shard on one processor
   --spin MICROS     how long a shard polls shared memory before it sleeps (default: 50)
   --max-bulk BYTES  the longest key or value (default: 64 MiB)
   --debug           allow DEBUG SLEEP seconds [key], which blocks a shard";
@@ -204,7 +204,7 @@ impl Threads {
         for index in 0..settings.shards {
             let (settings, doors, ready) = (settings.clone(), doors.for_shard()?, ready.clone());
             let stop = Arc::clone(&all.stop);
-            let placement = if is_pinned { Placement::Fixed(index) } else { Placement::Unbound };
+            let placement = placement(index, is_pinned)?;
             all.threads.push(thread::Builder::new().name(format!("shard-{index}")).spawn(
                 move || {
                     let executor =
@@ -236,6 +236,20 @@ impl Threads {
             result = result.and(ended);
         }
         result
+    }
+}
+
+/// Where a shard runs: anywhere, or on one of the processors that this process may use.
+fn placement(index: usize, is_pinned: bool) -> io::Result<Placement> {
+    if !is_pinned {
+        return Ok(Placement::Unbound);
+    }
+    let allowed = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0))?;
+    let is_allowed = |&cpu: &usize| allowed.is_set(cpu).unwrap_or(false);
+    let processors: Vec<usize> = (0..nix::sched::CpuSet::count()).filter(is_allowed).collect();
+    match processors.get(index % processors.len().max(1)) {
+        Some(&processor) => Ok(Placement::Fixed(processor)),
+        None => Err(io::Error::other("this process may use no processor")),
     }
 }
 

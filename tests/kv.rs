@@ -230,8 +230,7 @@ fn streams_over_shared_memory_are_served_whatever_shard_they_lead_to() {
     server.stop();
 }
 
-/// A batch is larger than what a stream takes unread, and so are its replies: whoever sends all of
-/// it before it reads waits for ever.
+/// Both directions of both sessions between the two have more under way than their memory holds.
 #[test]
 fn shards_that_send_each_other_much_do_not_block_each_other() {
     const ROUNDS: usize = 3;
@@ -448,8 +447,15 @@ fn a_killed_server_leaves_nothing_that_stops_the_next() {
 #[test]
 fn one_shard_needs_no_shared_memory() {
     let directory = Directory::new();
-    let mut process =
-        Running::start(&["--shards", "1", "--unix", &directory.file("unix"), "--spin", "0"]);
+    let mut process = Running::start(&[
+        "--shards",
+        "1",
+        "--unix",
+        &directory.file("unix"),
+        "--spin",
+        "0",
+        "--pin",
+    ]);
     let path = process.line_with("listening on unix ");
     process.line_with("ready");
     let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&path).unwrap().permissions());
@@ -486,9 +492,11 @@ fn wrong_arguments_end_with_2() {
         assert_eq!(output, "", "{arguments:?}");
         process.line_with("usage: ");
     }
-    // Nothing is wrong with this but that the directory is not there.
-    let mut process = Running::start(&["--shards", "1", "--unix", "/nowhere/kv"]);
-    assert_eq!(process.end().0.code(), Some(1));
+    // Nothing is wrong with these but that the directory is not there.
+    for door in ["--unix", "--shm"] {
+        let mut process = Running::start(&["--shards", "1", door, "/nowhere/kv"]);
+        assert_eq!(process.end().0.code(), Some(1), "{door}");
+    }
     let (status, usage) = Running::start(&["--help"]).end();
     assert!(status.success() && usage.starts_with("usage: "), "{usage}");
 }

@@ -41,6 +41,8 @@ pub(crate) struct Exchange {
     queued: usize,
     outgoing: Vec<Outgoing>,
     sources: Vec<Source>,
+    /// Replies of several shards, put together.
+    output: Replies,
 }
 
 /// What comes next.
@@ -87,6 +89,7 @@ impl Exchange {
             queued: 0,
             outgoing: (0..shards).map(|_| Outgoing::default()).collect(),
             sources: (0..shards).map(|_| Source::default()).collect(),
+            output: Replies::new(),
         }
     }
 
@@ -158,12 +161,13 @@ impl Exchange {
         } else {
             self.place();
             self.open_links(peers).await;
-            let Self { here, pieces, outgoing, sources, .. } = self;
+            let Self { here, pieces, outgoing, sources, output, .. } = self;
             let sending = async {
                 poll_fn(|context| poll_send_all(outgoing, context)).await;
                 pending().await
             };
-            or(sending, join_all(pieces, *here, sources, client)).await?;
+            or(sending, join_all(pieces, *here, sources, output, client)).await?;
+            self.output.shrink_to(OUTPUT_AT_MOST);
             self.drop_failed_links();
         }
         self.sources[self.here].forget_made_here(OUTPUT_AT_MOST);
@@ -261,20 +265,20 @@ async fn join_all(
     pieces: &mut Vec<Piece>,
     here: usize,
     sources: &mut [Source],
+    output: &mut Replies,
     client: &mut (impl AsyncWrite + Unpin),
 ) -> io::Result<()> {
-    let mut output = Replies::new();
     for piece in pieces.drain(..) {
         let before = output.len();
-        if let Err(failure) = join(piece, here, sources, &mut output).await {
+        if let Err(failure) = join(piece, here, sources, output).await {
             output.truncate(before);
-            reply::error(&mut output, format_args!("{failure}"));
+            reply::error(output, format_args!("{failure}"));
         }
         if output.len() >= OUTPUT_AT_MOST {
-            send(client, &mut output).await?;
+            send(client, output).await?;
         }
     }
-    send(client, &mut output).await
+    send(client, output).await
 }
 
 /// Appends the next piece. Whatever fails, the replies that belong to it have been taken.
@@ -303,8 +307,7 @@ async fn join(
         Piece::AllOk(shards) => {
             let mut result = Ok(());
             for shard in shards {
-                let line = sources[shard].line().await;
-                result = result.and(line.map(drop));
+                result = result.and(sources[shard].status().await);
             }
             output.extend_from_slice(reply::OK);
             result

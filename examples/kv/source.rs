@@ -103,19 +103,20 @@ impl Source {
         }
     }
 
-    /// Takes a line without its end. One that is an error is a failure.
-    pub(crate) async fn line(&mut self) -> Result<Vec<u8>, Failure> {
+    /// Waits for a line, and gives its length with its end. One that is an error is taken, and is
+    /// a failure.
+    async fn line(&mut self) -> Result<usize, Failure> {
         let mut searched = 0;
         loop {
             let unread = self.unread();
             if let Some(end) = unread[searched..].iter().position(|&byte| byte == b'\n') {
-                let end = searched + end;
-                let line = unread[..end].strip_suffix(b"\r").unwrap_or(&unread[..end]).to_vec();
-                self.consume(end + 1);
-                return match line.strip_prefix(b"-") {
-                    Some(error) => Err(String::from_utf8_lossy(error).into_owned()),
-                    None => Ok(line),
+                let len = searched + end + 1;
+                let Some(error) = unread[..len].strip_prefix(b"-") else {
+                    return Ok(len);
                 };
+                let error = String::from_utf8_lossy(error.trim_ascii_end()).into_owned();
+                self.consume(len);
+                return Err(error);
             }
             searched = unread.len();
             if searched > LINE_AT_MOST {
@@ -125,10 +126,18 @@ impl Source {
         }
     }
 
+    /// Takes a line that says nothing but that it is no error.
+    pub(crate) async fn status(&mut self) -> Result<(), Failure> {
+        let len = self.line().await?;
+        self.consume(len);
+        Ok(())
+    }
+
     /// Takes a line that is a letter and a number.
     pub(crate) async fn number(&mut self, letter: u8) -> Result<i64, Failure> {
-        let line = self.line().await?;
-        let number = line.strip_prefix(&[letter]).and_then(integer);
+        let len = self.line().await?;
+        let number = number_in(&self.unread()[..len]).filter(|_| self.unread()[0] == letter);
+        self.consume(len);
         number.ok_or_else(|| self.give_up())
     }
 
@@ -142,18 +151,19 @@ impl Source {
         let mut left: usize = 1;
         while left > 0 {
             left -= 1;
-            let line = self.line().await?;
-            let count = match line.first() {
-                Some(b'$' | b'*') => integer(&line[1..]).ok_or_else(|| self.give_up())?,
-                _ => 0,
-            };
-            output.extend_from_slice(&line);
-            output.extend_from_slice(b"\r\n");
+            let len = self.line().await?;
+            let line = &self.unread()[..len];
             // The length of nothing is -1.
-            let Ok(count) = usize::try_from(count) else { continue };
-            match line[0] {
-                b'$' => self.copy(output, count.saturating_add(2)).await?,
-                b'*' => left = left.saturating_add(count),
+            let count = match line[0] {
+                b'$' | b'*' => number_in(line).map(|count| usize::try_from(count).ok()),
+                _ => Some(None),
+            };
+            let letter = line[0];
+            output.extend_from_slice(line);
+            self.consume(len);
+            match (letter, count.ok_or_else(|| self.give_up())?) {
+                (b'$', Some(count)) => self.copy(output, count.saturating_add(2)).await?,
+                (b'*', Some(count)) => left = left.saturating_add(count),
                 _ => {}
             }
         }
@@ -167,5 +177,61 @@ impl Source {
         output.extend_from_slice(&unread[..here]);
         self.consume(here);
         if here < len { self.read_onto(output, len - here).await } else { Ok(()) }
+    }
+}
+
+/// The number behind the letter that a line starts with.
+fn number_in(line: &[u8]) -> Option<i64> {
+    integer(line.get(1..)?.strip_suffix(b"\r\n")?)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_lite::future::block_on;
+
+    use super::*;
+
+    fn of_here(replies: &[u8]) -> Source {
+        Source { made_here: replies.to_vec(), ..Source::default() }
+    }
+
+    #[test]
+    fn replies_are_taken_one_by_one() {
+        let all = [
+            &b"+OK\r\n"[..],
+            b":-7\r\n",
+            b"$5\r\na\r\nb\n\r\n",
+            b"$-1\r\n",
+            b"*3\r\n$1\r\nx\r\n*2\r\n:1\r\n*0\r\n$0\r\n\r\n",
+            b"*-1\r\n",
+        ];
+        let mut source = of_here(&all.concat());
+        for expected in all {
+            let mut reply = Replies::new();
+            block_on(source.copy_reply(&mut reply)).unwrap();
+            assert_eq!(reply, expected);
+        }
+        assert!(block_on(source.copy_reply(&mut Replies::new())).is_err(), "there is no more");
+    }
+
+    #[test]
+    fn an_error_is_a_failure_and_the_next_reply_is_the_next() {
+        let mut source = of_here(b"-ERR no\r\n:3\r\n-ERR never\r\n+OK\r\n");
+        let failure = block_on(source.copy_reply(&mut Replies::new())).unwrap_err();
+        assert_eq!(failure, "ERR no");
+        assert_eq!(block_on(source.number(b':')), Ok(3));
+        assert_eq!(block_on(source.status()), Err("ERR never".into()));
+        assert_eq!(block_on(source.status()), Ok(()));
+    }
+
+    #[test]
+    fn what_makes_no_sense_ends_the_link() {
+        for reply in [&b"$x\r\n"[..], b"*\r\n", b"$1\n"] {
+            let mut source = of_here(reply);
+            assert!(block_on(source.copy_reply(&mut Replies::new())).is_err());
+            assert!(source.has_failed(), "{}", reply.escape_ascii());
+        }
+        let mut source = of_here(b"+OK\r\n");
+        assert!(block_on(source.number(b':')).is_err() && source.has_failed());
     }
 }
