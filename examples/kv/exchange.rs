@@ -352,3 +352,78 @@ async fn join_elements(
     }
     result
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::path::PathBuf;
+    use std::rc::Rc;
+
+    use futures_lite::AsyncReadExt;
+    use glommio::{LocalExecutorBuilder, Placement};
+    use shmipc_glommio::{Config, Listener};
+
+    use super::*;
+    use crate::kv::peers::ONLY;
+
+    fn config() -> Config {
+        Config::builder().buffer_size(1 << 20).build().unwrap()
+    }
+
+    /// A shard that answers every first batch with this, then ends the session.
+    async fn answer_once_each(listener: Listener, answer: &'static [u8], sessions: Rc<Cell<u32>>) {
+        while let Ok(session) = listener.accept().await {
+            sessions.set(sessions.get() + 1);
+            let mut stream = session.accept().await.unwrap();
+            let mut only = vec![0; ONLY.len()];
+            stream.read_exact(&mut only).await.unwrap();
+            assert_eq!(only, ONLY);
+            stream.write_all(reply::OK).await.unwrap();
+            let mut batch = [0; 1000];
+            stream.read(&mut batch).await.unwrap();
+            stream.write_all(answer).await.unwrap();
+            session.close().await;
+        }
+    }
+
+    /// The replies to two commands for the other shard, between two of this one.
+    async fn ask(exchange: &mut Exchange, peers: &Peers) -> String {
+        let mut client = Vec::new();
+        exchange.replies().extend_from_slice(b"+first\r\n");
+        exchange.forward(1, b"*1\r\n$3\r\nONE\r\n");
+        exchange.forward(1, b"*1\r\n$3\r\nTWO\r\n");
+        exchange.replies().extend_from_slice(b"+last\r\n");
+        exchange.finish(peers, &mut client).await.unwrap();
+        String::from_utf8(client).unwrap()
+    }
+
+    #[test]
+    fn a_shard_that_fails_is_told_of_in_its_place_and_asked_again_later() {
+        let name = format!("shmipc-kv-exchange-{}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let executor = LocalExecutorBuilder::new(Placement::Unbound).make().unwrap();
+        executor.run(async move {
+            let peers = Peers::new(vec![PathBuf::new(), path.clone()], config());
+            let mut exchange = Exchange::new(0, 2);
+            let replies = ask(&mut exchange, &peers).await;
+            let lines: Vec<&str> = replies.split("\r\n").collect();
+            assert_eq!((lines[0], lines[3], lines.len()), ("+first", "+last", 5), "{replies}");
+            assert!(lines[1].starts_with("-ERR shard 1 cannot be reached: "), "{replies}");
+            assert_eq!(lines[1], lines[2]);
+
+            let listener = Listener::bind(&path, config()).unwrap();
+            let sessions = Rc::new(Cell::new(0));
+            let answer = b"$3\r\none\r\n$3\r\ntw";
+            let shard = answer_once_each(listener, answer, Rc::clone(&sessions));
+            let shard = glommio::spawn_local(shard);
+            for count in 1..4 {
+                let replies = ask(&mut exchange, &peers).await;
+                let rest = replies.strip_prefix("+first\r\n$3\r\none\r\n-ERR the shard's stream ");
+                let rest = rest.unwrap_or_else(|| panic!("{replies}"));
+                assert!(rest.ends_with("\r\n+last\r\n") && !rest.contains("tw"), "{replies}");
+                assert_eq!(sessions.get(), count);
+            }
+            shard.cancel().await;
+        });
+    }
+}
