@@ -383,6 +383,24 @@ fn garbage_ends_its_own_connection_only() {
 }
 
 #[test]
+fn a_reply_has_a_length_at_most() {
+    let server = Server::start(2);
+    let mut client = Client::unix(&server.unix());
+    let value = vec![b'v'; 16 << 20];
+    let mut names = vec![b"MGET".to_vec()];
+    for key in [FIRST, SECOND] {
+        client.call(&[b"SET", key.as_bytes(), &value]);
+        names.extend(vec![key.as_bytes().to_vec(); 9]);
+    }
+    // Each shard's part is short enough; together, or twice the part, are not.
+    let refusal = Reply::Error("ERR reply is longer than 256 MiB".into());
+    assert_eq!(client.call(&names), refusal);
+    assert_eq!(client.call(&[&names[..10], &names[1..10]].concat()), refusal);
+    assert_eq!(client.ask("EXISTS hello foo"), Reply::Integer(2));
+    server.stop();
+}
+
+#[test]
 fn a_shard_that_is_blocked_blocks_no_other() {
     let server = Server::start(2);
     let mut seconds = 1;

@@ -18,6 +18,7 @@ use futures_lite::future::or;
 use futures_lite::{AsyncWrite, AsyncWriteExt};
 use shmipc_glommio::{Session, WriteHalf};
 
+use super::execute::{REPLY_AT_MOST, REPLY_TOO_LONG};
 use super::peers::Peers;
 use super::reply::{self, Replies};
 use super::source::{Failure, Source};
@@ -334,6 +335,7 @@ async fn join_elements(
 ) -> Result<(), Failure> {
     let mut result = Ok(());
     let mut is_array = vec![None; sources.len()];
+    let before = output.len();
     reply::array(output, owners.len());
     for &owner in owners {
         let has_array = match is_array[owner] {
@@ -348,6 +350,10 @@ async fn join_elements(
         };
         if has_array {
             result = result.and(sources[owner].copy_reply(output).await);
+        }
+        if output.len() - before > REPLY_AT_MOST {
+            output.truncate(before);
+            result = Err(REPLY_TOO_LONG.into());
         }
     }
     result
