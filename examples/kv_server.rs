@@ -22,7 +22,7 @@ mod kv;
 use std::fmt;
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -49,6 +49,8 @@ const USAGE: &str = "usage: kv_server [--tcp ADDRESS:PORT] [--unix PATH] [--shm 
 /// The exit status of a command that was called wrongly.
 const BAD_ARGUMENTS: u8 = 2;
 const MOST_SHARDS: usize = 256;
+/// How long an address that is in use is tried.
+const RELEASE: Duration = Duration::from_secs(2);
 const DEFAULT_BULK: usize = 64 << 20;
 const MOST_BULK: usize = 512 << 20;
 
@@ -265,9 +267,9 @@ async fn run_shard(
     let (shard, tasks) = shard::start_shard(index, settings, doors)?;
     let mut listeners = Vec::new();
     if let Some(path) = shm {
-        listeners.push(Listener::bind(shard::path_of(&path, index), config.clone())?);
+        listeners.push(bind(&shard::path_of(&path, index), &config).await?);
         if index == 0 {
-            listeners.push(Listener::bind(&path, config)?);
+            listeners.push(bind(&path, &config).await?);
         }
     }
     let accepting: Vec<_> = listeners
@@ -283,6 +285,20 @@ async fn run_shard(
     // Tasks that were cancelled go, and close what they had, before their executor goes.
     futures_lite::future::yield_now().await;
     Ok(())
+}
+
+/// Listens for sessions. What a killed server listened on lives a moment longer than its process:
+/// the kernel takes its time to let go of what waited in io_uring.
+async fn bind(path: &Path, config: &Config) -> shmipc_glommio::Result<Listener> {
+    let deadline = Instant::now() + RELEASE;
+    loop {
+        match Listener::bind(path, config.clone()) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+                glommio::timer::sleep(RELEASE / 40).await;
+            }
+            result => return result,
+        }
+    }
 }
 
 async fn accept(shard: Rc<Shard>, listener: Listener) {
