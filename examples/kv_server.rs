@@ -22,7 +22,7 @@ mod kv;
 use std::fmt;
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -42,13 +42,15 @@ use kv::shard::{self, Settings, Shard};
 const USAGE: &str = "usage: kv_server [--tcp ADDRESS:PORT] [--unix PATH] [--shm PATH]
   at least one of these; --shm is needed for more than one shard
   --shards N        how many shards, one thread each (default: one a processor)
-  --pin             keep each shard on a processor of its own
+  --pin             keep each shard on one processor
   --spin MICROS     how long a shard polls shared memory before it sleeps (default: 50)
   --max-bulk BYTES  the longest key or value (default: 64 MiB)
   --debug           allow DEBUG SLEEP seconds [key], which blocks a shard";
 /// The exit status of a command that was called wrongly.
 const BAD_ARGUMENTS: u8 = 2;
 const MOST_SHARDS: usize = 256;
+/// How long an address that is in use is tried.
+const RELEASE: Duration = Duration::from_secs(2);
 const DEFAULT_BULK: usize = 64 << 20;
 const MOST_BULK: usize = 512 << 20;
 
@@ -204,7 +206,7 @@ impl Threads {
         for index in 0..settings.shards {
             let (settings, doors, ready) = (settings.clone(), doors.for_shard()?, ready.clone());
             let stop = Arc::clone(&all.stop);
-            let placement = if is_pinned { Placement::Fixed(index) } else { Placement::Unbound };
+            let placement = placement(index, is_pinned)?;
             all.threads.push(thread::Builder::new().name(format!("shard-{index}")).spawn(
                 move || {
                     let executor =
@@ -239,6 +241,20 @@ impl Threads {
     }
 }
 
+/// Where a shard runs: anywhere, or on one of the processors that this process may use.
+fn placement(index: usize, is_pinned: bool) -> io::Result<Placement> {
+    if !is_pinned {
+        return Ok(Placement::Unbound);
+    }
+    let allowed = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0))?;
+    let is_allowed = |&cpu: &usize| allowed.is_set(cpu).unwrap_or(false);
+    let processors: Vec<usize> = (0..nix::sched::CpuSet::count()).filter(is_allowed).collect();
+    match processors.get(index % processors.len().max(1)) {
+        Some(&processor) => Ok(Placement::Fixed(processor)),
+        None => Err(io::Error::other("this process may use no processor")),
+    }
+}
+
 async fn run_shard(
     index: usize,
     settings: Settings,
@@ -251,9 +267,9 @@ async fn run_shard(
     let (shard, tasks) = shard::start_shard(index, settings, doors)?;
     let mut listeners = Vec::new();
     if let Some(path) = shm {
-        listeners.push(Listener::bind(shard::path_of(&path, index), config.clone())?);
+        listeners.push(bind(&shard::path_of(&path, index), &config).await?);
         if index == 0 {
-            listeners.push(Listener::bind(&path, config)?);
+            listeners.push(bind(&path, &config).await?);
         }
     }
     let accepting: Vec<_> = listeners
@@ -269,6 +285,20 @@ async fn run_shard(
     // Tasks that were cancelled go, and close what they had, before their executor goes.
     futures_lite::future::yield_now().await;
     Ok(())
+}
+
+/// Listens for sessions. What a killed server listened on lives a moment longer than its process:
+/// the kernel takes its time to let go of what waited in io_uring.
+async fn bind(path: &Path, config: &Config) -> shmipc_glommio::Result<Listener> {
+    let deadline = Instant::now() + RELEASE;
+    loop {
+        match Listener::bind(path, config.clone()) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+                glommio::timer::sleep(RELEASE / 40).await;
+            }
+            result => return result,
+        }
+    }
 }
 
 async fn accept(shard: Rc<Shard>, listener: Listener) {

@@ -15,12 +15,14 @@ use std::collections::HashSet;
 use std::fs;
 use std::io::Read;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::thread;
 
 use kv::client::{Client, Reply, connect, encode, pipeline};
 use kv::model::{self, Model, compare};
 use kv::process::{Directory, LONG, Running, Server, redis_cli, redis_tool, until};
 use nix::sys::signal::Signal;
+use shmipc_glommio::Session;
 
 /// Keys of the first and of the second of two shards.
 const FIRST: &str = "hello";
@@ -228,22 +230,27 @@ fn streams_over_shared_memory_are_served_whatever_shard_they_lead_to() {
     server.stop();
 }
 
+/// Both directions of both sessions between the two have more under way than their memory holds.
 #[test]
 fn shards_that_send_each_other_much_do_not_block_each_other() {
-    const VALUES: usize = 40;
+    const ROUNDS: usize = 3;
+    const GETS: usize = 6;
     let server = Server::start(2);
     let paths = [(server.shm(0), SECOND), (server.shm(1), FIRST)];
     executor::run(LONG, move || async move {
         let clients = paths.map(|(path, key)| {
             glommio::spawn_local(async move {
                 let session = connect(path).await;
-                let value = vec![b'v'; 1 << 20];
+                let value = vec![b'v'; 4 << 20];
                 let set = encode(&[b"SET", key.as_bytes(), &value]);
-                let get = encode(&["GET", key]);
-                let pieces = vec![[set, get].concat(); VALUES];
-                for pair in pipeline(&session, pieces, 2 * VALUES).await.chunks(2) {
-                    assert_eq!(pair[0], Reply::Status("OK".into()));
-                    assert!(pair[1] == Reply::Bulk(Some(value.clone())), "another value");
+                let gets = encode(&["GET", key]).repeat(GETS);
+                let mut pieces = vec![set.clone()];
+                pieces.extend(vec![[gets, set].concat(); ROUNDS]);
+                let replies = pipeline(&session, pieces, 1 + ROUNDS * (GETS + 1)).await;
+                let (ok, got) = (Reply::Status("OK".into()), Reply::Bulk(Some(value)));
+                for (index, reply) in replies.iter().enumerate() {
+                    let is_set = index % (GETS + 1) == 0;
+                    assert!(*reply == if is_set { ok.clone() } else { got.clone() }, "{index}");
                 }
             })
         });
@@ -376,39 +383,71 @@ fn garbage_ends_its_own_connection_only() {
 }
 
 #[test]
+fn a_reply_has_a_length_at_most() {
+    let server = Server::start(2);
+    let mut client = Client::unix(&server.unix());
+    let value = vec![b'v'; 16 << 20];
+    let mut names = vec![b"MGET".to_vec()];
+    for key in [FIRST, SECOND] {
+        client.call(&[b"SET", key.as_bytes(), &value]);
+        names.extend(vec![key.as_bytes().to_vec(); 9]);
+    }
+    // Each shard's part is short enough; together, or twice the part, are not.
+    let refusal = Reply::Error("ERR reply is longer than 256 MiB".into());
+    assert_eq!(client.call(&names), refusal);
+    assert_eq!(client.call(&[&names[..10], &names[1..10]].concat()), refusal);
+    assert_eq!(client.ask("EXISTS hello foo"), Reply::Integer(2));
+    server.stop();
+}
+
+#[test]
 fn a_shard_that_is_blocked_blocks_no_other() {
     let server = Server::start(2);
     let mut seconds = 1;
     loop {
-        let (path, others) = (server.shm(1), server.shm(0));
-        let (told, is_awake) = std::sync::mpsc::channel();
+        let before = fields(&server, "forwarded")[0];
+        let (ended, is_asleep) = mpsc::channel::<()>();
+        let path = server.shm(0);
         let sleeper = thread::spawn(move || {
             executor::run(LONG, move || async move {
+                // The first shard waits for the second one, as far as this client goes.
                 let session = connect(path).await;
                 let sleep = format!("DEBUG SLEEP {seconds} {SECOND}\r\n").into_bytes();
-                told.send(()).unwrap();
                 let replies = pipeline(&session, vec![sleep], 1).await;
                 assert_eq!(replies, [Reply::Status("OK".into())]);
-                drop(told);
+                drop(ended);
             });
         });
-        is_awake.recv_timeout(LONG).unwrap();
+        let path = server.shm(0);
         executor::run(LONG, move || async move {
-            let session = connect(others).await;
+            let session = connect(path).await;
+            until_forwarded(&session, before + 1).await;
             for _ in 0..200 {
-                let get = encode(&["INCR", FIRST]);
-                assert!(pipeline(&session, vec![get], 1).await[0].integer() > 0);
+                let incr = encode(&["INCR", FIRST]);
+                assert!(pipeline(&session, vec![incr], 1).await[0].integer() > 0);
             }
         });
-        let slept = is_awake.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty);
+        let is_asleep = is_asleep.try_recv() == Err(mpsc::TryRecvError::Empty);
         sleeper.join().unwrap();
-        if slept {
+        if is_asleep {
             break;
         }
         assert!(seconds < 30, "the other shard does not answer while one sleeps");
         seconds *= 3;
     }
     server.stop();
+}
+
+/// Waits until the shard that a session leads to has passed on so many commands.
+async fn until_forwarded(session: &Session, count: u64) {
+    loop {
+        let commands = vec![b"SHARD ONLY\r\nINFO shards\r\n".to_vec()];
+        let replies = pipeline(session, commands, 2).await;
+        let field = replies[1].text().split(',').find_map(|field| field.strip_prefix("forwarded="));
+        if field.unwrap().parse::<u64>().unwrap() >= count {
+            break;
+        }
+    }
 }
 
 #[test]
@@ -426,8 +465,15 @@ fn a_killed_server_leaves_nothing_that_stops_the_next() {
 #[test]
 fn one_shard_needs_no_shared_memory() {
     let directory = Directory::new();
-    let mut process =
-        Running::start(&["--shards", "1", "--unix", &directory.file("unix"), "--spin", "0"]);
+    let mut process = Running::start(&[
+        "--shards",
+        "1",
+        "--unix",
+        &directory.file("unix"),
+        "--spin",
+        "0",
+        "--pin",
+    ]);
     let path = process.line_with("listening on unix ");
     process.line_with("ready");
     let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&path).unwrap().permissions());
@@ -464,9 +510,11 @@ fn wrong_arguments_end_with_2() {
         assert_eq!(output, "", "{arguments:?}");
         process.line_with("usage: ");
     }
-    // Nothing is wrong with this but that the directory is not there.
-    let mut process = Running::start(&["--shards", "1", "--unix", "/nowhere/kv"]);
-    assert_eq!(process.end().0.code(), Some(1));
+    // Nothing is wrong with these but that the directory is not there.
+    for door in ["--unix", "--shm"] {
+        let mut process = Running::start(&["--shards", "1", door, "/nowhere/kv"]);
+        assert_eq!(process.end().0.code(), Some(1), "{door}");
+    }
     let (status, usage) = Running::start(&["--help"]).end();
     assert!(status.success() && usage.starts_with("usage: "), "{usage}");
 }

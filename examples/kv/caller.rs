@@ -330,7 +330,8 @@ fn unknown_subcommand(command: &str, request: Request<'_>, replies: &mut Replies
     let subcommand = request.get(1);
     let subcommand = String::from_utf8_lossy(&subcommand[..subcommand.len().min(SHOWN)]);
     let text = format_args!(
-        "ERR unknown subcommand or wrong number of arguments for '{subcommand}'. Try {command} HELP."
+        "ERR unknown subcommand or wrong number of arguments for '{subcommand}'. \
+        Try {command} HELP."
     );
     reply::error(replies, text);
 }

@@ -18,8 +18,6 @@ use super::reply;
 use super::resp::Parser;
 use super::shard::{Counted, Shard};
 
-/// How long a client may take to read replies, before it is given up.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// How long, and how much, a client may go on writing behind what it was hung up for. Its last
 /// reply would be lost if the socket were closed on unread bytes.
 const LINGER: Duration = Duration::from_secs(1);
@@ -48,8 +46,7 @@ pub(crate) async fn serve(
     let mut turns = 0;
     loop {
         let turn = connection.take_commands();
-        let peers = &shard.peers;
-        or(connection.exchange.finish(peers, &mut stream), too_late()).await?;
+        connection.exchange.finish(&shard.peers, &mut stream).await?;
         match turn {
             Turn::Starved => {
                 let expected_len = connection.parser.expected_len();
@@ -106,11 +103,6 @@ impl Connection {
         }
         Turn::Full
     }
-}
-
-async fn too_late() -> io::Result<()> {
-    glommio::timer::sleep(PATIENCE).await;
-    Err(io::ErrorKind::TimedOut.into())
 }
 
 /// Ends a connection so that the client gets its last reply.

@@ -12,15 +12,16 @@ use std::future::{pending, poll_fn};
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use futures_lite::future::or;
-use futures_lite::{AsyncReadExt, AsyncWrite};
-use shmipc_glommio::{ReadHalf, Session, WriteHalf};
+use futures_lite::{AsyncWrite, AsyncWriteExt};
+use shmipc_glommio::{Session, WriteHalf};
 
-use super::input::Input;
+use super::execute::{REPLY_AT_MOST, REPLY_TOO_LONG};
 use super::peers::Peers;
 use super::reply::{self, Replies};
-use super::resp::integer;
+use super::source::{Failure, Source};
 
 /// A batch ends when so many bytes of replies, or of commands for others, have come together.
 const BATCH_BYTES: usize = 256 << 10;
@@ -28,8 +29,8 @@ const BATCH_BYTES: usize = 256 << 10;
 const BATCH_COMMANDS: usize = 1024;
 /// So many bytes of replies are sent before the rest of the batch's are there.
 const OUTPUT_AT_MOST: usize = 4 << 20;
-/// The longest line of a shard's reply.
-const LINE_AT_MOST: usize = 64 << 10;
+/// How long a client may take to read anything of what it asked for, before it is given up.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the replies to one client are made of.
 pub(crate) struct Exchange {
@@ -41,6 +42,8 @@ pub(crate) struct Exchange {
     queued: usize,
     outgoing: Vec<Outgoing>,
     sources: Vec<Source>,
+    /// Replies of several shards, put together.
+    output: Replies,
 }
 
 /// What comes next.
@@ -76,22 +79,9 @@ struct Outgoing {
     link: Option<(Session, WriteHalf)>,
 }
 
-/// Where the replies of a shard come from.
-enum Source {
-    Here { replies: Replies, used: usize },
-    Link { reader: Option<ReadHalf>, input: Input, failure: Option<Failure> },
-}
-
-/// The text of an error reply: a shard could not be asked, or said no.
-type Failure = String;
-
 impl Exchange {
     /// For a client of the shard `here`, one of so many.
     pub(crate) fn new(here: usize, shards: usize) -> Self {
-        let source = |shard| match shard {
-            _ if shard == here => Source::Here { replies: Replies::new(), used: 0 },
-            _ => Source::no_link(),
-        };
         Self {
             here,
             pieces: Vec::new(),
@@ -99,17 +89,15 @@ impl Exchange {
             commands: 0,
             queued: 0,
             outgoing: (0..shards).map(|_| Outgoing::default()).collect(),
-            sources: (0..shards).map(source).collect(),
+            sources: (0..shards).map(|_| Source::default()).collect(),
+            output: Replies::new(),
         }
     }
 
     /// Where replies that are made here are written. Their place is behind all that was asked
     /// before.
     pub(crate) fn replies(&mut self) -> &mut Replies {
-        match &mut self.sources[self.here] {
-            Source::Here { replies, .. } => replies,
-            Source::Link { .. } => unreachable!("the own shard's source is made in `new`"),
-        }
+        self.sources[self.here].made_here()
     }
 
     /// Whether it is time to send and to answer.
@@ -174,19 +162,16 @@ impl Exchange {
         } else {
             self.place();
             self.open_links(peers).await;
-            let Self { pieces, outgoing, sources, .. } = self;
+            let Self { here, pieces, outgoing, sources, output, .. } = self;
             let sending = async {
                 poll_fn(|context| poll_send_all(outgoing, context)).await;
                 pending().await
             };
-            or(sending, join_all(pieces, sources, client)).await?;
+            or(sending, join_all(pieces, *here, sources, output, client)).await?;
+            self.output.shrink_to(OUTPUT_AT_MOST);
             self.drop_failed_links();
-            self.replies().clear();
         }
-        if let Source::Here { replies, used } = &mut self.sources[self.here] {
-            *used = 0;
-            replies.shrink_to(OUTPUT_AT_MOST);
-        }
+        self.sources[self.here].forget_made_here(OUTPUT_AT_MOST);
         (self.placed, self.commands, self.queued) = (0, 0, 0);
         Ok(())
     }
@@ -214,9 +199,9 @@ impl Exchange {
 
     fn drop_failed_links(&mut self) {
         for (outgoing, source) in self.outgoing.iter_mut().zip(&mut self.sources) {
-            if let Source::Link { failure: Some(_), .. } = source {
+            if source.has_failed() {
                 outgoing.cancel();
-                *source = Source::no_link();
+                *source = Source::default();
             }
             outgoing.bytes.shrink_to(OUTPUT_AT_MOST);
         }
@@ -261,46 +246,51 @@ fn poll_send_all(outgoing: &mut [Outgoing], context: &mut Context<'_>) -> Poll<(
 
 /// Sends replies to a client, and forgets them.
 async fn send(client: &mut (impl AsyncWrite + Unpin), replies: &mut Replies) -> io::Result<()> {
-    use futures_lite::AsyncWriteExt;
-    if !replies.is_empty() {
-        client.write_all(replies).await?;
-        client.flush().await?;
-        replies.clear();
+    let mut sent = 0;
+    while sent < replies.len() {
+        match or(client.write(&replies[sent..]), too_late()).await? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            count => sent += count,
+        }
     }
+    replies.clear();
     Ok(())
+}
+
+async fn too_late() -> io::Result<usize> {
+    glommio::timer::sleep(PATIENCE).await;
+    Err(io::ErrorKind::TimedOut.into())
 }
 
 async fn join_all(
     pieces: &mut Vec<Piece>,
+    here: usize,
     sources: &mut [Source],
+    output: &mut Replies,
     client: &mut (impl AsyncWrite + Unpin),
 ) -> io::Result<()> {
-    let mut output = Replies::new();
     for piece in pieces.drain(..) {
         let before = output.len();
-        if let Err(failure) = join(piece, sources, &mut output).await {
+        if let Err(failure) = join(piece, here, sources, output).await {
             output.truncate(before);
-            reply::error(&mut output, format_args!("{failure}"));
+            reply::error(output, format_args!("{failure}"));
         }
         if output.len() >= OUTPUT_AT_MOST {
-            send(client, &mut output).await?;
+            send(client, output).await?;
         }
     }
-    send(client, &mut output).await
+    send(client, output).await
 }
 
 /// Appends the next piece. Whatever fails, the replies that belong to it have been taken.
-async fn join(piece: Piece, sources: &mut [Source], output: &mut Replies) -> Result<(), Failure> {
+async fn join(
+    piece: Piece,
+    here: usize,
+    sources: &mut [Source],
+    output: &mut Replies,
+) -> Result<(), Failure> {
     match piece {
-        Piece::Here(len) => {
-            for source in sources.iter_mut() {
-                if let Source::Here { replies, used } = source {
-                    output.extend_from_slice(&replies[*used..*used + len]);
-                    *used += len;
-                }
-            }
-            Ok(())
-        }
+        Piece::Here(len) => sources[here].copy(output, len).await,
         Piece::Next(shard) => sources[shard].copy_reply(output).await,
         Piece::Elements(owners) => join_elements(&owners, sources, output).await,
         Piece::Sum(shards) => {
@@ -318,8 +308,7 @@ async fn join(piece: Piece, sources: &mut [Source], output: &mut Replies) -> Res
         Piece::AllOk(shards) => {
             let mut result = Ok(());
             for shard in shards {
-                let line = sources[shard].line().await;
-                result = result.and(line.map(drop));
+                result = result.and(sources[shard].status().await);
             }
             output.extend_from_slice(reply::OK);
             result
@@ -346,6 +335,7 @@ async fn join_elements(
 ) -> Result<(), Failure> {
     let mut result = Ok(());
     let mut is_array = vec![None; sources.len()];
+    let before = output.len();
     reply::array(output, owners.len());
     for &owner in owners {
         let has_array = match is_array[owner] {
@@ -361,140 +351,85 @@ async fn join_elements(
         if has_array {
             result = result.and(sources[owner].copy_reply(output).await);
         }
+        if output.len() - before > REPLY_AT_MOST {
+            output.truncate(before);
+            result = Err(REPLY_TOO_LONG.into());
+        }
     }
     result
 }
 
-impl Source {
-    fn no_link() -> Self {
-        Self::Link { reader: None, input: Input::default(), failure: None }
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::path::PathBuf;
+    use std::rc::Rc;
+
+    use futures_lite::AsyncReadExt;
+    use glommio::{LocalExecutorBuilder, Placement};
+    use shmipc_glommio::{Config, Listener};
+
+    use super::*;
+    use crate::kv::peers::ONLY;
+
+    fn config() -> Config {
+        Config::builder().buffer_size(1 << 20).build().unwrap()
     }
 
-    fn linked(reader: ReadHalf) -> Self {
-        Self::Link { reader: Some(reader), input: Input::default(), failure: None }
-    }
-
-    fn failed(failure: Failure) -> Self {
-        Self::Link { reader: None, input: Input::default(), failure: Some(failure) }
-    }
-
-    fn unread(&self) -> &[u8] {
-        match self {
-            Self::Here { replies, used } => &replies[*used..],
-            Self::Link { input, .. } => input.unread(),
+    /// A shard that answers every first batch with this, then ends the session.
+    async fn answer_once_each(listener: Listener, answer: &'static [u8], sessions: Rc<Cell<u32>>) {
+        while let Ok(session) = listener.accept().await {
+            sessions.set(sessions.get() + 1);
+            let mut stream = session.accept().await.unwrap();
+            let mut only = vec![0; ONLY.len()];
+            stream.read_exact(&mut only).await.unwrap();
+            assert_eq!(only, ONLY);
+            stream.write_all(reply::OK).await.unwrap();
+            let mut batch = [0; 1000];
+            stream.read(&mut batch).await.unwrap();
+            stream.write_all(answer).await.unwrap();
+            session.close().await;
         }
     }
 
-    fn consume(&mut self, count: usize) {
-        match self {
-            Self::Here { used, .. } => *used += count,
-            Self::Link { input, .. } => input.consume(count),
-        }
+    /// The replies to two commands for the other shard, between two of this one.
+    async fn ask(exchange: &mut Exchange, peers: &Peers) -> String {
+        let mut client = Vec::new();
+        exchange.replies().extend_from_slice(b"+first\r\n");
+        exchange.forward(1, b"*1\r\n$3\r\nONE\r\n");
+        exchange.forward(1, b"*1\r\n$3\r\nTWO\r\n");
+        exchange.replies().extend_from_slice(b"+last\r\n");
+        exchange.finish(peers, &mut client).await.unwrap();
+        String::from_utf8(client).unwrap()
     }
 
-    /// Waits for more bytes.
-    async fn more(&mut self) -> Result<(), Failure> {
-        let Self::Link { reader, input, failure } = self else {
-            return Err("ERR a reply of this shard is missing".into());
-        };
-        if let Some(failure) = failure {
-            return Err(failure.clone());
-        }
-        let result = match reader {
-            Some(reader) => input.fill(reader, 0).await,
-            None => Ok(0),
-        };
-        let text = match result {
-            Ok(1..) => return Ok(()),
-            Ok(0) => "ERR the shard's stream has ended".to_owned(),
-            Err(error) => format!("ERR the shard's stream failed: {error}"),
-        };
-        Err(failure.insert(text).clone())
-    }
+    #[test]
+    fn a_shard_that_fails_is_told_of_in_its_place_and_asked_again_later() {
+        let name = format!("shmipc-kv-exchange-{}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let executor = LocalExecutorBuilder::new(Placement::Unbound).make().unwrap();
+        executor.run(async move {
+            let peers = Peers::new(vec![PathBuf::new(), path.clone()], config());
+            let mut exchange = Exchange::new(0, 2);
+            let replies = ask(&mut exchange, &peers).await;
+            let lines: Vec<&str> = replies.split("\r\n").collect();
+            assert_eq!((lines[0], lines[3], lines.len()), ("+first", "+last", 5), "{replies}");
+            assert!(lines[1].starts_with("-ERR shard 1 cannot be reached: "), "{replies}");
+            assert_eq!(lines[1], lines[2]);
 
-    /// Reads exactly so many bytes that have not come yet straight to where they go.
-    async fn read_onto(&mut self, output: &mut Replies, len: usize) -> Result<(), Failure> {
-        let Self::Link { reader: Some(reader), failure, .. } = self else {
-            return self.more().await;
-        };
-        let start = output.len();
-        output.resize(start + len, 0);
-        match reader.read_exact(&mut output[start..]).await {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                let text = format!("ERR the shard's stream failed: {error}");
-                Err(failure.insert(text).clone())
+            let listener = Listener::bind(&path, config()).unwrap();
+            let sessions = Rc::new(Cell::new(0));
+            let answer = b"$3\r\none\r\n$3\r\ntw";
+            let shard = answer_once_each(listener, answer, Rc::clone(&sessions));
+            let shard = glommio::spawn_local(shard);
+            for count in 1..4 {
+                let replies = ask(&mut exchange, &peers).await;
+                let rest = replies.strip_prefix("+first\r\n$3\r\none\r\n-ERR the shard's stream ");
+                let rest = rest.unwrap_or_else(|| panic!("{replies}"));
+                assert!(rest.ends_with("\r\n+last\r\n") && !rest.contains("tw"), "{replies}");
+                assert_eq!(sessions.get(), count);
             }
-        }
-    }
-
-    /// Takes a line without its end. One that is an error is a failure.
-    async fn line(&mut self) -> Result<Vec<u8>, Failure> {
-        let mut searched = 0;
-        loop {
-            let unread = self.unread();
-            if let Some(end) = unread[searched..].iter().position(|&byte| byte == b'\n') {
-                let end = searched + end;
-                let line = unread[..end].strip_suffix(b"\r").unwrap_or(&unread[..end]).to_vec();
-                self.consume(end + 1);
-                return match line.strip_prefix(b"-") {
-                    Some(error) => Err(String::from_utf8_lossy(error).into_owned()),
-                    None => Ok(line),
-                };
-            }
-            searched = unread.len();
-            if searched > LINE_AT_MOST {
-                return Err(self.give_up());
-            }
-            self.more().await?;
-        }
-    }
-
-    /// Takes a line that is a letter and a number.
-    async fn number(&mut self, letter: u8) -> Result<i64, Failure> {
-        let line = self.line().await?;
-        let number = line.strip_prefix(&[letter]).and_then(integer);
-        number.ok_or_else(|| self.give_up())
-    }
-
-    /// The shard said what it should not. Nothing behind that can be understood.
-    fn give_up(&mut self) -> Failure {
-        let text = "ERR the shard's reply makes no sense".to_owned();
-        if let Self::Link { failure, reader, .. } = self {
-            *failure = Some(text.clone());
-            *reader = None;
-        }
-        text
-    }
-
-    /// Appends the next reply, whatever it is.
-    async fn copy_reply(&mut self, output: &mut Replies) -> Result<(), Failure> {
-        let mut left: usize = 1;
-        while left > 0 {
-            left -= 1;
-            let line = self.line().await?;
-            let count = match line.first() {
-                Some(b'$' | b'*') => integer(&line[1..]).ok_or_else(|| self.give_up())?,
-                _ => 0,
-            };
-            output.extend_from_slice(&line);
-            output.extend_from_slice(b"\r\n");
-            // The length of nothing is -1.
-            let Ok(count) = usize::try_from(count) else { continue };
-            match line[0] {
-                b'$' => self.copy(output, count.saturating_add(2)).await?,
-                b'*' => left = left.saturating_add(count),
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
-    async fn copy(&mut self, output: &mut Replies, len: usize) -> Result<(), Failure> {
-        let unread = self.unread();
-        let here = len.min(unread.len());
-        output.extend_from_slice(&unread[..here]);
-        self.consume(here);
-        if here < len { self.read_onto(output, len - here).await } else { Ok(()) }
+            shard.cancel().await;
+        });
     }
 }

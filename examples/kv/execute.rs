@@ -16,6 +16,9 @@ const SCAN_BY_DEFAULT: usize = 10;
 /// A step of a scan ends when its keys have so many bytes.
 const SCAN_BYTES: usize = 1 << 20;
 const PATTERN_AT_MOST: usize = 4096;
+/// The longest reply to MGET. Naming a large value many times costs the client little.
+pub(crate) const REPLY_AT_MOST: usize = 256 << 20;
+pub(crate) const REPLY_TOO_LONG: &str = "ERR reply is longer than 256 MiB";
 
 /// Which of how many shards a store is: a scan goes on with the next one.
 #[derive(Debug, Clone, Copy)]
@@ -90,20 +93,32 @@ fn try_execute(
 pub(crate) fn keys<'a>(
     store: &mut Store,
     command: Command,
-    mut keys: impl Iterator<Item = &'a [u8]>,
+    keys: impl Iterator<Item = &'a [u8]>,
     len: usize,
     replies: &mut Replies,
 ) {
     match command {
-        Command::MGet => {
-            reply::array(replies, len);
-            keys.for_each(|key| value(store, key, replies));
-        }
+        Command::MGet => values(store, keys, len, replies),
         Command::Del => {
-            reply::integer(replies, keys.by_ref().filter(|key| store.remove(key)).count() as i64);
+            reply::integer(replies, keys.filter(|key| store.remove(key)).count() as i64);
         }
-        _ => {
-            reply::integer(replies, keys.by_ref().filter(|key| store.contains(key)).count() as i64)
+        _ => reply::integer(replies, keys.filter(|key| store.contains(key)).count() as i64),
+    }
+}
+
+fn values<'a>(
+    store: &mut Store,
+    keys: impl Iterator<Item = &'a [u8]>,
+    len: usize,
+    replies: &mut Replies,
+) {
+    let before = replies.len();
+    reply::array(replies, len);
+    for key in keys {
+        value(store, key, replies);
+        if replies.len() - before > REPLY_AT_MOST {
+            replies.truncate(before);
+            return reply::error(replies, format_args!("{REPLY_TOO_LONG}"));
         }
     }
 }

@@ -5,10 +5,10 @@
 //! - [`store`] (with [`slab`], [`glob`] and [`cursor`]): the keys of one shard, for one thread.
 //! - [`command`], [`execute`] and [`route`]: what a command is, what it does to a store, and which
 //!   shards it is for.
-//! - [`connection`] (with [`caller`] and [`input`]): one client, whatever door it came through. What it asks of other shards goes
-//!   out, and comes back, by [`exchange`].
-//! - [`shard`], [`peers`], [`info`] and [`doors`] (with [`socket`]): what a core has: its store, its sessions with
-//!   the other cores, its counters, its sockets.
+//! - [`connection`] (with [`caller`] and [`input`]): one client, whatever door it came through.
+//!   What it asks of other shards goes out, and comes back, by [`exchange`] (with [`source`]).
+//! - [`shard`], [`peers`], [`info`] and [`doors`] (with [`socket`]): what a core has: its store,
+//!   its sessions with the other cores, its counters, its sockets.
 
 pub(crate) mod caller;
 pub(crate) mod command;
@@ -28,4 +28,5 @@ pub(crate) mod shard;
 pub(crate) mod slab;
 pub(crate) mod slots;
 pub(crate) mod socket;
+pub(crate) mod source;
 pub(crate) mod store;

@@ -14,7 +14,7 @@ use shmipc_glommio::{Config, Connector, Session, Stream};
 
 /// What a shard says first on a stream to another one: commands that come on it are for that shard
 /// alone, and it must not pass them on.
-const ONLY: &[u8] = b"*2\r\n$5\r\nSHARD\r\n$4\r\nONLY\r\n";
+pub(crate) const ONLY: &[u8] = b"*2\r\n$5\r\nSHARD\r\n$4\r\nONLY\r\n";
 
 /// The other shards.
 pub(crate) struct Peers {
@@ -39,14 +39,16 @@ impl Peers {
     /// Opens a stream to a shard, on which it takes commands for itself alone.
     pub(crate) async fn open(&self, shard: usize) -> io::Result<(Session, Stream)> {
         let session = self.session(shard).await?;
-        let mut stream = session.open_stream()?;
-        stream.write_all(ONLY).await?;
-        let mut answer = [0; 5];
-        stream.read_exact(&mut answer).await?;
-        if answer != super::reply::OK {
-            return Err(io::Error::other("it does not take commands of another shard"));
+        match open_on(&session).await {
+            Ok(stream) => Ok((session, stream)),
+            // It was about to end when it was asked; a new one may live.
+            Err(_) if session.end_reason().is_some() => {
+                let session = self.session(shard).await?;
+                let stream = open_on(&session).await?;
+                Ok((session, stream))
+            }
+            Err(error) => Err(error),
         }
-        Ok((session, stream))
     }
 
     async fn session(&self, shard: usize) -> io::Result<Session> {
@@ -63,6 +65,17 @@ impl Peers {
         *peer.session.borrow_mut() = Some(session.clone());
         Ok(session)
     }
+}
+
+async fn open_on(session: &Session) -> io::Result<Stream> {
+    let mut stream = session.open_stream()?;
+    stream.write_all(ONLY).await?;
+    let mut answer = [0; 5];
+    stream.read_exact(&mut answer).await?;
+    if answer != super::reply::OK {
+        return Err(io::Error::other("it does not take commands of another shard"));
+    }
+    Ok(stream)
 }
 
 impl Peer {
