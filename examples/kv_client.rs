@@ -38,8 +38,6 @@ mod pace;
 mod pipe;
 #[path = "kv_client/report.rs"]
 mod report;
-#[path = "kv_client/shards.rs"]
-mod shards;
 #[allow(unreachable_pub, reason = "the server has it, too")]
 #[path = "kv/slots.rs"]
 mod slots;

@@ -22,22 +22,19 @@ mod kv;
 use std::fmt;
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use glommio::{LocalExecutorBuilder, Placement};
 use nix::sys::signal::{SigSet, Signal};
-use shmipc_glommio::{Config, Listener, SliceClass, Spin};
+use shmipc_glommio::{Config, Cores, Server, Session, Shard as Core, SliceClass, Spin};
 
-use kv::doors::{AllDoors, Doors};
+use kv::doors::AllDoors;
 use kv::resp::Limits;
-use kv::shard::{self, Settings, Shard};
+use kv::shard::{self, Settings};
 
 const USAGE: &str = "usage: kv_server [--tcp ADDRESS:PORT] [--unix PATH] [--shm PATH]
   at least one of these; --shm is needed for more than one shard
@@ -49,8 +46,8 @@ const USAGE: &str = "usage: kv_server [--tcp ADDRESS:PORT] [--unix PATH] [--shm 
 /// The exit status of a command that was called wrongly.
 const BAD_ARGUMENTS: u8 = 2;
 const MOST_SHARDS: usize = 256;
-/// How long an address that is in use is tried.
-const RELEASE: Duration = Duration::from_secs(2);
+/// How long sessions get to come to rest when the server is to stop.
+const GRACE: Duration = Duration::from_secs(2);
 const DEFAULT_BULK: usize = 64 << 20;
 const MOST_BULK: usize = 512 << 20;
 
@@ -164,16 +161,18 @@ fn serve(options: &Options) -> io::Result<()> {
     // signals takes them.
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
     signals.thread_block()?;
+    let limits = Limits::for_bulk(options.bulk);
+    // Without a door for others, the shard still has one, which nobody is told of.
+    let private = || std::env::temp_dir().join(format!("kv-server-{}.sock", std::process::id()));
     let settings = Settings {
-        shards: options.shards,
-        limits: Limits::for_bulk(options.bulk),
-        shm: options.shm.clone(),
+        limits,
+        shm: options.shm.clone().unwrap_or_else(private),
         config: session_config(options.spin)?,
         is_debug_allowed: options.is_debug_allowed,
         started: Instant::now(),
     };
     let mut doors = AllDoors::reserve(options.tcp, options.unix.as_deref())?;
-    let threads = Threads::start(&settings, &mut doors, options.is_pinned)?;
+    let server = start(&settings, &mut doors, options)?;
     doors.start()?;
 
     if let Some(address) = doors.tcp_address() {
@@ -186,123 +185,46 @@ fn serve(options: &Options) -> io::Result<()> {
         tell(format_args!("listening on shm {} ({} shards)", path.display(), options.shards));
     }
     tell(format_args!("ready"));
-    let waited = threads.wait(signals);
-    drop(doors);
-    waited
-}
-
-/// The threads of the shards.
-struct Threads {
-    stop: Arc<AtomicBool>,
-    threads: Vec<thread::JoinHandle<io::Result<()>>>,
-}
-
-impl Threads {
-    /// Starts a thread for each shard, and waits until all are there.
-    fn start(settings: &Settings, doors: &mut AllDoors, is_pinned: bool) -> io::Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (ready, are_ready) = mpsc::channel();
-        let mut all = Self { stop, threads: Vec::new() };
-        for index in 0..settings.shards {
-            let (settings, doors, ready) = (settings.clone(), doors.for_shard()?, ready.clone());
-            let stop = Arc::clone(&all.stop);
-            let placement = placement(index, is_pinned)?;
-            all.threads.push(thread::Builder::new().name(format!("shard-{index}")).spawn(
-                move || {
-                    let executor =
-                        LocalExecutorBuilder::new(placement).make().map_err(io::Error::from)?;
-                    executor.run(run_shard(index, settings, doors, ready, stop))
-                },
-            )?);
+    let stopper = server.stopper();
+    thread::spawn(move || {
+        if let Err(errno) = signals.wait() {
+            tell(format_args!("cannot wait for signals: {errno}"));
         }
-        drop(ready);
-        if are_ready.iter().count() < settings.shards {
-            all.stop()?;
-            return Err(io::Error::other("a shard ended by itself"));
-        }
-        Ok(all)
-    }
-
-    fn wait(self, signals: SigSet) -> io::Result<()> {
-        let signal = signals.wait();
-        self.stop()?;
-        signal.map(drop).map_err(io::Error::from)
-    }
-
-    fn stop(self) -> io::Result<()> {
-        // Release, for the acquire in `until`: nothing but the flag itself is passed on.
-        self.stop.store(true, Ordering::Release);
-        let mut result = Ok(());
-        for thread in self.threads {
-            let ended = thread.join().unwrap_or_else(|_| Err(io::Error::other("a shard panicked")));
-            result = result.and(ended);
-        }
-        result
-    }
+        stopper.stop(GRACE);
+    });
+    Ok(server.join()?)
 }
 
-/// Where a shard runs: anywhere, or on one of the processors that this process may use.
-fn placement(index: usize, is_pinned: bool) -> io::Result<Placement> {
-    if !is_pinned {
-        return Ok(Placement::Unbound);
-    }
-    let allowed = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0))?;
-    let is_allowed = |&cpu: &usize| allowed.is_set(cpu).unwrap_or(false);
-    let processors: Vec<usize> = (0..nix::sched::CpuSet::count()).filter(is_allowed).collect();
-    match processors.get(index % processors.len().max(1)) {
-        Some(&processor) => Ok(Placement::Fixed(processor)),
-        None => Err(io::Error::other("this process may use no processor")),
-    }
-}
-
-async fn run_shard(
-    index: usize,
-    settings: Settings,
-    doors: Doors,
-    ready: mpsc::Sender<()>,
-    stop: Arc<AtomicBool>,
-) -> io::Result<()> {
-    let config = settings.config.clone();
-    let shm = settings.shm.clone();
-    let (shard, tasks) = shard::start_shard(index, settings, doors)?;
-    let mut listeners = Vec::new();
-    if let Some(path) = shm {
-        listeners.push(bind(&shard::path_of(&path, index), &config).await?);
-        if index == 0 {
-            listeners.push(bind(&path, &config).await?);
-        }
-    }
-    let accepting: Vec<_> = listeners
-        .into_iter()
-        .map(|listener| glommio::spawn_local(accept(Rc::clone(&shard), listener)))
-        .collect();
-    let _ = ready.send(());
-    drop(ready);
-    while !stop.load(Ordering::Acquire) {
-        glommio::timer::sleep(Duration::from_millis(20)).await;
-    }
-    drop((tasks, accepting));
-    // Tasks that were cancelled go, and close what they had, before their executor goes.
-    futures_lite::future::yield_now().await;
-    Ok(())
-}
-
-/// Listens for sessions. What a killed server listened on lives a moment longer than its process:
-/// the kernel takes its time to let go of what waited in io_uring.
-async fn bind(path: &Path, config: &Config) -> shmipc_glommio::Result<Listener> {
-    let deadline = Instant::now() + RELEASE;
-    loop {
-        match Listener::bind(path, config.clone()) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
-                glommio::timer::sleep(RELEASE / 40).await;
+/// Starts a shard on each core, and the doors of each.
+fn start(settings: &Settings, doors: &mut AllDoors, options: &Options) -> io::Result<Server> {
+    let cores = if options.is_pinned { Cores::Count } else { Cores::Unpinned };
+    let each: io::Result<Vec<_>> =
+        (0..options.shards).map(|_| doors.for_shard().map(Some)).collect();
+    // Each shard takes its own, once.
+    let each = Arc::new(Mutex::new(each?));
+    let settings = settings.clone();
+    let server = Server::builder(&settings.shm)
+        .cores(cores(options.shards))
+        .config(settings.config.clone())
+        .start(move |core: Core| {
+            let (settings, each) = (settings.clone(), Arc::clone(&each));
+            async move {
+                let doors = each.lock().ok().and_then(|mut each| each[core.index()].take());
+                let doors = doors.ok_or_else(|| io::Error::other("its doors are gone"))?;
+                let (shard, tasks) = shard::start_shard(core.clone(), settings, doors)?;
+                glommio::spawn_local(async move {
+                    core.stopping().await;
+                    drop(tasks);
+                })
+                .detach();
+                Ok::<_, io::Error>(move |session: Session| {
+                    let shard = Rc::clone(&shard);
+                    async move {
+                        shard::serve_session(shard, session).await;
+                        Ok::<_, io::Error>(())
+                    }
+                })
             }
-            result => return result,
-        }
-    }
-}
-
-async fn accept(shard: Rc<Shard>, listener: Listener) {
-    while let Ok(session) = listener.accept().await {
-        glommio::spawn_local(shard::serve_session(Rc::clone(&shard), session)).detach();
-    }
+        })?;
+    Ok(server)
 }

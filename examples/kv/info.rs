@@ -66,11 +66,14 @@ pub(crate) fn head(shard: &Shard, sections: Sections) -> String {
 
 /// The line of one shard.
 pub(crate) fn line(shard: &Shard) -> String {
+    let sessions = shard.core.sessions();
+    let open: u64 = sessions.iter().map(|session| session.stats().cross_core_wakes).sum();
+    let cross_core_wakes = open + shard.core.stats().cross_core_wakes;
     let store = shard.store.borrow();
     let (touches, counters) = (store.touches(), &shard.counters);
     format!(
         "shard{}:keys={},touches_owner={},touches_other={},sessions={},clients={},forwarded={},\
-        commands={}\r\n",
+        commands={},cross_core_wakes={cross_core_wakes}\r\n",
         shard.place.index,
         store.len(),
         touches.by_owner,

@@ -3,12 +3,12 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use glommio::Task;
-use shmipc_glommio::{Config, Session};
+use shmipc_glommio::{Config, Session, Shard as Core};
 
 use super::connection;
 use super::doors::{self, Doors};
@@ -25,10 +25,9 @@ const SWEEP_AT_MOST: usize = 1000;
 /// What all shards are told alike.
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
-    pub(crate) shards: usize,
     pub(crate) limits: Limits,
-    /// Where the shards listen: each at this path, a dot, and its number.
-    pub(crate) shm: Option<PathBuf>,
+    /// Where the server listens for sessions.
+    pub(crate) shm: PathBuf,
     pub(crate) config: Config,
     pub(crate) is_debug_allowed: bool,
     pub(crate) started: Instant,
@@ -36,6 +35,8 @@ pub(crate) struct Settings {
 
 /// One shard, for the tasks of its core.
 pub(crate) struct Shard {
+    /// Its core, and the sessions there.
+    pub(crate) core: Core,
     pub(crate) place: Place,
     pub(crate) settings: Settings,
     pub(crate) store: RefCell<Store>,
@@ -90,16 +91,15 @@ impl Shard {
 /// Starts a shard on the executor of this thread: its store, its doors, its timer. They work as
 /// long as the tasks live.
 pub(crate) fn start_shard(
-    index: usize,
+    core: Core,
     settings: Settings,
     doors: Doors,
 ) -> io::Result<(Rc<Shard>, Vec<Task<()>>)> {
-    let paths =
-        (0..settings.shards).filter_map(|shard| Some(path_of(settings.shm.as_ref()?, shard)));
     let shard = Rc::new(Shard {
-        place: Place { index, count: settings.shards },
+        place: Place { index: core.index(), count: core.count() },
+        core,
         store: RefCell::new(Store::new()),
-        peers: Peers::new(paths.collect(), settings.config.clone()),
+        peers: Peers::new(&settings.shm, settings.config.clone())?,
         counters: Counters::default(),
         settings,
     });
@@ -108,21 +108,15 @@ pub(crate) fn start_shard(
     Ok((shard, tasks))
 }
 
-/// Where a shard listens for sessions.
-pub(crate) fn path_of(path: &Path, shard: usize) -> PathBuf {
-    let mut path = path.as_os_str().to_owned();
-    path.push(format!(".{shard}"));
-    path.into()
-}
-
 /// Serves every stream of a session, until it ends.
 pub(crate) async fn serve_session(shard: Rc<Shard>, session: Session) {
     let _counted = Counted::new(&shard.counters.sessions);
-    while let Ok(stream) = session.accept().await {
+    let serve = |stream| {
         let shard = Rc::clone(&shard);
         // A stream that ends with an error has no reply to lose.
-        glommio::spawn_local(async move { connection::serve(&shard, stream).await.ok() }).detach();
-    }
+        async move { connection::serve(&shard, stream).await.ok() }
+    };
+    session.serve_streams(serve).await;
 }
 
 /// Removes what has expired and is not asked for.

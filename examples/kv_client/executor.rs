@@ -10,7 +10,7 @@ use futures_lite::future::or;
 use glommio::channels::local_channel;
 use glommio::net::{TcpStream, UnixStream};
 use hdrhistogram::Histogram;
-use shmipc_glommio::Session;
+use shmipc_glommio::{Connector, Session};
 
 use super::connection::Connection;
 use super::counts::Counts;
@@ -20,7 +20,6 @@ use super::failure::Failure;
 use super::options::{Options, Target};
 use super::pace::Pace;
 use super::pipe::Pipe;
-use super::shards::Shards;
 use super::tally::{Latencies, Watch, latencies};
 use super::values::Values;
 use super::work::Plan;
@@ -85,8 +84,9 @@ impl Executor {
         let counts_before = Counts::of(&self.sessions);
         let started = Instant::now();
         self.all(|number| {
-            let pace =
-                options.rate.map(|rate| Pace::new(started, rate, number, options.connections));
+            let pace = options
+                .rate
+                .map(|rate| Pace::new(started, rate, options.tick, number, options.connections));
             (Plan::Mixed(options.share(options.requests, number)), pace)
         })
         .await?;
@@ -142,9 +142,9 @@ impl Executor {
             }
             Target::Shm(path) => {
                 if self.sessions.is_empty() {
-                    let shards = Shards::find(path, self.options.config()?);
-                    for shard in 0..shards.count() {
-                        self.sessions.push(shards.connect(shard).await?);
+                    let connector = Connector::new(self.options.config()?);
+                    for shard in 0..Connector::shard_count(path)? {
+                        self.sessions.push(connector.connect_shard(path, shard).await?);
                     }
                 }
                 let open = |session: &Session| {

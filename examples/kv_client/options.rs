@@ -18,6 +18,7 @@ usage: kv_client --shm PATH | --unix PATH | --tcp ADDRESS [OPTION]…
   --keys N           keys of each connection (1000)
   --reads PERCENT    how many of the requests are GET, the others are SET (80)
   --rate R           requests per second in all, sent when they are due (as many as answered)
+  --tick MICROS      requests of a rate come together, each time that so much has passed (0)
   --threads N        executors that the connections are dealt to (1)
   --cores LIST       processors for the executors, as 0,2 or 0-3 (any)
   --spin MICROS      how long a session polls after its last traffic (the library's default)
@@ -71,6 +72,7 @@ pub(crate) struct Options {
     pub(crate) keys: u32,
     pub(crate) reads: u32,
     pub(crate) rate: Option<f64>,
+    pub(crate) tick: Duration,
     pub(crate) threads: usize,
     /// One for each executor, or empty: then they are not pinned.
     pub(crate) cores: Vec<usize>,
@@ -122,6 +124,7 @@ impl Options {
             keys: 1000,
             reads: 80,
             rate: None,
+            tick: Duration::ZERO,
             threads: 1,
             cores: Vec::new(),
             spin: None,
@@ -145,6 +148,7 @@ impl Options {
             "keys" => self.keys = number(1, MOST_KEYS)? as u32,
             "reads" => self.reads = number(0, 100)? as u32,
             "rate" => self.rate = Some(parser.value()?.parse_with(rate)?),
+            "tick" => self.tick = Duration::from_micros(number(0, 1_000_000)?),
             "threads" => self.threads = number(1, MOST_THREADS)? as usize,
             "cores" => self.cores = parser.value()?.parse_with(cores)?,
             "spin" => {

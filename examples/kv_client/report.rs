@@ -37,6 +37,7 @@ pub(crate) fn success(options: &Options, outcome: &Outcome) -> Value {
         "value": options.value,
         "reads": options.reads,
         "rate": options.rate,
+        "tick_us": options.tick.as_micros() as u64,
         "errors": 0,
     });
     if let (Some(report), Some(counts)) = (report.as_object_mut(), &outcome.counts) {

@@ -324,6 +324,10 @@ impl Client {
     }
 
     fn check_index(&self, index: usize) -> Result<()> {
+        if self.inner.count.get().is_some_and(|count| index >= count) {
+            // The server may have become larger since.
+            self.inner.count.set(None);
+        }
         match self.shard_count() {
             Ok(count) if index >= count => Err(Error::NoSuchShard { index, count }),
             // A server that is not there may come yet; then it is seen how many it has.
