@@ -32,7 +32,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_lite::future::or;
 use glommio::task::JoinHandle;
@@ -59,6 +59,8 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const OUT_OF_DESCRIPTORS_PAUSE: Duration = Duration::from_millis(20);
 /// How long the last tasks get to end once they are told to.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long a place to listen at may still be taken by a process that was killed.
+const LAST_OF_THE_DEAD: Duration = Duration::from_secs(2);
 const MOST_GRACE: u64 = 24 * 3600;
 
 /// Bytes of a slice of the largest class: what one read of a socket fills at most.
@@ -160,6 +162,7 @@ fn tell(line: fmt::Arguments<'_>) {
 async fn serve(options: Options, signals: SigSet) -> Result<(), String> {
     let config = config().map_err(|error| error.to_string())?;
     let front = Front::bind(&options.listen, &config)
+        .await
         .map_err(|error| format!("cannot listen on {}: {error}", options.listen))?;
     let proxy = Rc::new(Proxy::new(Back::new(options.connect, config)));
     tell(format_args!("listening on {}", front.address().unwrap_or(&options.listen)));
@@ -185,7 +188,26 @@ enum Front {
 }
 
 impl Front {
-    fn bind(address: &Address, config: &Config) -> io::Result<Self> {
+    /// Starts to listen, unless somebody else does.
+    ///
+    /// The sockets of a process that was killed while it waited with io_uring outlive it for a
+    /// moment. One that is started again at once must not take them for those of a live one.
+    async fn bind(address: &Address, config: &Config) -> io::Result<Self> {
+        let since = Instant::now();
+        loop {
+            match Self::bind_now(address, config) {
+                Err(error)
+                    if error.kind() == io::ErrorKind::AddrInUse
+                        && since.elapsed() < LAST_OF_THE_DEAD =>
+                {
+                    glommio::timer::sleep(Duration::from_millis(20)).await;
+                }
+                bound => return bound,
+            }
+        }
+    }
+
+    fn bind_now(address: &Address, config: &Config) -> io::Result<Self> {
         Ok(match address {
             Address::Tcp(address) => Self::Socket(SocketListener::bind_tcp(*address)?),
             Address::Unix(path) => Self::Socket(SocketListener::bind_unix(path)?),

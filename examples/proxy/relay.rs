@@ -90,7 +90,9 @@ impl Relay<'_> {
             (false, false) => false,
         };
         if is_done {
-            return Poll::Ready(Ok(Turn::Last));
+            return Poll::Ready(
+                up.take_failure().or(down.take_failure()).map_or(Ok(Turn::Last), Err),
+            );
         }
         let has_more =
             (went_up.is_ready() && !up.is_over()) || (went_down.is_ready() && !down.is_over());
@@ -119,7 +121,10 @@ enum State {
     Writing(Bytes),
     /// Everything is written, and the end is to be passed on.
     Ending,
+    /// Nothing more goes this way: the end has been passed on, or whoever it is for has closed.
     Over,
+    /// Nothing more goes this way, and what went may not have arrived.
+    Failed(io::Error),
 }
 
 impl<'a> Direction<'a> {
@@ -128,7 +133,14 @@ impl<'a> Direction<'a> {
     }
 
     fn is_over(&self) -> bool {
-        matches!(self.state, State::Over)
+        matches!(self.state, State::Over | State::Failed(_))
+    }
+
+    fn take_failure(&mut self) -> Option<io::Error> {
+        match std::mem::replace(&mut self.state, State::Over) {
+            State::Failed(error) => Some(error),
+            _ => None,
+        }
     }
 
     /// Goes on as far as it can, or as far as one turn goes.
@@ -143,13 +155,7 @@ impl<'a> Direction<'a> {
             if self.is_over() {
                 break;
             }
-            match ready!(self.poll_step(context, from, to, buffer)) {
-                Ok(next) => self.state = next,
-                // Who closed in good order may have answered before: that is still carried the
-                // other way.
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => self.state = State::Over,
-                Err(error) => return Poll::Ready(Err(error)),
-            }
+            self.state = ready!(self.poll_step(context, from, to, buffer))?;
         }
         Poll::Ready(Ok(()))
     }
@@ -165,8 +171,9 @@ impl<'a> Direction<'a> {
             State::Reading => match ready!(from.io().poll_read(context, buffer))? {
                 0 => State::Ending,
                 count => {
-                    let written = match to.io().poll_write(context, &buffer[..count])? {
-                        Poll::Ready(written) => written,
+                    let written = match to.io().poll_write(context, &buffer[..count]) {
+                        Poll::Ready(Ok(written)) => written,
+                        Poll::Ready(Err(error)) => return Poll::Ready(State::refused(error)),
                         Poll::Pending => 0,
                     };
                     self.carried.set(self.carried.get() + written as u64);
@@ -174,10 +181,11 @@ impl<'a> Direction<'a> {
                 }
             },
             State::Writing(rest) => {
-                let written = ready!(to.io().poll_write(context, rest))?;
-                if written == 0 {
-                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-                }
+                let written = match ready!(to.io().poll_write(context, rest)) {
+                    Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                    Ok(written) => written,
+                    Err(error) => return Poll::Ready(State::refused(error)),
+                };
                 self.carried.set(self.carried.get() + written as u64);
                 rest.advance(written);
                 State::after(std::mem::take(rest))
@@ -188,13 +196,25 @@ impl<'a> Direction<'a> {
                 Err(error) if error.kind() == io::ErrorKind::NotConnected => State::Over,
                 Err(error) => return Poll::Ready(Err(error)),
             },
-            State::Over => State::Over,
+            State::Over | State::Failed(_) => {
+                unreachable!("a direction that is over is not gone on with")
+            }
         };
         Poll::Ready(Ok(next))
     }
 }
 
 impl State {
+    /// What a failure to write leads to. Whoever has gone may have answered before, and that is
+    /// carried to its end the other way: a server need not read a request that it refuses.
+    fn refused(error: io::Error) -> io::Result<Self> {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => Ok(Self::Over),
+            io::ErrorKind::ConnectionReset => Ok(Self::Failed(error)),
+            _ => Err(error),
+        }
+    }
+
     fn after(rest: Bytes) -> Self {
         if rest.is_empty() { Self::Reading } else { Self::Writing(rest) }
     }
