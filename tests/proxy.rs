@@ -21,7 +21,7 @@ use serde_json::Value;
 
 use support::executor::SocketPath;
 use support::payload::{Way, check, payload};
-use support::process::{LONG, Process, shared_memory_files, until};
+use support::process::{LONG, Process, example_path, shared_memory_files, until};
 
 mod support {
     #[allow(dead_code, reason = "other tests use the rest")]
@@ -118,9 +118,16 @@ struct Proxy {
 }
 
 impl Proxy {
+    /// Started by a shell whose limit of descriptors is low, as they often are.
     fn start(listen: &str, connect: &str, options: &[&str]) -> Self {
-        let arguments = [&["--listen", listen, "--connect", connect], options].concat();
-        let mut process = Process::start("proxy", &arguments);
+        Self::start_limited("-Sn 256", listen, connect, options)
+    }
+
+    fn start_limited(limit: &str, listen: &str, connect: &str, options: &[&str]) -> Self {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("ulimit {limit} && exec \"$0\" \"$@\"")]);
+        shell.arg(example_path("proxy")).args(["--listen", listen, "--connect", connect]);
+        let mut process = Process::spawn(shell.args(options));
         let line = process.line_with("listening on ");
         Self { process, address: line.strip_prefix("listening on ").unwrap().to_owned() }
     }
@@ -267,6 +274,25 @@ fn a_thousand_connections_are_open_at_the_same_time() {
     }
     assert!(connections.iter().all(has_ended));
     assert_eq!(pair.stop()["connections"], 1000);
+}
+
+#[test]
+fn who_finds_no_descriptor_is_served_when_there_is_one() {
+    let server = Server::tcp(echo);
+    let Pair { near, far, _path } = Pair::to(&server);
+    near.stop();
+    let mut near = Proxy::start_limited("-n 64", "tcp:127.0.0.1:0", &far.address, &[]);
+    let mut clients: Vec<TcpStream> = (0..100).map(|_| near.connect()).collect();
+    for client in &mut clients {
+        client.write_all(b"!").unwrap();
+    }
+    near.process.line_with("cannot accept now");
+    // In the order in which they came. Each that has gone makes room for another.
+    for mut client in clients {
+        client.read_exact(&mut [0]).unwrap();
+    }
+    assert_eq!(near.stop()["connections"], 100);
+    far.stop();
 }
 
 #[test]
@@ -590,7 +616,7 @@ fn a_reset_ends_both_directions_on_both_sides() {
             }
             stream.write_all(&order)?;
         }
-        tell.lock().unwrap().send(()).unwrap();
+        tell.lock().unwrap().send(stream).unwrap();
         Ok(())
     });
     let pair = Pair::to(&server);
@@ -599,14 +625,15 @@ fn a_reset_ends_both_directions_on_both_sides() {
     echo_all(&stream, 1, &[1]);
     reset(&stream);
     drop(stream);
-    told.recv_timeout(LONG).unwrap();
-    // By the server: so does the client, and it cannot send either.
+    let kept_by_server = told.recv_timeout(LONG).unwrap();
+    // By the server: so does the client.
     let stream = pair.near.connect();
     (&stream).write_all(b"r").unwrap();
     assert!(has_ended(&stream));
-    until("writing fails", || (&stream).write_all(b"more").is_err());
+    // Neither proxy waits for the ones who keep their ends, and would have to cut them.
     assert_eq!(pair.near.stop()["failed"], 1);
     assert_eq!(pair.far.stop()["failed"], 1);
+    drop((kept_by_server, stream));
 }
 
 #[test]

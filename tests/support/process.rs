@@ -27,8 +27,11 @@ pub(crate) struct Process {
 
 impl Process {
     pub(crate) fn start(example: &str, arguments: &[&str]) -> Self {
-        let mut child = Command::new(example_path(example))
-            .args(arguments)
+        Self::spawn(Command::new(example_path(example)).args(arguments))
+    }
+
+    pub(crate) fn spawn(command: &mut Command) -> Self {
+        let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -94,7 +97,7 @@ impl Drop for Process {
     }
 }
 
-fn example_path(name: &str) -> PathBuf {
+pub(crate) fn example_path(name: &str) -> PathBuf {
     // target/<profile>/deps/examples-<hash>
     let this = std::env::current_exe().unwrap();
     let profile = this.parent().unwrap().parent().unwrap();
