@@ -269,6 +269,7 @@ async fn serve_session(session: Session, proxy: Rc<Proxy>) {
             Ok(stream) => proxy.start(End::Stream(stream)),
             Err(error) => break error,
         }
+        glommio::executor().yield_if_needed().await;
     };
     tell(format_args!("a session has ended: {reason}"));
 }
@@ -300,7 +301,9 @@ impl Back {
             Self::Shm(upstream) => {
                 let mut stream = upstream.open_stream(PATIENCE).await?;
                 // The server may be one that speaks first.
+                stream.set_write_deadline(Some(Instant::now() + PATIENCE));
                 stream.announce().await?;
+                stream.set_write_deadline(None);
                 Ok(End::Stream(stream))
             }
         }
