@@ -4,121 +4,26 @@
 //! `cargo test` builds the examples before; `cargo test --test examples` alone does not.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::Value;
 
-/// The longest that anything here may take on a machine that is busy with other things. Nothing
-/// passes or fails by how fast it is within that.
-const LONG: Duration = Duration::from_secs(100);
+use support::process::{LONG, Process, shared_memory_files, until};
+
+mod support {
+    pub(crate) mod process;
+}
+
 /// What the clients give themselves: less, so that their own words arrive.
 const CLIENT_TIMEOUT: &str = "80";
-
-/// A child process that does not outlive its test.
-struct Process {
-    child: Child,
-    /// What it writes to stderr.
-    lines: Receiver<String>,
-    /// Everything that was taken out of `lines`, to be shown when something fails.
-    seen: Vec<String>,
-}
-
-impl Process {
-    fn start(example: &str, arguments: &[&str]) -> Self {
-        let mut child = Command::new(example_path(example))
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let stderr = BufReader::new(child.stderr.take().unwrap());
-        let (sender, lines) = mpsc::channel();
-        thread::spawn(move || {
-            for line in stderr.lines().map_while(Result::ok) {
-                if sender.send(line).is_err() {
-                    break;
-                }
-            }
-        });
-        Self { child, lines, seen: Vec::new() }
-    }
-
-    fn pid(&self) -> Pid {
-        Pid::from_raw(self.child.id() as i32)
-    }
-
-    fn signal(&self, signal: Signal) {
-        nix::sys::signal::kill(self.pid(), signal).unwrap();
-    }
-
-    /// The next line on stderr that has `part` in it.
-    fn line_with(&mut self, part: &str) -> String {
-        let deadline = Instant::now() + LONG;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.lines.recv_timeout(left) {
-                Ok(line) => self.seen.push(line),
-                Err(error) => panic!("no line with {part:?}: {error}; stderr: {:#?}", self.seen),
-            }
-            if let Some(line) = self.seen.last().filter(|line| line.contains(part)) {
-                return line.clone();
-            }
-        }
-    }
-
-    /// Waits for the end. Gives how it ended and what it wrote to stdout.
-    fn end(&mut self) -> (ExitStatus, String) {
-        let deadline = Instant::now() + LONG;
-        let status = loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                break status;
-            }
-            assert!(Instant::now() < deadline, "it does not end; stderr: {:#?}", self.seen);
-            thread::sleep(Duration::from_millis(5));
-        };
-        let mut output = String::new();
-        let mut stdout = self.child.stdout.take().unwrap();
-        stdout.read_to_string(&mut output).unwrap();
-        (status, output)
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // Fails only when it has ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn example_path(name: &str) -> PathBuf {
-    // target/<profile>/deps/examples-<hash>
-    let this = std::env::current_exe().unwrap();
-    let profile = this.parent().unwrap().parent().unwrap();
-    let path = profile.join("examples").join(name);
-    assert!(path.exists(), "{} is missing: cargo build --examples", path.display());
-    path
-}
-
-/// Files in /dev/shm that carry the number of a process in their name.
-fn shared_memory_files(pid: Pid) -> Vec<String> {
-    let pid = pid.to_string();
-    let names = fs::read_dir("/dev/shm").unwrap().flatten();
-    names
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .filter(|name| name.split('_').any(|part| part == pid))
-        .collect()
-}
 
 fn remove_shared_memory_files(pid: Pid) {
     for name in shared_memory_files(pid) {
@@ -537,14 +442,6 @@ fn is_gone(pid: Pid) -> bool {
     match fs::read_to_string(format!("/proc/{pid}/stat")) {
         Ok(stat) => stat.rsplit(')').next().unwrap().trim_start().starts_with('Z'),
         Err(_) => true,
-    }
-}
-
-fn until(what: &str, is_so: impl Fn() -> bool) {
-    let deadline = Instant::now() + LONG;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "never: {what}");
-        thread::sleep(Duration::from_millis(5));
     }
 }
 

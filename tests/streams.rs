@@ -9,7 +9,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use bytes::Buf;
-use futures_lite::future::{poll_fn, yield_now, zip};
+use futures_lite::future::{poll_fn, poll_once, yield_now, zip};
 use futures_lite::{AsyncReadExt, AsyncWriteExt, StreamExt};
 use shmipc_glommio::{
     Config, ConfigBuilder, Connector, Error, Listener, Message, PeerTrust, Session, Stream,
@@ -253,6 +253,60 @@ fn a_stream_may_begin_with_its_end() {
         drop(far);
         assert_eq!(recv(&mut near).await.unwrap(), b"an answer to nothing");
         assert!(recv(&mut near).await.is_none());
+    });
+}
+
+#[test]
+fn a_stream_that_is_announced_can_be_spoken_on_by_the_peer_first() {
+    run(LIMIT, || async {
+        let (client, server) = pair(small(), small().stream_window(4096)).await;
+        let mut near = client.open_stream().unwrap();
+        near.announce().await.unwrap();
+        near.announce().await.unwrap();
+        assert_eq!(client.stats().events_sent, 1, "once is enough");
+        let mut far = server.accept().await.unwrap();
+        far.write_all(b"welcome").await.unwrap();
+        assert_eq!(recv(&mut near).await.unwrap(), b"welcome");
+        // Nothing of the window is used up: one message fills it, and the next one waits.
+        assert_eq!(far.unread(), 0);
+        send(&mut near, b"thanks").await.unwrap();
+        assert_eq!(client.stats().window_full, 0);
+        assert_eq!(recv(&mut far).await.unwrap(), b"thanks");
+        // One that is closed without a word is heard of as well.
+        let mut silent = client.open_stream().unwrap();
+        silent.announce().await.unwrap();
+        drop((silent, near));
+        let mut heard = server.accept().await.unwrap();
+        assert!(recv(&mut heard).await.is_none());
+        drop((heard, far));
+        until(|| client.stream_count() + server.stream_count() == 0).await;
+        until(|| all_free(&client, &server)).await;
+    });
+}
+
+#[test]
+fn an_announcement_waits_for_memory() {
+    run(LIMIT, || async {
+        let (client, server) = pair(small(), small()).await;
+        let mut other = client.open_stream().unwrap();
+        // All there is.
+        let mut loans = Vec::new();
+        while let Some(loan) = poll_once(other.alloc(1)).await {
+            loans.push(loan.unwrap());
+        }
+        let mut near = client.open_stream().unwrap();
+        assert!(poll_once(near.announce()).await.is_none());
+        near.set_write_deadline(Some(Instant::now()));
+        assert!(matches!(near.announce().await, Err(Error::DeadlinePassed)));
+        near.set_write_deadline(None);
+        let giving_back = async {
+            glommio::timer::sleep(Duration::from_millis(5)).await;
+            loans.clear();
+        };
+        zip(giving_back, async { near.announce().await.unwrap() }).await;
+        let mut far = server.accept().await.unwrap();
+        far.write_all(b"welcome").await.unwrap();
+        assert_eq!(recv(&mut near).await.unwrap(), b"welcome");
     });
 }
 

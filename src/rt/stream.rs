@@ -297,6 +297,20 @@ impl Stream {
         self.reader.messages()
     }
 
+    /// Tells the peer of a stream that was just [opened](crate::Session::open_stream), so that it
+    /// can accept it and speak first. Nothing happens when the peer knows the stream already.
+    ///
+    /// A peer that is not of this crate is told nothing: it learns of a stream with its first bytes
+    /// only. Waits while the send queue is full or the pool is empty. Cancel-safe: told or not.
+    ///
+    /// # Errors
+    ///
+    /// The stream is closed, the session over, or the
+    /// [deadline](Self::set_write_deadline) has passed.
+    pub async fn announce(&mut self) -> Result<()> {
+        poll_fn(|context| self.writer.poll_announce(context)).await
+    }
+
     /// Ends this side's direction and goes on reading: see [`WriteHalf::finish`].
     ///
     /// # Errors

@@ -174,6 +174,28 @@ impl WriteHalf {
         Err(self.session().end_error())
     }
 
+    /// Tells the peer of a stream on which nothing was sent: see
+    /// [`Stream::announce`](crate::Stream::announce).
+    pub(super) fn poll_announce(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
+        self.check_open()?;
+        let session = self.session.inner();
+        session.look_for_extension();
+        if self.inner.is_known_to_peer() || !session.credit.is_known() {
+            return Poll::Ready(Ok(()));
+        }
+        ready!(self.poll_room(context))?;
+        let session = self.session.inner();
+        // A slice without bytes. The peer gives it back as soon as it comes, not when somebody
+        // reads, so no credit will be given for it and none is asked for.
+        let written = session.lanes.manager.write_message(&[]);
+        if let Some(parcel) = written.map_err(|error| session.broken(error))? {
+            return Poll::Ready(self.send_parcel(Parcel { occupies: 0, ..parcel }));
+        }
+        // Over the socket it would say nothing to the peer, so it waits for as long as it takes.
+        session.lanes.pool_waiting.register(context, None);
+        self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed))
+    }
+
     /// Which way data goes now.
     #[inline]
     fn path(&self) -> Path {

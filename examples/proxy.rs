@@ -1,0 +1,410 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A sidecar proxy: programs that speak over sockets, connected through shared memory.
+//!
+//! ```text
+//! proxy --listen tcp:127.0.0.1:8080 --connect shm:/run/store.shm      # beside the client
+//! proxy --listen shm:/run/store.shm --connect tcp:127.0.0.1:80        # beside the server
+//! ```
+//!
+//! Each connection has one of its own to the other side, as a stream of the session that the two
+//! proxies share. Bytes go both ways, the end of one direction is passed on, and what is reset on
+//! one side is ended on the other. shmipc knows no reset, so behind the second proxy it looks as if
+//! the connection had been closed.
+//!
+//! Everything is told on stderr: where it listens, what failed and why, and at the end one line of
+//! JSON.
+
+#[path = "proxy/ends.rs"]
+mod ends;
+#[path = "proxy/relay.rs"]
+mod relay;
+#[allow(dead_code, reason = "the other examples use the rest")]
+#[path = "support/mod.rs"]
+mod support;
+#[path = "proxy/upstream.rs"]
+mod upstream;
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::fmt;
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use futures_lite::future::or;
+use glommio::task::JoinHandle;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, Signal};
+use serde_json::json;
+use shmipc_glommio::{Config, ConfigError, Listener, Session, SliceClass};
+
+use ends::{Address, End, SocketListener};
+use relay::Carrier;
+use upstream::Upstream;
+
+const USAGE: &str = "\
+usage: proxy --listen PLACE --connect PLACE [--grace SECONDS]
+
+PLACE is tcp:ADDRESS:PORT, unix:PATH, or shm:PATH for shared memory over a Unix socket.
+Each connection to the first place gets one of its own to the second.
+
+  --grace SECONDS   how long open connections may go on after SIGTERM or SIGINT (default 5)";
+
+/// How long a connection may wait for the other side to take it.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// How long accepting pauses when there is no descriptor left for another connection.
+const OUT_OF_DESCRIPTORS_PAUSE: Duration = Duration::from_millis(20);
+/// How long the last tasks get to end once they are told to.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long a place to listen at may still be taken by a process that was killed.
+const LAST_OF_THE_DEAD: Duration = Duration::from_secs(2);
+const MOST_GRACE: u64 = 24 * 3600;
+
+/// Bytes of a slice of the largest class: what one read of a socket fills at most.
+const LARGEST_SLICE: u32 = (64 << 10) - 20;
+
+/// The shared memory of a session that carries thousands of connections.
+fn config() -> Result<Config, ConfigError> {
+    Config::builder()
+        // Most connections exchange less than a kilobyte at a time, and a message keeps a whole
+        // slice while it is unread: thousands of these are there for thousands of streams. What a
+        // busy connection reads at once fits one slice of the largest class.
+        .slice_classes([
+            SliceClass::new(1024 - 20, 20),
+            SliceClass::new(8192 - 20, 30),
+            SliceClass::new(LARGEST_SLICE, 50),
+        ])
+        // Only what was ever used at the same time becomes resident.
+        .buffer_size(64 << 20)
+        // A connection whose reader stalls may keep this much. It is enough to stream on while
+        // credit is on its way, and it takes hundreds that stall to use up the memory, after which
+        // the others get by over the socket. That is also why they wait for memory no longer than
+        // the default: when so many stall, it does not come back soon.
+        .stream_window(256 << 10)
+        // All that a proxy does begins or ends at a socket, so sockets are looked at often.
+        .reactor_interval(Duration::from_micros(50))
+        .build()
+}
+
+struct Options {
+    listen: Address,
+    connect: Address,
+    grace: Duration,
+}
+
+fn main() -> ExitCode {
+    let options = match parse() {
+        Ok(Some(options)) => options,
+        Ok(None) => {
+            println!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return support::refuse_arguments(&error, USAGE),
+    };
+    // Blocked before any other thread starts: threads inherit it, and only the one that waits for
+    // signals takes them.
+    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    if let Err(errno) = signals.thread_block() {
+        tell(format_args!("cannot block signals: {errno}"));
+        return ExitCode::FAILURE;
+    }
+    raise_descriptor_limit();
+    if let Err(error) = support::run(serve(options, signals)) {
+        tell(format_args!("{error}"));
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
+
+fn parse() -> Result<Option<Options>, lexopt::Error> {
+    use lexopt::prelude::*;
+    let (mut listen, mut connect, mut grace) = (None, None, 5);
+    let mut parser = lexopt::Parser::from_env();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("listen") if listen.is_none() => listen = Some(parser.value()?.parse()?),
+            Long("connect") if connect.is_none() => connect = Some(parser.value()?.parse()?),
+            Long("grace") => {
+                grace = parser.value()?.parse()?;
+                if grace > MOST_GRACE {
+                    return Err(format!("--grace is at most {MOST_GRACE}").into());
+                }
+            }
+            Long("help") => return Ok(None),
+            _ => return Err(argument.unexpected()),
+        }
+    }
+    match (listen, connect) {
+        (Some(listen), Some(connect)) => {
+            Ok(Some(Options { listen, connect, grace: Duration::from_secs(grace) }))
+        }
+        _ => Err("--listen and --connect are needed".into()),
+    }
+}
+
+/// Each connection of a socket takes a descriptor, and the usual soft limit is 1024.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(errno) = raised {
+        tell(format_args!("the limit of descriptors stays as it is: {errno}"));
+    }
+}
+
+/// Writes a line to stderr. That nobody reads there is no reason to stop.
+fn tell(line: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+async fn serve(options: Options, signals: SigSet) -> Result<(), String> {
+    let config = config().map_err(|error| error.to_string())?;
+    let front = Front::bind(&options.listen, &config)
+        .await
+        .map_err(|error| format!("cannot listen on {}: {error}", options.listen))?;
+    let proxy = Rc::new(Proxy::new(Back::new(options.connect, config)));
+    tell(format_args!("listening on {}", front.address().unwrap_or(&options.listen)));
+
+    let stopped = glommio::executor().spawn_blocking(move || signals.wait());
+    let stopped = async {
+        if let Err(errno) = stopped.await {
+            tell(format_args!("cannot wait for signals: {errno}"));
+        }
+        Ok(())
+    };
+    or(stopped, front.accept_all(&proxy)).await.map_err(|error| format!("accepting: {error}"))?;
+    drop(front);
+    proxy.stop(options.grace).await;
+    tell(format_args!("{}", proxy.totals()));
+    Ok(())
+}
+
+/// Where connections come from.
+enum Front {
+    Socket(SocketListener),
+    Shm(Listener),
+}
+
+impl Front {
+    /// Starts to listen, unless somebody else does.
+    ///
+    /// The sockets of a process that was killed while it waited with io_uring outlive it for a
+    /// moment. One that is started again at once must not take them for those of a live one.
+    async fn bind(address: &Address, config: &Config) -> io::Result<Self> {
+        let since = Instant::now();
+        loop {
+            match Self::bind_now(address, config) {
+                Err(error)
+                    if error.kind() == io::ErrorKind::AddrInUse
+                        && since.elapsed() < LAST_OF_THE_DEAD =>
+                {
+                    glommio::timer::sleep(Duration::from_millis(20)).await;
+                }
+                bound => return bound,
+            }
+        }
+    }
+
+    fn bind_now(address: &Address, config: &Config) -> io::Result<Self> {
+        Ok(match address {
+            Address::Tcp(address) => Self::Socket(SocketListener::bind_tcp(*address)?),
+            Address::Unix(path) => Self::Socket(SocketListener::bind_unix(path)?),
+            Address::Shm(path) => {
+                let listener = Listener::bind(path, config.clone())?;
+                listener.on_refused(|error| tell(format_args!("refused: {error}")));
+                Self::Shm(listener)
+            }
+        })
+    }
+
+    /// The address that it got, if it is not the one that was asked for.
+    fn address(&self) -> Option<&Address> {
+        match self {
+            Self::Socket(listener) => Some(listener.address()),
+            Self::Shm(_) => None,
+        }
+    }
+
+    async fn accept_all(&self, proxy: &Rc<Proxy>) -> io::Result<()> {
+        match self {
+            Self::Socket(listener) => accept_sockets(listener, proxy).await,
+            Self::Shm(listener) => loop {
+                let session = listener.accept().await?;
+                glommio::spawn_local(serve_session(session, Rc::clone(proxy))).detach();
+            },
+        }
+    }
+}
+
+async fn accept_sockets(listener: &SocketListener, proxy: &Rc<Proxy>) -> io::Result<()> {
+    let mut is_told = false;
+    loop {
+        match listener.accept().await {
+            Ok(end) => {
+                proxy.start(end);
+                is_told = false;
+                // Accepting does not wait while there is somebody to accept.
+                glommio::executor().yield_if_needed().await;
+            }
+            Err(error) if ends::is_passing(&error) => {
+                if !is_told {
+                    tell(format_args!("cannot accept now: {error}"));
+                }
+                is_told = true;
+                glommio::timer::sleep(OUT_OF_DESCRIPTORS_PAUSE).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Takes every stream of a session as a connection.
+async fn serve_session(session: Session, proxy: Rc<Proxy>) {
+    let reason = loop {
+        match session.accept().await {
+            // The peer does not know that nothing is accepted any more: it sees the stream closed.
+            Ok(stream) if proxy.is_stopping.get() => drop(stream),
+            Ok(stream) => proxy.start(End::Stream(stream)),
+            Err(error) => break error,
+        }
+        glommio::executor().yield_if_needed().await;
+    };
+    tell(format_args!("a session has ended: {reason}"));
+}
+
+/// Where connections go to.
+enum Back {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+    Shm(Upstream),
+}
+
+impl Back {
+    fn new(address: Address, config: Config) -> Self {
+        match address {
+            Address::Tcp(address) => Self::Tcp(address),
+            Address::Unix(path) => Self::Unix(path),
+            Address::Shm(path) => Self::Shm(Upstream::new(path, config)),
+        }
+    }
+
+    async fn connect(&self) -> io::Result<End> {
+        let too_late = async {
+            glommio::timer::sleep(PATIENCE).await;
+            Err(io::Error::new(io::ErrorKind::TimedOut, "nobody takes the connection"))
+        };
+        match self {
+            Self::Tcp(address) => or(End::connect_tcp(*address), too_late).await,
+            Self::Unix(path) => or(End::connect_unix(path), too_late).await,
+            Self::Shm(upstream) => {
+                let mut stream = upstream.open_stream(PATIENCE).await?;
+                // The server may be one that speaks first.
+                stream.set_write_deadline(Some(Instant::now() + PATIENCE));
+                stream.announce().await?;
+                stream.set_write_deadline(None);
+                Ok(End::Stream(stream))
+            }
+        }
+    }
+}
+
+/// The connections, and what came of them.
+struct Proxy {
+    back: Back,
+    carrier: Carrier,
+    is_stopping: Cell<bool>,
+    open: RefCell<HashMap<u64, JoinHandle<()>>>,
+    connections: Cell<u64>,
+    failed: Cell<u64>,
+}
+
+impl Proxy {
+    fn new(back: Back) -> Self {
+        Self {
+            back,
+            carrier: Carrier::new(LARGEST_SLICE as usize),
+            is_stopping: Cell::new(false),
+            open: RefCell::default(),
+            connections: Cell::new(0),
+            failed: Cell::new(0),
+        }
+    }
+
+    /// Serves a connection that was accepted, until it ends.
+    fn start(self: &Rc<Self>, near: End) {
+        let number = self.connections.get() + 1;
+        self.connections.set(number);
+        let connection = Connection { proxy: Rc::clone(self), number, has_ended_well: false };
+        let serving = glommio::spawn_local(connection.serve(near)).detach();
+        self.open.borrow_mut().insert(number, serving);
+    }
+
+    /// Gives the open connections time to end, and then ends those that have not.
+    async fn stop(&self, grace: Duration) {
+        self.is_stopping.set(true);
+        self.settle(grace).await;
+        for serving in self.open.borrow().values() {
+            serving.cancel();
+        }
+        self.settle(LAST_WORDS).await;
+        if let Back::Shm(upstream) = &self.back {
+            // A server that does not take its last bytes must not keep this side.
+            let too_late = async {
+                glommio::timer::sleep(LAST_WORDS).await;
+            };
+            or(upstream.close(), too_late).await;
+        }
+    }
+
+    /// Waits until no connection is open, but not for ever.
+    async fn settle(&self, limit: Duration) {
+        let pause = Duration::from_millis(2);
+        let mut left = limit;
+        while !self.open.borrow().is_empty() && !left.is_zero() {
+            glommio::timer::sleep(pause).await;
+            left = left.saturating_sub(pause);
+        }
+    }
+
+    fn totals(&self) -> serde_json::Value {
+        json!({
+            "event": "end",
+            "connections": self.connections.get(),
+            "failed": self.failed.get(),
+            "bytes_up": self.carrier.up.get(),
+            "bytes_down": self.carrier.down.get(),
+        })
+    }
+}
+
+/// A connection that is open, until this is dropped.
+struct Connection {
+    proxy: Rc<Proxy>,
+    number: u64,
+    has_ended_well: bool,
+}
+
+impl Connection {
+    async fn serve(mut self, near: End) {
+        match self.carry(near).await {
+            Ok(()) => self.has_ended_well = true,
+            Err(error) => tell(format_args!("connection {}: {error}", self.number)),
+        }
+    }
+
+    async fn carry(&self, near: End) -> io::Result<()> {
+        let far = self.proxy.back.connect().await.inspect_err(|_| near.abort())?;
+        self.proxy.carrier.carry(near, far).await
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.proxy.open.borrow_mut().remove(&self.number);
+        if !self.has_ended_well {
+            self.proxy.failed.set(self.proxy.failed.get() + 1);
+        }
+    }
+}

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Where connections come from and go to: sockets, TCP and Unix, and streams of sessions.
+//!
+//! `unsafe` here: lending descriptors to calls that glommio does not make, and handing listening
+//! sockets over to it. Its own ways to listen would share a TCP port with any other process of the
+//! user, and leave a moment in which everybody can connect to a Unix socket.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::str::FromStr;
+use std::task::{Context, Poll};
+
+use futures_lite::{AsyncRead, AsyncWrite};
+use glommio::net::{TcpListener, TcpStream, UnixStream};
+use nix::errno::Errno;
+use nix::sys::socket::{
+    self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr, setsockopt, sockopt,
+};
+use shmipc_glommio::Stream;
+
+/// Connections that wait to be accepted. More than this many at once are tried again by TCP.
+const BACKLOG: i32 = 1024;
+
+/// What `--listen` and `--connect` name.
+#[derive(Debug, Clone)]
+pub(crate) enum Address {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+    /// A Unix socket over which sessions are made.
+    Shm(PathBuf),
+}
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (kind, place) = text.split_once(':').unwrap_or((text, ""));
+        match kind {
+            _ if place.is_empty() => Err(format!("{text:?} is not KIND:PLACE")),
+            "tcp" => place.parse().map(Self::Tcp).map_err(|error| format!("{place:?}: {error}")),
+            "unix" => Ok(Self::Unix(place.into())),
+            "shm" => Ok(Self::Shm(place.into())),
+            _ => Err(format!("{kind:?} is neither tcp nor unix nor shm")),
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(formatter, "tcp:{address}"),
+            Self::Unix(path) => write!(formatter, "unix:{}", path.display()),
+            Self::Shm(path) => write!(formatter, "shm:{}", path.display()),
+        }
+    }
+}
+
+/// One end of a connection.
+pub(crate) enum End {
+    /// An accepted Unix socket is held in glommio's TCP type as well, which does nothing that it
+    /// could not.
+    Socket(TcpStream),
+    UnixSocket(UnixStream),
+    Stream(Stream),
+}
+
+pub(crate) trait ReadWrite: AsyncRead + AsyncWrite + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> ReadWrite for T {}
+
+impl End {
+    pub(crate) async fn connect_tcp(address: SocketAddr) -> io::Result<Self> {
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        Ok(Self::Socket(stream))
+    }
+
+    pub(crate) async fn connect_unix(path: &Path) -> io::Result<Self> {
+        Ok(Self::UnixSocket(UnixStream::connect(path).await?))
+    }
+
+    pub(crate) fn io(&mut self) -> Pin<&mut dyn ReadWrite> {
+        match self {
+            Self::Socket(stream) => Pin::new(stream),
+            Self::UnixSocket(stream) => Pin::new(stream),
+            Self::Stream(stream) => Pin::new(stream),
+        }
+    }
+
+    /// Whether nothing that is written from now on would reach anybody, as far as that can be known
+    /// without writing. Sockets do not tell the end of one direction from that of both.
+    pub(crate) fn takes_nothing(&mut self, context: &mut Context<'_>) -> bool {
+        match self {
+            Self::Socket(_) | Self::UnixSocket(_) => false,
+            Self::Stream(stream) => {
+                matches!(Pin::new(stream).poll_write(context, &[]), Poll::Ready(Err(_)))
+            }
+        }
+    }
+
+    /// Sees to it that closing is a reset, where there is such a thing: over TCP. The peer of a
+    /// stream sees it closed; shmipc knows no other end.
+    pub(crate) fn abort(&self) {
+        if let Self::Socket(stream) = self {
+            // SAFETY: the descriptor is the stream's, which outlives this call.
+            let fd = unsafe { BorrowedFd::borrow_raw(stream.as_raw_fd()) };
+            let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+            // It may be gone already.
+            let _ = setsockopt(&fd, sockopt::Linger, &at_once);
+        }
+    }
+}
+
+/// A listening socket, TCP or Unix.
+pub(crate) struct SocketListener {
+    listener: TcpListener,
+    address: Address,
+    _path: Option<SocketPath>,
+}
+
+impl SocketListener {
+    pub(crate) fn bind_tcp(address: SocketAddr) -> io::Result<Self> {
+        let listener = std::net::TcpListener::bind(address)?;
+        let address = Address::Tcp(listener.local_addr()?);
+        Ok(Self { listener: listen(listener.into())?, address, _path: None })
+    }
+
+    /// Only this user can connect. The socket of a dead listener is replaced.
+    pub(crate) fn bind_unix(path: &Path) -> io::Result<Self> {
+        let (kind, flags) = (SockType::Stream, SockFlag::SOCK_CLOEXEC);
+        let fd = socket::socket(AddressFamily::Unix, kind, flags, None)?;
+        let address = UnixAddr::new(path)?;
+        if let Err(errno) = socket::bind(fd.as_raw_fd(), &address) {
+            if errno != Errno::EADDRINUSE || !is_left_over(path, &address)? {
+                return Err(errno.into());
+            }
+            fs::remove_file(path)?;
+            socket::bind(fd.as_raw_fd(), &address)?;
+        }
+        let bound = SocketPath(path.to_owned());
+        // Before it listens nobody can connect, whatever the mode was for a moment.
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+        let address = Address::Unix(path.to_owned());
+        Ok(Self { listener: listen(fd)?, address, _path: Some(bound) })
+    }
+
+    /// Where it listens, with the port that it got.
+    pub(crate) fn address(&self) -> &Address {
+        &self.address
+    }
+
+    pub(crate) async fn accept(&self) -> io::Result<End> {
+        let stream = self.listener.accept().await?;
+        if matches!(self.address, Address::Tcp(_)) {
+            // Fails only when the connection has gone, which whoever reads will see.
+            let _ = stream.set_nodelay(true);
+        }
+        Ok(End::Socket(stream))
+    }
+}
+
+/// Starts to listen on a socket that is bound.
+fn listen(fd: OwnedFd) -> io::Result<TcpListener> {
+    socket::listen(&fd, Backlog::new(BACKLOG)?)?;
+    // SAFETY: `into_raw_fd` gives up the ownership that the listener takes over.
+    Ok(unsafe { TcpListener::from_raw_fd(fd.into_raw_fd()) })
+}
+
+/// Whether `path` is a socket that nobody listens on.
+fn is_left_over(path: &Path, address: &UnixAddr) -> io::Result<bool> {
+    if !fs::symlink_metadata(path)?.file_type().is_socket() {
+        return Ok(false);
+    }
+    // Without waiting: a listener that is alive may have no room for this in its backlog.
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    Ok(socket::connect(fd.as_raw_fd(), address) == Err(Errno::ECONNREFUSED))
+}
+
+/// Whether accepting can work again later.
+pub(crate) fn is_passing(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error().map(Errno::from_raw),
+        Some(
+            Errno::EMFILE
+                | Errno::ENFILE
+                | Errno::ENOMEM
+                | Errno::ENOBUFS
+                | Errno::ECONNABORTED
+                | Errno::EINTR
+                | Errno::EAGAIN
+                | Errno::EPROTO
+        )
+    )
+}
+
+/// A Unix socket's entry in the file system.
+struct SocketPath(PathBuf);
+
+impl Drop for SocketPath {
+    fn drop(&mut self) {
+        // Somebody may have removed it, which is as well.
+        let _ = fs::remove_file(&self.0);
+    }
+}

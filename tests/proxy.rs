@@ -1,0 +1,722 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The proxy between real programs: a client's socket, two processes with shared memory between
+//! them, and a server's socket.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::Signal;
+use nix::sys::socket::{setsockopt, sockopt};
+use serde_json::Value;
+
+use support::executor::SocketPath;
+use support::payload::{Way, check, payload};
+use support::process::{LONG, Process, example_path, shared_memory_files, until};
+
+mod support {
+    #[allow(dead_code, reason = "other tests use the rest")]
+    pub(crate) mod executor;
+    #[allow(dead_code, reason = "other tests use the rest")]
+    pub(crate) mod payload;
+    pub(crate) mod process;
+}
+
+const MIB: usize = 1 << 20;
+
+/// A server that does one thing with every connection, each on a thread of its own.
+struct Server {
+    /// As the proxy takes it.
+    address: String,
+    is_stopping: Arc<AtomicBool>,
+    accepting: Option<thread::JoinHandle<()>>,
+}
+
+type Handler = Arc<dyn Fn(UnixStream) -> io::Result<()> + Send + Sync>;
+
+impl Server {
+    fn unix(
+        path: &str,
+        handler: impl Fn(UnixStream) -> io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
+        let _ = fs::remove_file(path);
+        let listener = UnixListener::bind(path).unwrap();
+        let accept = move || listener.accept().map(|(stream, _)| stream);
+        Self::start(format!("unix:{path}"), accept, Arc::new(handler))
+    }
+
+    fn tcp(handler: impl Fn(UnixStream) -> io::Result<()> + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("tcp:{}", listener.local_addr().unwrap());
+        // The standard library's types differ in how they are made, not in what they can do.
+        let accept = move || listener.accept().map(|(stream, _)| OwnedFd::from(stream).into());
+        Self::start(address, accept, Arc::new(handler))
+    }
+
+    fn start(
+        address: String,
+        accept: impl Fn() -> io::Result<UnixStream> + Send + 'static,
+        handler: Handler,
+    ) -> Self {
+        let is_stopping = Arc::new(AtomicBool::new(false));
+        let stops = Arc::clone(&is_stopping);
+        let accepting = thread::spawn(move || {
+            loop {
+                let stream = accept().unwrap();
+                if stops.load(Ordering::Relaxed) {
+                    return;
+                }
+                let handler = Arc::clone(&handler);
+                // What fails here is seen by the client.
+                let serve = move || drop(handler(stream));
+                thread::Builder::new().stack_size(256 << 10).spawn(serve).unwrap();
+            }
+        });
+        Self { address, is_stopping, accepting: Some(accepting) }
+    }
+}
+
+impl Drop for Server {
+    /// Nobody listens any more when this is done; the connections go on.
+    fn drop(&mut self) {
+        self.is_stopping.store(true, Ordering::Relaxed);
+        let (kind, place) = self.address.split_once(':').unwrap();
+        let woken = match kind {
+            "tcp" => TcpStream::connect(place).map(drop),
+            _ => UnixStream::connect(place).map(drop),
+        };
+        if woken.is_ok() {
+            // A panic of it was told when it happened.
+            let _ = self.accepting.take().unwrap().join();
+        }
+    }
+}
+
+fn echo(mut stream: UnixStream) -> io::Result<()> {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        match stream.read(&mut buffer)? {
+            0 => return Ok(()),
+            count => stream.write_all(&buffer[..count])?,
+        }
+    }
+}
+
+/// A proxy, and where clients reach it.
+struct Proxy {
+    process: Process,
+    address: String,
+}
+
+impl Proxy {
+    /// Started by a shell whose limit of descriptors is low, as they often are.
+    fn start(listen: &str, connect: &str, options: &[&str]) -> Self {
+        Self::start_limited("-Sn 256", listen, connect, options)
+    }
+
+    fn start_limited(limit: &str, listen: &str, connect: &str, options: &[&str]) -> Self {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("ulimit {limit} && exec \"$0\" \"$@\"")]);
+        shell.arg(example_path("proxy")).args(["--listen", listen, "--connect", connect]);
+        let mut process = Process::spawn(shell.args(options));
+        let line = process.line_with("listening on ");
+        Self { process, address: line.strip_prefix("listening on ").unwrap().to_owned() }
+    }
+
+    fn connect(&self) -> TcpStream {
+        let address = self.address.strip_prefix("tcp:").unwrap();
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        stream.set_write_timeout(Some(LONG)).unwrap();
+        stream
+    }
+
+    /// Ends it as an administrator would. Gives what it carried.
+    fn stop(mut self) -> Value {
+        self.process.signal(Signal::SIGTERM);
+        self.totals()
+    }
+
+    /// Waits until it has ended by itself, or by a signal that it was sent.
+    fn totals(&mut self) -> Value {
+        let line = self.process.line_with(r#""event":"end""#);
+        let (status, _) = self.process.end();
+        assert!(status.success(), "{status}; stderr: {:#?}", self.process.seen);
+        let (kind, path) = self.address.split_once(':').unwrap();
+        assert!(kind == "tcp" || !Path::new(path).exists(), "the socket is left");
+        assert_eq!(shared_memory_files(self.process.pid()), [""; 0]);
+        serde_json::from_str(&line).unwrap()
+    }
+}
+
+/// Two proxies with a session between them: a port of TCP here, the server there.
+struct Pair {
+    near: Proxy,
+    far: Proxy,
+    _path: SocketPath,
+}
+
+impl Pair {
+    fn to(server: &Server) -> Self {
+        Self::with_options(server, &[])
+    }
+
+    fn with_options(server: &Server, options: &[&str]) -> Self {
+        let path = SocketPath::new();
+        let between = format!("shm:{}", path.as_str());
+        let far = Proxy::start(&between, &server.address, options);
+        let near = Proxy::start("tcp:127.0.0.1:0", &between, options);
+        Self { near, far, _path: path }
+    }
+
+    /// Ends both, and checks that both saw the same. Gives what the near one carried.
+    fn stop(self) -> Value {
+        let near = self.near.stop();
+        let far = self.far.stop();
+        for what in ["connections", "bytes_up", "bytes_down"] {
+            assert_eq!(near[what], far[what], "{near}, {far}");
+        }
+        assert_eq!(near["failed"], 0, "{near}");
+        assert_eq!(far["failed"], 0, "{far}");
+        near
+    }
+}
+
+/// Sends messages of these sizes, one behind the other, while the same bytes come back.
+fn echo_all(stream: &TcpStream, number: u32, sizes: &[usize]) {
+    thread::scope(|scope| {
+        let mut writer = stream;
+        scope.spawn(move || {
+            for (message, &size) in sizes.iter().enumerate() {
+                writer.write_all(&payload(Way::Request, number, message as u32, size)).unwrap();
+            }
+        });
+        let mut reader = stream;
+        for (message, &size) in sizes.iter().enumerate() {
+            let mut echoed = vec![0; size];
+            reader.read_exact(&mut echoed).unwrap();
+            check(&echoed, Way::Request, number, message as u32);
+        }
+    });
+}
+
+/// Sees to it that the end of a connection is a reset.
+fn reset(stream: impl AsFd) {
+    let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+    setsockopt(&stream, sockopt::Linger, &at_once).unwrap();
+}
+
+/// Whether the connection was ended by the other side, in whichever way.
+fn has_ended(mut stream: &TcpStream) -> bool {
+    match stream.read(&mut [0]) {
+        Ok(count) => count == 0,
+        Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
+    }
+}
+
+#[test]
+fn every_byte_comes_back_on_64_connections_at_the_same_time() {
+    let path = SocketPath::new();
+    let server = Server::unix(path.as_str(), echo);
+    let pair = Pair::to(&server);
+    let small = [1, 7, 100, 4096, 20_000];
+    let large = [65_515, 65_516, 65_517, 200_000, 1, MIB, 4 * MIB];
+    let connections: Vec<TcpStream> = (0..64).map(|_| pair.near.connect()).collect();
+    thread::scope(|scope| {
+        for (number, stream) in connections.iter().enumerate() {
+            let sizes = if number % 8 == 0 { &large[..] } else { &small[..] };
+            scope.spawn(move || {
+                for _ in 0..3 {
+                    echo_all(stream, number as u32, sizes);
+                }
+            });
+        }
+    });
+    drop(connections);
+    let bytes = 3 * (8 * large.iter().sum::<usize>() + 56 * small.iter().sum::<usize>());
+    let totals = pair.stop();
+    assert_eq!(totals["connections"], 64, "{totals}");
+    assert_eq!(totals["bytes_up"], bytes, "{totals}");
+    assert_eq!(totals["bytes_down"], bytes, "{totals}");
+}
+
+#[test]
+fn every_kind_of_place_leads_to_every_other() {
+    let server = Server::tcp(echo);
+    let paths: Vec<SocketPath> = (0..4).map(|_| SocketPath::new()).collect();
+    let kinds = ["shm", "shm", "unix", "unix"];
+    let places: Vec<String> =
+        kinds.iter().zip(&paths).map(|(kind, path)| format!("{kind}:{}", path.as_str())).collect();
+    // tcp to unix, unix to unix, unix to shm, shm to shm, shm to tcp.
+    let mut proxies = Vec::new();
+    let mut next = &server.address;
+    for place in &places {
+        proxies.push(Proxy::start(place, next, &[]));
+        next = place;
+    }
+    let first = Proxy::start("tcp:127.0.0.1:0", next, &[]);
+    let stream = first.connect();
+    echo_all(&stream, 1, &[1, 65_536, MIB]);
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert!(has_ended(&stream));
+    proxies.push(first);
+    for proxy in proxies {
+        let totals = proxy.stop();
+        assert_eq!(totals["bytes_down"], 1 + 65_536 + MIB, "{totals}");
+        assert_eq!(totals["failed"], 0, "{totals}");
+    }
+}
+
+#[test]
+fn a_thousand_connections_are_open_at_the_same_time() {
+    // Both ends of the line are in this process.
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    let path = SocketPath::new();
+    let server = Server::unix(path.as_str(), echo);
+    let pair = Pair::to(&server);
+    let mut connections: Vec<TcpStream> = (0..1000).map(|_| pair.near.connect()).collect();
+    for round in 0..3 {
+        for (number, stream) in connections.iter_mut().enumerate() {
+            let len = 1 + number * 7 % 3000;
+            stream.write_all(&payload(Way::Request, number as u32, round, len)).unwrap();
+        }
+        for (number, stream) in connections.iter_mut().enumerate() {
+            let mut echoed = vec![0; 1 + number * 7 % 3000];
+            stream.read_exact(&mut echoed).unwrap();
+            check(&echoed, Way::Request, number as u32, round);
+        }
+    }
+    for stream in &connections {
+        stream.shutdown(Shutdown::Write).unwrap();
+    }
+    assert!(connections.iter().all(has_ended));
+    assert_eq!(pair.stop()["connections"], 1000);
+}
+
+#[test]
+fn who_finds_no_descriptor_is_served_when_there_is_one() {
+    let server = Server::tcp(echo);
+    let Pair { near, far, _path } = Pair::to(&server);
+    near.stop();
+    let mut near = Proxy::start_limited("-n 64", "tcp:127.0.0.1:0", &far.address, &[]);
+    let mut clients: Vec<TcpStream> = (0..100).map(|_| near.connect()).collect();
+    for client in &mut clients {
+        client.write_all(b"!").unwrap();
+    }
+    near.process.line_with("cannot accept now");
+    // In the order in which they came. Each that has gone makes room for another.
+    for mut client in clients {
+        client.read_exact(&mut [0]).unwrap();
+    }
+    assert_eq!(near.stop()["connections"], 100);
+    far.stop();
+}
+
+#[test]
+fn an_answer_that_waits_for_the_end_of_the_request_comes() {
+    for len in [0, 1, MIB] {
+        let answer = move |mut stream: UnixStream| {
+            let mut request = Vec::new();
+            stream.read_to_end(&mut request)?;
+            check(&request, Way::Request, 1, 1);
+            stream.write_all(&payload(Way::Reply, 1, request.len() as u32, MIB + 1))
+        };
+        let server = Server::tcp(answer);
+        let pair = Pair::to(&server);
+        let mut client = pair.near.connect();
+        client.write_all(&payload(Way::Request, 1, 1, len)).unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).unwrap();
+        assert_eq!(answer.len(), MIB + 1);
+        check(&answer, Way::Reply, 1, len as u32);
+        pair.stop();
+    }
+}
+
+#[test]
+fn a_server_that_speaks_and_ends_first_still_hears_the_client() {
+    let (tell, told) = mpsc::channel();
+    let tell = Mutex::new(tell);
+    let path = SocketPath::new();
+    let server = Server::unix(path.as_str(), move |mut stream: UnixStream| {
+        stream.write_all(b"welcome, and goodbye")?;
+        stream.shutdown(Shutdown::Write)?;
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all)?;
+        tell.lock().unwrap().send(all).unwrap();
+        Ok(())
+    });
+    let pair = Pair::to(&server);
+    let mut client = pair.near.connect();
+    let mut greeting = String::new();
+    client.read_to_string(&mut greeting).unwrap();
+    assert_eq!(greeting, "welcome, and goodbye");
+    // Not a byte has gone this way until now.
+    for _ in 0..4 {
+        client.write_all(&payload(Way::Request, 1, 1, MIB)).unwrap();
+    }
+    drop(client);
+    let heard = told.recv_timeout(LONG).unwrap();
+    assert_eq!(heard.len(), 4 * MIB);
+    heard.chunks(MIB).for_each(|part| check(part, Way::Request, 1, 1));
+    pair.stop();
+}
+
+#[test]
+fn an_answer_in_mid_request_comes_though_nobody_takes_the_rest() {
+    let path = SocketPath::new();
+    let server = Server::unix(path.as_str(), |mut stream: UnixStream| {
+        stream.read_exact(&mut [0; 1000])?;
+        // Closes with most of the request unread.
+        stream.write_all(b"too much")
+    });
+    let pair = Pair::to(&server);
+    for _ in 0..20 {
+        let client = pair.near.connect();
+        thread::scope(|scope| {
+            // Fails when the buffers on the way do not hold all of it, since nobody takes it.
+            scope.spawn(|| (&client).write_all(&[1; 4 * MIB]).ok());
+            let mut answer = [0; 8];
+            (&client).read_exact(&mut answer).unwrap();
+            assert_eq!(&answer, b"too much");
+        });
+    }
+    pair.near.stop();
+    pair.far.stop();
+}
+
+/// The files and the server of the tests with curl.
+struct Web {
+    server: Server,
+    file: Arc<Vec<u8>>,
+    directory: PathBuf,
+}
+
+impl Web {
+    fn new(name: &str) -> Self {
+        let file = Arc::new(payload(Way::Reply, 80, 1, MIB));
+        let directory = std::env::temp_dir().join(format!("proxy-{name}-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let served = Arc::clone(&file);
+        let server = Server::tcp(move |stream| serve_http(stream, &served));
+        Self { server, file, directory }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.directory.join(name).to_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for Web {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// Answers requests of HTTP/1.1, as many as come on a connection: GET with the file, POST with what
+/// was posted.
+fn serve_http(stream: UnixStream, file: &[u8]) -> io::Result<()> {
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut writer = stream;
+    loop {
+        let mut request = String::new();
+        if reader.read_line(&mut request)? == 0 {
+            return Ok(());
+        }
+        let (mut len, mut must_encourage) = (0, false);
+        loop {
+            let mut line = String::new();
+            reader.read_line(&mut line)?;
+            let line = line.trim_end().to_ascii_lowercase();
+            match line.split_once(": ") {
+                Some(("content-length", value)) => len = value.parse().unwrap(),
+                Some(("expect", _)) => must_encourage = true,
+                Some(_) => {}
+                None => break,
+            }
+        }
+        if must_encourage {
+            writer.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
+        }
+        let mut body = vec![0; len];
+        reader.read_exact(&mut body)?;
+        let answer = if request.starts_with("GET /file HTTP/1.1") { file } else { &body };
+        let len = answer.len();
+        write!(writer, "HTTP/1.1 200 OK\r\nContent-Length: {len}\r\n\r\n")?;
+        writer.write_all(answer)?;
+    }
+}
+
+/// Runs a client that is a program of its own. Gives what it wrote to stdout.
+fn run_client(program: &str, package: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output();
+    let Output { status, stdout, stderr } = output.unwrap_or_else(|error| {
+        panic!("{program}: {error}; install it: apt-get install {package}")
+    });
+    let stderr = String::from_utf8_lossy(&stderr);
+    assert!(status.success(), "{program} {arguments:?}: {status}: {stderr}");
+    String::from_utf8(stdout).unwrap()
+}
+
+fn curl(pair: &Pair, requests: &[&str]) -> String {
+    let at = pair.near.address.strip_prefix("tcp:").unwrap();
+    let requests: Vec<String> =
+        requests.iter().map(|word| word.replace("http://", &format!("http://{at}"))).collect();
+    let mut arguments = vec!["--silent", "--show-error", "--fail", "--noproxy", "*"];
+    arguments.extend(["--max-time", "90", "--write-out", "%{http_code} %{num_connects}\n"]);
+    arguments.extend(requests.iter().map(String::as_str));
+    run_client("curl", "curl", &arguments)
+}
+
+#[test]
+fn curl_gets_a_file_again_and_again_on_one_connection() {
+    let web = Web::new("get");
+    let pair = Pair::to(&web.server);
+    let targets: Vec<String> = (0..5).map(|number| web.path(&format!("got-{number}"))).collect();
+    let mut requests = Vec::new();
+    for target in &targets {
+        requests.extend(["--output", target, "http:///file"]);
+    }
+    let said = curl(&pair, &requests);
+    assert_eq!(said, "200 1\n200 0\n200 0\n200 0\n200 0\n", "one connection for all");
+    for target in &targets {
+        assert!(fs::read(target).unwrap() == *web.file, "{target} is not the file");
+    }
+    assert_eq!(pair.stop()["connections"], 1);
+}
+
+#[test]
+fn curl_posts_a_file() {
+    let web = Web::new("post");
+    let pair = Pair::to(&web.server);
+    let (posted, answered) = (web.path("posted"), web.path("answered"));
+    // A byte more, beyond which curl asks whether the server wants it.
+    for len in [MIB, MIB + 1] {
+        fs::write(&posted, payload(Way::Request, 80, 1, len)).unwrap();
+        let data = format!("@{posted}");
+        let said = curl(&pair, &["--data-binary", &data, "--output", &answered, "http:///echo"]);
+        assert_eq!(said, "200 1\n");
+        assert!(fs::read(&answered).unwrap() == fs::read(&posted).unwrap());
+    }
+    pair.stop();
+}
+
+/// Answers every command of Redis with what a ping is answered with.
+fn serve_pongs(stream: UnixStream) -> io::Result<()> {
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut writer = stream;
+    let mut read_line = || {
+        let mut line = String::new();
+        reader.read_line(&mut line).map(|count| (count > 0).then_some(line))
+    };
+    while let Some(line) = read_line()? {
+        let words = line.strip_prefix('*').map_or(0, |count| count.trim_end().parse().unwrap());
+        for _ in 0..2 * words {
+            // The length of a word, and the word: there are no line ends in these.
+            read_line()?;
+        }
+        writer.write_all(b"+PONG\r\n")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_clients_of_redis_do_not_notice() {
+    let path = SocketPath::new();
+    let server = Server::unix(path.as_str(), serve_pongs);
+    let pair = Pair::to(&server);
+    let port = pair.near.address.rsplit(':').next().unwrap();
+    assert_eq!(run_client("redis-cli", "redis-tools", &["-p", port, "ping"]), "PONG\n");
+    let arguments = ["-p", port, "-t", "ping", "-n", "4000", "-c", "100", "-P", "4", "--csv"];
+    let said = run_client("redis-benchmark", "redis-tools", &arguments);
+    assert!(said.contains("PING_INLINE") && said.contains("PING_MBULK"), "{said}");
+    // Besides the hundred of each, it looks for settings.
+    assert!(pair.stop()["connections"].as_u64().unwrap() > 200);
+}
+
+#[test]
+fn a_server_may_come_late_and_come_again() {
+    let path = SocketPath::new();
+    drop(Server::unix(path.as_str(), echo));
+    // The path is there, and nobody listens.
+    let nobody = Server::unix(path.as_str(), echo);
+    let pair = Pair::to(&nobody);
+    drop(nobody);
+    for _ in 0..3 {
+        assert!(has_ended(&pair.near.connect()));
+        let server = Server::unix(path.as_str(), echo);
+        let stream = pair.near.connect();
+        echo_all(&stream, 1, &[1, 100_000]);
+        drop(server);
+        // Who is connected stays so.
+        echo_all(&stream, 2, &[1, 100_000]);
+    }
+    assert_eq!(pair.near.stop()["failed"], 0, "it had its streams");
+    assert_eq!(pair.far.stop()["failed"], 3);
+}
+
+#[test]
+fn a_far_proxy_that_is_killed_is_found_again() {
+    let server = Server::tcp(echo);
+    let mut pair = Pair::to(&server);
+    for round in 0..3 {
+        let stream = pair.near.connect();
+        echo_all(&stream, round, &[1, 100_000]);
+        let address = pair.far.address.clone();
+        pair.far.process.signal(Signal::SIGKILL);
+        pair.far.process.end();
+        // It failed, which must not look like an end.
+        let error = (&stream).read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        if round == 1 {
+            // Nobody comes in time.
+            assert!(has_ended(&pair.near.connect()));
+        }
+        let mut waiting = pair.near.connect();
+        pair.far = Proxy::start(&address, &server.address, &[]);
+        // Served, or closed because its time was over: that depends on the machine.
+        let _ = waiting.write_all(b"?");
+        let is_served = matches!(waiting.read(&mut [0]), Ok(1));
+        assert!(is_served || has_ended(&waiting));
+        until("the near proxy has a session again", || {
+            let mut stream = pair.near.connect();
+            stream.write_all(b"?").is_ok() && matches!(stream.read(&mut [0]), Ok(1))
+        });
+    }
+    pair.near.stop();
+    pair.far.stop();
+}
+
+#[test]
+fn open_connections_may_end_before_the_proxy_does() {
+    let server = Server::tcp(echo);
+    let Pair { mut near, mut far, _path } = Pair::with_options(&server, &["--grace", "90"]);
+    let stream = near.connect();
+    echo_all(&stream, 1, &[10_000]);
+    near.process.signal(Signal::SIGTERM);
+    far.process.signal(Signal::SIGINT);
+    let address = near.address.strip_prefix("tcp:").unwrap();
+    until("nothing more is accepted", || TcpStream::connect(address).is_err());
+    echo_all(&stream, 2, &[10_000]);
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert!(has_ended(&stream));
+    for totals in [near.totals(), far.totals()] {
+        assert_eq!(totals["failed"], 0, "{totals}");
+        assert_eq!(totals["bytes_up"], 20_000, "{totals}");
+    }
+}
+
+#[test]
+fn connections_that_do_not_end_are_cut_with_a_reset() {
+    let server = Server::tcp(echo);
+    let pair = Pair::with_options(&server, &["--grace", "0"]);
+    let stream = pair.near.connect();
+    echo_all(&stream, 1, &[10_000]);
+    assert_eq!(pair.near.stop()["failed"], 1);
+    let error = (&stream).read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    pair.far.stop();
+}
+
+#[test]
+fn a_reset_ends_both_directions_on_both_sides() {
+    let (tell, told) = mpsc::channel();
+    let tell = Mutex::new(tell);
+    let server = Server::tcp(move |mut stream: UnixStream| {
+        let mut order = [0];
+        while stream.read(&mut order)? > 0 {
+            if order == *b"r" {
+                reset(&stream);
+                return Ok(());
+            }
+            stream.write_all(&order)?;
+        }
+        tell.lock().unwrap().send(stream).unwrap();
+        Ok(())
+    });
+    let pair = Pair::to(&server);
+    // By the client: the server sees an end.
+    let stream = pair.near.connect();
+    echo_all(&stream, 1, &[1]);
+    reset(&stream);
+    drop(stream);
+    let kept_by_server = told.recv_timeout(LONG).unwrap();
+    // By the server: so does the client.
+    let stream = pair.near.connect();
+    (&stream).write_all(b"r").unwrap();
+    assert!(has_ended(&stream));
+    // Neither proxy waits for the ones who keep their ends, and would have to cut them.
+    assert_eq!(pair.near.stop()["failed"], 1);
+    assert_eq!(pair.far.stop()["failed"], 1);
+    drop((kept_by_server, stream));
+}
+
+#[test]
+fn a_unix_socket_is_private_and_taken_over_from_the_dead_only() {
+    let (between, place) = (SocketPath::new(), SocketPath::new());
+    let between = format!("shm:{}", between.as_str());
+    let listen = format!("unix:{}", place.as_str());
+    let server = Server::tcp(echo);
+    let far = Proxy::start(&between, &server.address, &[]);
+    let mut near = Proxy::start(&listen, &between, &[]);
+    assert_eq!(near.address, listen);
+    let mode = fs::metadata(place.as_str()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+
+    for taken in [&listen, &between] {
+        let mut second = Process::start("proxy", &["--listen", taken, "--connect", &between]);
+        assert_eq!(second.end().0.code(), Some(1));
+        second.line_with("in use");
+    }
+    near.process.signal(Signal::SIGKILL);
+    near.process.end();
+    let near = Proxy::start(&listen, &between, &[]);
+    let mut stream = UnixStream::connect(place.as_str()).unwrap();
+    stream.write_all(b"still here").unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut echoed = String::new();
+    stream.read_to_string(&mut echoed).unwrap();
+    assert_eq!(echoed, "still here");
+    near.stop();
+    far.stop();
+}
+
+#[test]
+fn wrong_arguments_end_with_2() {
+    let [listen, connect] = [["--listen", "tcp:127.0.0.1:0"], ["--connect", "unix:/tmp/nobody"]];
+    let right = [listen, connect].concat();
+    let wrong: &[&[&str]] = &[
+        &[],
+        &listen,
+        &connect,
+        &[&right[..], &listen].concat(),
+        &[&listen[..], &["--connect"]].concat(),
+        &[&listen[..], &["--connect", "tcp"]].concat(),
+        &[&listen[..], &["--connect", "tcp:localhost"]].concat(),
+        &[&listen[..], &["--connect", "unix:"]].concat(),
+        &[&listen[..], &["--connect", "udp:127.0.0.1:53"]].concat(),
+        &[&right[..], &["--grace", "-1"]].concat(),
+        &[&right[..], &["--grace", "18446744073709551615"]].concat(),
+        &[&right[..], &["stray"]].concat(),
+    ];
+    for arguments in wrong {
+        let mut process = Process::start("proxy", arguments);
+        let (status, output) = process.end();
+        assert_eq!(status.code(), Some(2), "{arguments:?}");
+        assert_eq!(output, "", "{arguments:?}");
+        process.line_with("usage: ");
+    }
+    let (status, output) = Process::start("proxy", &["--help"]).end();
+    assert!(status.success() && output.starts_with("usage: proxy"), "{status}: {output}");
+}
