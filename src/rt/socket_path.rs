@@ -106,7 +106,7 @@ pub(super) fn remove_left_over(path: &Path) -> io::Result<()> {
         return in_use("exists and is not a socket");
     }
     if is_alive(path)? {
-        return in_use("is listened on by a live server");
+        return in_use("is in use by a live server");
     }
     fs::remove_file(path)
 }
