@@ -13,6 +13,8 @@
 //! - A client [connects](Connector::connect) with a [`Connector`] and
 //!   [opens](Session::open_stream) streams.
 //! - A [`Stream`] is read and written like a socket.
+//! - A [`Server`] has an executor on each of its cores, each with sessions and data of its own; a
+//!   [`Client`] keeps sessions to those that it asks for, and makes them again when they end.
 //!
 //! # An echo
 //!
@@ -86,3 +88,8 @@ pub use rt::{
 pub use shm::access::PeerTrust;
 pub use shm::manager::SliceUsage;
 pub use stats::{PoolUsage, SessionStats};
+
+/// Its examples are compiled with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
