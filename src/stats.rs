@@ -61,9 +61,12 @@ pub struct SessionStats {
     pub credits_sent: u64,
     /// Times that this side's polling found nothing for the whole spin budget and went to sleep.
     pub sleeps: u64,
-    /// Times that another thread woke the task that reads this session's socket, or under a
-    /// [`Server`](crate::Server) the session's handler. Each costs both threads microseconds. This
-    /// crate does not do that; a handler that waits for other threads does.
+    /// Tasks of [`serve_streams`](crate::Session::serve_streams) that panicked.
+    pub panicked_streams: u64,
+    /// Times that another thread woke the task that reads this session's socket, a task of
+    /// [`serve_streams`](crate::Session::serve_streams), or under a [`Server`](crate::Server) the
+    /// session's handler. Each costs both threads microseconds. This crate does not do that; a
+    /// handler that waits for other threads does.
     pub cross_core_wakes: u64,
 }
 
@@ -148,6 +151,7 @@ counters! {
     window_full,
     credits_sent,
     sleeps,
+    panicked_streams,
 }
 
 /// A number that only grows.

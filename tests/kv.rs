@@ -14,13 +14,14 @@ mod kv;
 use std::collections::HashSet;
 use std::fs;
 use std::io::Read;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
 
 use kv::client::{Client, Reply, connect, encode, pipeline};
 use kv::model::{self, Model, compare};
-use kv::process::{Directory, LONG, Running, Server, redis_cli, redis_tool, until};
+use kv::process::{Directory, LONG, Running, Server, example_path, redis_cli, redis_tool, until};
 use nix::sys::signal::Signal;
 use shmipc_glommio::Session;
 
@@ -231,6 +232,27 @@ fn streams_over_shared_memory_are_served_whatever_shard_they_lead_to() {
 }
 
 /// Both directions of both sessions between the two have more under way than their memory holds.
+#[test]
+fn a_client_that_knows_the_shards_crosses_no_core() {
+    let server = Server::start(2);
+    for (depth, threads) in [("1", "1"), ("16", "2")] {
+        let path = server.any_shm();
+        let load = ["--shm", &path, "--value", "64", "--keys", "200", "--requests", "20000"];
+        let shape = ["--depth", depth, "--threads", threads, "--connections", "4"];
+        let output = Command::new(example_path("kv_client")).args(load).args(shape).output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!((&report["ok"], &report["shards"]), (&true.into(), &2.into()), "{report}");
+    }
+    only_owners_touched(&server, 2);
+    assert!(fields(&server, "commands").iter().all(|&commands| commands > 10_000));
+    assert_eq!(fields(&server, "cross_core_wakes"), [0, 0]);
+    // These questions themselves, five with this one, are all that one shard has asked another.
+    assert_eq!(fields(&server, "forwarded").iter().sum::<u64>(), 5);
+    server.stop();
+}
+
 #[test]
 fn shards_that_send_each_other_much_do_not_block_each_other() {
     const ROUNDS: usize = 3;

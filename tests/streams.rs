@@ -12,7 +12,8 @@ use bytes::Buf;
 use futures_lite::future::{poll_fn, poll_once, yield_now, zip};
 use futures_lite::{AsyncReadExt, AsyncWriteExt, StreamExt};
 use shmipc_glommio::{
-    Config, ConfigBuilder, Connector, Error, Listener, Message, PeerTrust, Session, Stream,
+    Config, ConfigBuilder, Connector, Error, Listener, MemoryKind, Message, PeerTrust,
+    ProtocolVersion, Session, Stream,
 };
 
 use support::executor::{SocketPath, run};
@@ -281,6 +282,26 @@ fn a_stream_that_is_announced_can_be_spoken_on_by_the_peer_first() {
         drop((heard, far));
         until(|| client.stream_count() + server.stream_count() == 0).await;
         until(|| all_free(&client, &server)).await;
+    });
+}
+
+#[test]
+fn an_announcement_waits_for_a_server_that_has_not_said_what_it_knows() {
+    run(LIMIT, || async {
+        let config = small().memory(MemoryKind::File).protocol(ProtocolVersion::V2);
+        let config = config.build().unwrap();
+        let path = SocketPath::new();
+        let listener = Listener::bind(path.as_str(), config.clone()).unwrap();
+        for _ in 0..10 {
+            // In this version it is connected before the server has looked at the memory.
+            let client = Connector::new(config.clone()).connect(path.as_str()).await.unwrap();
+            let mut near = client.open_stream().unwrap();
+            near.announce().await.unwrap();
+            let server = listener.accept().await.unwrap();
+            let mut far = server.accept().await.unwrap();
+            far.write_all(b"welcome").await.unwrap();
+            assert_eq!(recv(&mut near).await.unwrap(), b"welcome");
+        }
     });
 }
 

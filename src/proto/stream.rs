@@ -42,6 +42,8 @@ pub(crate) struct StreamLife {
     here: Cell<Side>,
     peer: Cell<Side>,
     path: Cell<Path>,
+    /// Whether this side reads only what has come by now.
+    is_drained: Cell<bool>,
 }
 
 impl StreamLife {
@@ -50,6 +52,7 @@ impl StreamLife {
             here: Cell::new(Side::Open),
             peer: Cell::new(Side::Open),
             path: Cell::new(Path::SharedMemory),
+            is_drained: Cell::new(false),
         }
     }
 
@@ -74,10 +77,17 @@ impl StreamLife {
         self.here.get() == Side::Open && self.peer.get() != Side::Closed
     }
 
-    /// Whether the peer may still send.
+    /// Whether something may still come that this side reads.
     #[inline]
     pub(crate) fn can_receive(&self) -> bool {
-        self.here.get() != Side::Closed && self.peer.get() == Side::Open
+        let may_come = self.peer.get() == Side::Open && !self.is_drained.get();
+        self.here.get() != Side::Closed && may_come
+    }
+
+    /// This side waits for nothing more: behind what has come is the end, as if the peer had ended
+    /// its direction.
+    pub(crate) fn drain(&self) {
+        self.is_drained.set(true);
     }
 
     /// From now on this stream sends over the socket.
@@ -148,6 +158,15 @@ mod tests {
         life.peer_closed();
         assert!(!life.can_send() && !life.can_receive());
         assert_eq!(life.close(), OnClose::Nothing);
+    }
+
+    #[test]
+    fn a_drained_stream_is_read_to_its_end_and_still_sends() {
+        let life = StreamLife::new();
+        life.drain();
+        assert!(life.can_send() && !life.can_receive());
+        assert_eq!(life.peer(), Side::Open);
+        assert_eq!(life.close(), OnClose::Tell(Path::SharedMemory));
     }
 
     #[test]

@@ -36,6 +36,11 @@ impl SendWindow {
         self.sent.set(self.sent.get().wrapping_add(size));
     }
 
+    /// How much was sent until now.
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent.get()
+    }
+
     /// Counts bytes that went over the socket.
     pub(crate) fn note_sent_over_socket(&self, size: u64) {
         self.note_sent(size);

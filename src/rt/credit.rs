@@ -6,10 +6,11 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use super::session::SessionInner;
 use super::stream::StreamInner;
-use crate::config::Config;
+use crate::config::{Config, ProtocolVersion};
 use crate::proto::session::Role;
 use crate::shm::chain::Chain;
 use crate::shm::manager::BufferManager;
@@ -22,6 +23,11 @@ const UNBOUNDED: u64 = u64::MAX;
 /// before the server has mapped the memory.
 const LOOKS: u32 = 4;
 
+/// How long a server that a client of version 2 does not wait for may take to map the memory, and
+/// how often that is looked for.
+const TIME_TO_SAY: Duration = Duration::from_millis(200);
+const TIME_BETWEEN_LOOKS: Duration = Duration::from_millis(1);
+
 /// The windows of a session's streams.
 pub(super) struct Credit {
     ours: u64,
@@ -30,6 +36,8 @@ pub(super) struct Credit {
     /// How much the peer lets wait unread.
     window_there: Cell<u64>,
     looks: Cell<u32>,
+    /// Whether the peer had its time to say what it knows.
+    had_time: Cell<bool>,
     /// Streams whose credit found the queue full, each once.
     kept: RefCell<VecDeque<u32>>,
 }
@@ -60,6 +68,7 @@ impl Credit {
             window_here: Cell::new(UNBOUNDED),
             window_there: Cell::new(UNBOUNDED),
             looks: Cell::new(LOOKS),
+            had_time: Cell::new(false),
             kept: RefCell::default(),
         };
         credit.look(manager, role);
@@ -112,6 +121,24 @@ impl SessionInner {
                 }
             }
         }
+    }
+
+    /// Gives a peer that has not said what it knows a moment to do so, once. A server says it when
+    /// it maps the memory, which a client of version 2 does not wait for.
+    pub(super) async fn give_time_to_say(self: &Rc<Self>) {
+        let is_unanswered = (self.role, self.version) == (Role::Client, ProtocolVersion::V2);
+        if !is_unanswered || self.credit.had_time.get() {
+            return;
+        }
+        let end = Instant::now() + TIME_TO_SAY;
+        loop {
+            self.look_for_extension();
+            if self.credit.is_known() || self.is_over() || Instant::now() >= end {
+                break;
+            }
+            glommio::timer::sleep(TIME_BETWEEN_LOOKS).await;
+        }
+        self.credit.had_time.set(true);
     }
 
     /// Whether the peer's reader of this stream is near enough.

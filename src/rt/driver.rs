@@ -235,7 +235,7 @@ impl SessionInner {
                 && !stream.has_news();
             if is_next {
                 chain = Some(self.adopt(event.offset)?).filter(|chain| chain.len() > 0);
-                stream.note_known_to_peer();
+                stream.note_received();
             } else {
                 self.handle_event(event)?;
             }

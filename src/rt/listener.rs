@@ -2,7 +2,8 @@
 //! Where peers connect to.
 //!
 //! A task accepts connections and starts one more task for each handshake, so a peer that dawdles,
-//! or breaks the protocol, delays nobody. How many handshakes run at the same time is bounded.
+//! or breaks the protocol, delays nobody. How many handshakes run at the same time is bounded,
+//! and sessions that nobody takes count as well.
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -25,6 +26,7 @@ use super::poller::Poller;
 use super::session::Session;
 use super::socket::{ListenerSocket, Socket};
 use super::socket_path::{self, SocketPath};
+use super::tasks::TaskSet;
 use super::wakers::WakerList;
 use crate::config::Config;
 use crate::error::{Error, HandshakeError, Result};
@@ -75,7 +77,7 @@ pub struct Listener {
     shared: Rc<Shared>,
     address: Option<SocketAddr>,
     /// Dropped first to last: no connection is accepted once the socket's path is gone.
-    _accepting: glommio::Task<()>,
+    accepting: Option<glommio::Task<()>>,
     _path: Option<SocketPath>,
 }
 
@@ -95,8 +97,9 @@ impl Door {
 
 struct Shared {
     config: Rc<Config>,
-    /// As many as there can be handshakes at the same time.
+    /// As many as there can be handshakes at the same time, and sessions that wait to be taken.
     places: Rc<Semaphore>,
+    handshakes: TaskSet,
     ready: RefCell<VecDeque<Ready>>,
     failed: RefCell<Option<Error>>,
     waiting: WakerList,
@@ -108,6 +111,7 @@ struct Shared {
 pub(super) struct Ready {
     pub(super) session: Session,
     pub(super) ticket: Option<Ticket>,
+    _place: StaticPermit,
 }
 
 /// What goes with a connection that was accepted elsewhere, until its session is taken.
@@ -181,6 +185,7 @@ impl Listener {
         let shared = Rc::new(Shared {
             config: Rc::new(config),
             places,
+            handshakes: TaskSet::default(),
             ready: RefCell::default(),
             failed: RefCell::default(),
             waiting: WakerList::default(),
@@ -190,7 +195,7 @@ impl Listener {
         // Started before the first handshake, it is ready behind it.
         Poller::current();
         let accepting = glommio::spawn_local(accept_connections(socket, Rc::downgrade(&shared)));
-        Self { shared, address, _accepting: accepting, _path: path }
+        Self { shared, address, accepting: Some(accepting), _path: path }
     }
 
     /// The address that a TCP listener got.
@@ -230,10 +235,24 @@ impl Listener {
         Ok(self.accept_ready().await?.session)
     }
 
+    /// Accepts no more, and ends the handshakes that are under way. Sessions that have come to be
+    /// can still be taken.
+    pub(super) async fn stop_accepting(&mut self) {
+        if let Some(accepting) = self.accepting.take() {
+            accepting.cancel().await;
+        }
+        self.shared.handshakes.cancel().await;
+    }
+
+    /// A session that has come to be, without waiting.
+    pub(super) fn take_ready(&self) -> Option<Ready> {
+        self.shared.ready.borrow_mut().pop_front()
+    }
+
     pub(super) async fn accept_ready(&self) -> Result<Ready> {
         let shared = &self.shared;
         poll_fn(|context| {
-            if let Some(ready) = shared.ready.borrow_mut().pop_front() {
+            if let Some(ready) = self.take_ready() {
                 return Poll::Ready(Ok(ready));
             }
             if let Some(error) = &*shared.failed.borrow() {
@@ -310,14 +329,18 @@ fn is_passing(error: &Error) -> bool {
 
 /// Starts the task of a handshake.
 fn begin(connection: Socket, ticket: Option<Ticket>, shared: Weak<Shared>, place: StaticPermit) {
-    glommio::spawn_local(async move {
-        shake_hands(connection, ticket, shared).await;
-        drop(place);
-    })
-    .detach();
+    let Some(owner) = shared.upgrade() else {
+        return;
+    };
+    owner.handshakes.spawn(shake_hands(connection, ticket, shared, place));
 }
 
-async fn shake_hands(connection: Socket, ticket: Option<Ticket>, shared: Weak<Shared>) {
+async fn shake_hands(
+    connection: Socket,
+    ticket: Option<Ticket>,
+    shared: Weak<Shared>,
+    place: StaticPermit,
+) {
     let Some(config) = shared.upgrade().map(|shared| Rc::clone(&shared.config)) else {
         return;
     };
@@ -329,7 +352,7 @@ async fn shake_hands(connection: Socket, ticket: Option<Ticket>, shared: Weak<Sh
     match result {
         Ok(established) => {
             let session = Session::start(established, &config, shared.trust.get());
-            shared.ready.borrow_mut().push_back(Ready { session, ticket });
+            shared.ready.borrow_mut().push_back(Ready { session, ticket, _place: place });
             shared.waiting.wake_all();
         }
         Err(error) => shared.refuse(&error),

@@ -13,9 +13,11 @@
 //!   [`deadline`]; [`loan`]: messages as values; [`credit`]: how far a sender may go.
 //! - [`listener`], [`connector`]: how sessions come to be; [`socket_path`]: the files of sockets.
 //! - [`client`]: a core's sessions to the shards of a server, each [`kept`] up with a [`backoff`].
+//! - [`drain`]: how a session is brought to its end without a loss.
 //! - [`server`]: an executor for each of its [`cores`], each with a [`shard`] of the sessions;
 //!   [`dealer`]: the thread that deals what comes in at their common door; [`serving`]: a task for
-//!   each stream. Only what these hand over at accept time ever changes threads.
+//!   each stream; [`tasks`]: tasks that end with what they belong to. Only what these hand over at
+//!   accept time ever changes threads.
 
 mod backoff;
 mod client;
@@ -24,6 +26,7 @@ mod cores;
 mod credit;
 mod deadline;
 mod dealer;
+mod drain;
 mod driver;
 mod handshake;
 mod kept;
@@ -44,6 +47,7 @@ mod shard;
 mod socket;
 mod socket_path;
 mod stream;
+mod tasks;
 mod wakers;
 mod write_half;
 

@@ -30,6 +30,7 @@ use glommio::{Latency, Shares, TaskQueueHandle};
 use super::driver::Stay;
 use super::session::SessionInner;
 use super::socket::{Received, Socket};
+use super::tasks::TaskSet;
 use super::wakers::WakerSlot;
 
 /// How often queues are looked at when tasks wait for a peer that has not moved for a while.
@@ -51,6 +52,8 @@ pub(super) struct Poller {
     queue: TaskQueueHandle,
     active: RefCell<Vec<Rc<SessionInner>>>,
     task: WakerSlot,
+    /// Its own, and those beside it.
+    tasks: TaskSet,
     last_reactor_pass: Cell<Option<Instant>>,
     /// Whether tasks did more since the last pass than run once: then the time has to be looked up.
     is_clock_stale: Cell<bool>,
@@ -77,6 +80,7 @@ impl Poller {
             queue,
             active: RefCell::default(),
             task: WakerSlot::default(),
+            tasks: TaskSet::default(),
             last_reactor_pass: Cell::new(None),
             is_clock_stale: Cell::new(false),
             reactor_interval: Cell::new(Duration::MAX),
@@ -99,9 +103,19 @@ impl Poller {
 
     /// Starts a task beside the poller's, in its task queue.
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
-        glommio::spawn_local_into(task, self.queue)
-            .expect("the poller's queue lives as long as its executor")
-            .detach();
+        self.tasks.spawn_into(self.queue, task);
+    }
+
+    /// Ends all that this crate runs on this executor, of which nothing else will be asked.
+    ///
+    /// glommio does not drop tasks that wait when it ends, nor what they own.
+    pub(super) async fn shut_down() {
+        // Not a new one, if there is none.
+        let executor = glommio::executor().id();
+        let current = CURRENT.with_borrow(Clone::clone);
+        if let Some(poller) = current.filter(|poller| poller.executor == executor) {
+            poller.tasks.cancel().await;
+        }
     }
 
     /// Puts a session among the active ones.

@@ -176,7 +176,7 @@ impl ReadHalf {
         if inner.life().here() == Side::Closed {
             return Poll::Ready(Err(Error::StreamClosed));
         }
-        if inner.life().peer() != Side::Open {
+        if !inner.life().can_receive() {
             return Poll::Ready(Ok(None));
         }
         if session.is_over() {

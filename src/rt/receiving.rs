@@ -123,9 +123,11 @@ impl SessionInner {
         if !self.streams.borrow().is_new(id) {
             return None;
         }
-        if self.streams.borrow().is_full() {
+        let is_over = self.accepts.is_over.get();
+        if is_over || self.streams.borrow().is_full() {
             self.streams.borrow_mut().note_used(id);
-            tracing::debug!(stream = id, "refused: too many streams");
+            let why = if is_over { "no more are taken" } else { "too many" };
+            tracing::debug!(stream = id, why, "stream refused");
             self.tell_closed(id, Path::SharedMemory);
             return None;
         }

@@ -101,13 +101,18 @@ impl Server {
         Stopper { common: Arc::clone(&self.common) }
     }
 
-    /// Stops the server: accepts no more, lets sessions come to rest for up to `patience`, closes
-    /// them, and waits for all threads.
+    /// Stops the server: accepts no more, gives sessions up to `patience` to come to their end,
+    /// closes them, and waits for all threads.
     ///
-    /// A session is at rest when all that came was read, by tasks that wait for more, and all that
-    /// they sent has gone: every request that was seen is answered. What a peer sends after that
-    /// finds the session closed. A handler gets until the deadline, and half a second more or so,
-    /// to end; then it is dropped.
+    /// For handlers it is as if their peers had said that nothing more comes: no more streams, and
+    /// at each stream the end behind what has come of it. They answer that, and end as they always
+    /// do; when the last stream of a session is dropped, the session is closed. So every request
+    /// that was seen is answered. What a peer sends after that finds the stream closed.
+    ///
+    /// A peer that is in the middle of sending something, which is not answered meanwhile, gets
+    /// half of the time to come to its end. A handler gets until the deadline, and half a second
+    /// more or so; then it is dropped, and so are the tasks of
+    /// [`serve_streams`](crate::Session::serve_streams).
     ///
     /// # Errors
     ///

@@ -101,7 +101,7 @@ impl ServerBuilder {
         self
     }
 
-    /// How long sessions get to come to rest when the server stops because it is dropped, or
+    /// How long sessions get to come to their end when the server stops because it is dropped, or
     /// because one of its shards did. Default: five seconds.
     pub fn stop_patience(mut self, patience: Duration) -> Self {
         self.patience = patience;

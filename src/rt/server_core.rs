@@ -17,6 +17,7 @@ use futures_lite::future::or;
 use glommio::LocalExecutorBuilder;
 
 use super::listener::{Door, Listener};
+use super::poller::Poller;
 use super::session::Session;
 use super::shard::{Failure, Place, Shard, ShardLink, panic_text};
 use super::socket::Socket;
@@ -140,6 +141,7 @@ impl Core {
                     let result = self.run(factory, tell, Rc::clone(&shown)).await;
                     // Nothing is left that somebody would have to clear away.
                     shown.take();
+                    Poller::shut_down().await;
                     result
                 })
             });
@@ -173,7 +175,7 @@ impl Core {
         let index = place.index;
         let shard = Shard::new(place, Arc::clone(&common.links[index]));
         wreck.borrow_mut().shard = Some(shard.clone());
-        let listener = Listener::at(door, config).trust_as(trust);
+        let mut listener = Listener::at(door, config).trust_as(trust);
         let refusing = shard.clone();
         listener.on_refused(move |error| {
             refusing.note_refused();
@@ -197,7 +199,7 @@ impl Core {
         };
         let _ = tell.send(());
         drop(tell);
-        let served = shard.serve(&listener, handler).await;
+        let served = shard.serve(&mut listener, handler).await;
         // Its path goes with it, and who still waits there is let go.
         drop(listener);
         wreck.borrow_mut().door.take();

@@ -1,50 +1,28 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A task for each stream of a session.
 
-use std::cell::Cell;
-use std::future::poll_fn;
+use std::panic::AssertUnwindSafe;
 use std::rc::Rc;
-use std::task::Poll;
+use std::sync::Arc;
 
-use super::session::Session;
+use futures_lite::FutureExt;
+
+use super::own_core::counting_foreign_wakes;
+use super::session::{Session, SessionInner};
+use super::shard::panic_text;
 use super::stream::Stream;
-use super::wakers::WakerList;
+use super::tasks::TaskSet;
 use crate::error::Error;
-
-/// The tasks that serve streams.
-#[derive(Default)]
-struct Tasks {
-    running: Cell<usize>,
-    ended: WakerList,
-}
-
-/// Counts for one task, until it ends, or is dropped with its executor, or panics.
-struct Running(Rc<Tasks>);
-
-impl Running {
-    fn new(tasks: &Rc<Tasks>) -> Self {
-        tasks.running.set(tasks.running.get() + 1);
-        Self(Rc::clone(tasks))
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.0.running.set(self.0.running.get() - 1);
-        if self.0.running.get() == 0 {
-            self.0.ended.wake_all();
-        }
-    }
-}
 
 impl Session {
     /// Accepts every stream that the peer opens and serves each in a task of its own, until the
     /// session is over and all the tasks have ended. Gives the reason of the session's end.
     ///
     /// What a stream's task gives is not looked at: an error of one stream is no error of the
-    /// session. A panic of one ends the executor, as a panic of any task does.
+    /// session. Nor is a panic, which closes the stream, and is
+    /// [counted](crate::SessionStats::panicked_streams).
     ///
-    /// When the future is dropped, no more streams are accepted by it. Its tasks go on.
+    /// When the future is dropped, so are its tasks, as soon as each waits for something.
     ///
     /// ```
     /// use futures_lite::io;
@@ -79,29 +57,26 @@ impl Session {
         F: Fn(Stream) -> S,
         S: Future + 'static,
     {
-        let tasks = Rc::new(Tasks::default());
+        let tasks = TaskSet::default();
         let reason = loop {
             match self.accept().await {
                 Ok(stream) => {
-                    let serving = serve(stream);
-                    let running = Running::new(&tasks);
-                    glommio::spawn_local(async move {
-                        serving.await;
-                        drop(running);
-                    })
-                    .detach();
+                    let foreign_wakes = Arc::clone(&self.inner().counters.cross_core_wakes);
+                    let serving = serve_one(serve(stream), Rc::clone(self.inner()));
+                    tasks.spawn(counting_foreign_wakes(serving, foreign_wakes));
                 }
                 Err(reason) => break reason,
             }
         };
-        poll_fn(|context| {
-            if tasks.running.get() == 0 {
-                return Poll::Ready(());
-            }
-            tasks.ended.register(context, None);
-            Poll::Pending
-        })
-        .await;
+        tasks.all_ended().await;
         reason
+    }
+}
+
+/// Serves a stream, which is the only one that a panic of this closes.
+async fn serve_one(serving: impl Future, session: Rc<SessionInner>) {
+    if let Err(panic) = AssertUnwindSafe(serving).catch_unwind().await {
+        session.counters.panicked_streams.add(1);
+        tracing::error!(text = panic_text(&*panic), "the task of a stream panicked");
     }
 }

@@ -69,6 +69,8 @@ pub(super) struct Lanes {
 pub(super) struct Accepts {
     pub(super) ready: RefCell<VecDeque<Rc<StreamInner>>>,
     pub(super) waiting: WakerList,
+    /// Whether no more are taken in.
+    pub(super) is_over: Cell<bool>,
 }
 
 /// Whether the core's poller looks at this session, and since when it found nothing.
@@ -222,22 +224,15 @@ impl SessionInner {
         self.version.as_u8()
     }
 
-    /// Whether nothing is under way that this side knows of: all that came was read, by tasks that
-    /// wait for more, and all that they sent has gone.
-    pub(super) fn is_at_rest(&self) -> bool {
-        let has_events = self.lanes.consumer.borrow_mut().has_events().unwrap_or(false);
-        !has_events
-            && self.accepts.ready.borrow().is_empty()
-            && self.outbox.is_empty()
-            && self.streams.borrow().all().iter().all(|stream| stream.is_at_rest())
-    }
-
     fn poll_accept(&self, context: &Context<'_>) -> Poll<Result<Rc<StreamInner>>> {
         if let Some(stream) = self.accepts.ready.borrow_mut().pop_front() {
             return Poll::Ready(Ok(stream));
         }
         if let Some(error) = self.ended() {
             return Poll::Ready(Err(error));
+        }
+        if self.accepts.is_over.get() {
+            return Poll::Ready(Err(Error::SessionClosed));
         }
         self.accepts.waiting.register(context, None);
         Poll::Pending

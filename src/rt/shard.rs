@@ -21,6 +21,7 @@ use futures_lite::FutureExt;
 use futures_lite::future::or;
 
 use super::dealer::{Inlet, Load};
+use super::drain::Drain;
 use super::listener::{Adopter, Listener, Ready};
 use super::own_core::counting_foreign_wakes;
 use super::session::Session;
@@ -31,8 +32,9 @@ use crate::error::{Error, Result};
 /// What the handlers of sessions and shards fail with.
 pub(super) type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// How often sessions are looked at that should come to rest.
-const DRAIN_INTERVAL: Duration = Duration::from_millis(2);
+/// How often streams are looked at that should end: longer than somebody who is in the middle of
+/// something takes to go on.
+const DRAIN_INTERVAL: Duration = Duration::from_millis(20);
 /// How long a session gets to send what waits for its socket, when it is closed.
 const CLOSE_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -61,6 +63,9 @@ pub struct ShardStats {
     pub failed: u64,
     /// Sessions whose handler panicked.
     pub panicked: u64,
+    /// Streams whose task panicked, of sessions that have ended; those of open sessions are in
+    /// their own [counters](crate::SessionStats::panicked_streams).
+    pub panicked_streams: u64,
     /// Peers that were dropped before they became a session.
     pub refused: u64,
     /// Wake-ups that other threads gave to tasks of sessions that have ended; those of open
@@ -82,6 +87,7 @@ struct ShardCounters {
     ended: AtomicU64,
     failed: AtomicU64,
     panicked: AtomicU64,
+    panicked_streams: AtomicU64,
     refused: AtomicU64,
     cross_core_wakes: AtomicU64,
 }
@@ -107,6 +113,7 @@ impl ShardLink {
             open: accepted.saturating_sub(ended),
             failed: get(&counters.failed),
             panicked: get(&counters.panicked),
+            panicked_streams: get(&counters.panicked_streams),
             refused: get(&counters.refused),
             cross_core_wakes: get(&counters.cross_core_wakes),
         }
@@ -242,7 +249,8 @@ impl Shard {
 
     /// Waits until the server is to stop. Cancel-safe.
     ///
-    /// No more sessions come from then on. Those that are open go on until they are at rest.
+    /// No more sessions come from then on. Those that are open come to their end: see
+    /// [`Server::stop`](crate::Server::stop).
     pub async fn stopping(&self) {
         self.inner.stop.reached(|phase| phase != Phase::Serving).await;
     }
@@ -276,7 +284,7 @@ impl Shard {
     }
 
     /// Serves the sessions of `listener` until the server stops, or the listener fails.
-    pub(super) async fn serve<H, S, E>(&self, listener: &Listener, handler: H) -> Result<()>
+    pub(super) async fn serve<H, S, E>(&self, listener: &mut Listener, handler: H) -> Result<()>
     where
         H: Fn(Session) -> S + 'static,
         S: Future<Output = std::result::Result<(), E>> + 'static,
@@ -290,26 +298,29 @@ impl Shard {
                 Ok(None)
             };
             let accepted = async { listener.accept_ready().await.map(Some) };
-            let Some(Ready { session, ticket }) = or(stopped, accepted).await? else {
-                return Ok(());
+            let Some(ready) = or(stopped, accepted).await? else {
+                break;
             };
             number += 1;
-            self.begin(number, session, ticket, Rc::clone(&handler));
+            self.begin(number, ready, Rc::clone(&handler));
         }
+        // Their peers think that they are connected, and may have asked for something already.
+        listener.stop_accepting().await;
+        while let Some(ready) = listener.take_ready() {
+            number += 1;
+            self.begin(number, ready, Rc::clone(&handler));
+        }
+        Ok(())
     }
 
     /// Starts the handler of a session.
-    fn begin<H, S, E>(
-        &self,
-        number: u64,
-        session: Session,
-        ticket: Option<Box<dyn Any>>,
-        handler: Rc<H>,
-    ) where
+    fn begin<H, S, E>(&self, number: u64, ready: Ready, handler: Rc<H>)
+    where
         H: Fn(Session) -> S + 'static,
         S: Future<Output = std::result::Result<(), E>> + 'static,
         E: Into<Failure>,
     {
+        let Ready { session, ticket, .. } = ready;
         let counters = &self.inner.link.counters;
         count(&counters.accepted);
         let load: Load = match ticket.map(Box::<dyn Any>::downcast) {
@@ -334,6 +345,7 @@ impl Shard {
                 Ok(Ok(()))
             };
             let result = or(handled, cut).await;
+            shard.let_streams_end(&session).await;
             shard.note_end(number, &session, result);
             close(&session).await;
             shard.inner.open.borrow_mut().remove(&number);
@@ -363,8 +375,9 @@ impl Shard {
                 tracing::error!(shard, session = number, text, "handler panicked");
             }
         }
-        let wakes = session.stats().cross_core_wakes;
-        counters.cross_core_wakes.fetch_add(wakes, Ordering::Relaxed);
+        let stats = session.stats();
+        counters.cross_core_wakes.fetch_add(stats.cross_core_wakes, Ordering::Relaxed);
+        counters.panicked_streams.fetch_add(stats.panicked_streams, Ordering::Relaxed);
         count(&counters.ended);
     }
 
@@ -377,23 +390,43 @@ impl Shard {
         self.inner.stop.advance(Phase::Cut);
     }
 
-    /// Ends the sessions, each when it is at rest; at the deadline, those that are left.
+    /// While the server stops, a handler that has ended may have left streams to tasks of its own,
+    /// which have something to answer.
+    async fn let_streams_end(&self, session: &Session) {
+        let is_draining = || matches!(self.inner.stop.phase.get(), Phase::Draining(_));
+        while is_draining() && !session.inner().is_over() && session.inner().has_streams_in_hand() {
+            glommio::timer::sleep(DRAIN_INTERVAL / 4).await;
+        }
+    }
+
+    /// Ends the sessions, each when its streams have ended; at the deadline, those that are left.
     pub(super) async fn drain(&self) {
-        // Without one, the listener failed before anybody asked.
-        let mut deadline = Instant::now();
-        loop {
-            if let Phase::Draining(at) = self.inner.stop.phase.get() {
-                deadline = at;
-            }
-            if self.inner.open.borrow().is_empty() || Instant::now() >= deadline {
+        for session in self.sessions() {
+            session.inner().begin_drain();
+        }
+        let began = Instant::now();
+        let mut drain = Drain::Look;
+        // Without a deadline, the listener failed before anybody asked.
+        while let Phase::Draining(deadline) = self.inner.stop.phase.get() {
+            let now = Instant::now();
+            if self.inner.open.borrow().is_empty() || now >= deadline {
                 break;
             }
+            // Who is in the middle of something gets half of the time to come to its end, and the
+            // answer the other half.
+            if now >= began + deadline.saturating_duration_since(began) / 2 {
+                drain = Drain::All;
+            }
             for session in self.sessions() {
-                if session.end_reason().is_none() && session.inner().is_at_rest() {
+                let is_done = session.inner().drain_streams(drain);
+                if is_done && drain != Drain::Look && session.end_reason().is_none() {
                     glommio::spawn_local(async move { close(&session).await }).detach();
                 }
             }
-            self.ended_within(DRAIN_INTERVAL.min(left_until(deadline))).await;
+            if drain == Drain::Look {
+                drain = Drain::Quiet;
+            }
+            glommio::timer::sleep(DRAIN_INTERVAL.min(left_until(deadline))).await;
         }
         for session in self.sessions() {
             glommio::spawn_local(async move { close(&session).await }).detach();
@@ -411,6 +444,7 @@ impl Shard {
     /// Shuts down the sockets of all sessions, of which no task will run again, so that peers know.
     pub(super) fn abandon(self) {
         for session in self.sessions() {
+            count(&self.inner.link.counters.ended);
             session.inner().socket().shut_down();
             // Its end would wake tasks of an executor that is no more.
             std::mem::forget(session);

@@ -39,6 +39,10 @@ pub(super) struct StreamInner {
     pub(super) owes_end: Cell<bool>,
     /// Whether the peer has heard of the stream, and so must hear of its end.
     is_known_to_peer: Cell<bool>,
+    /// Whether something came since this was last looked at.
+    has_received: Cell<bool>,
+    /// What had been sent when that was looked at.
+    sent_before: Cell<u64>,
     halves: Cell<Halves>,
 }
 
@@ -69,6 +73,8 @@ impl StreamInner {
             owes_credit: Cell::new(false),
             owes_end: Cell::new(false),
             is_known_to_peer: Cell::new(false),
+            has_received: Cell::new(false),
+            sent_before: Cell::new(0),
             halves: Cell::new(Halves::Both),
         }
     }
@@ -98,9 +104,16 @@ impl StreamInner {
         matches!(self.halves.get(), Halves::Both | Halves::Only(Half::Read))
     }
 
+    /// Notes that something of it came.
+    #[inline]
+    pub(super) fn note_received(&self) {
+        self.note_known_to_peer();
+        self.has_received.set(true);
+    }
+
     #[inline]
     pub(super) fn receive(&self, data: Chain) {
-        self.note_known_to_peer();
+        self.note_received();
         self.inbound.borrow_mut().push(data);
     }
 
@@ -116,9 +129,14 @@ impl StreamInner {
         !self.inbound.borrow().is_empty() || !self.life.can_receive()
     }
 
-    /// Whether everything that came was read, by a task that waits for more.
-    pub(super) fn is_at_rest(&self) -> bool {
-        self.reader.is_waiting() && self.inbound.borrow().is_empty()
+    /// Whether the peer has sent since this was last asked, and was not answered, or what it sent
+    /// waits to be read. Then it is in the middle of something.
+    pub(super) fn is_in_the_middle(&self) -> bool {
+        let sent = self.sending.sent();
+        let has_sent = self.sent_before.replace(sent) != sent;
+        let has_unread = !self.inbound.borrow().is_empty();
+        // When it is read, a peer that waited for that goes on.
+        self.has_received.replace(has_unread) && !has_sent || has_unread
     }
 
     /// Throws away what was not read. Gives what of it had come over the socket cost.
@@ -301,13 +319,16 @@ impl Stream {
     /// can accept it and speak first. Nothing happens when the peer knows the stream already.
     ///
     /// A peer that is not of this crate is told nothing: it learns of a stream with its first bytes
-    /// only. Waits while the send queue is full or the pool is empty. Cancel-safe: told or not.
+    /// only. Waits while the send queue is full or the pool is empty, and in
+    /// [version 2](crate::ProtocolVersion::V2) for up to 200 ms, once per session, until the server
+    /// shows of which kind it is. Cancel-safe: told or not.
     ///
     /// # Errors
     ///
     /// The stream is closed, the session over, or the
     /// [deadline](Self::set_write_deadline) has passed.
     pub async fn announce(&mut self) -> Result<()> {
+        self.writer.session().give_time_to_say().await;
         poll_fn(|context| self.writer.poll_announce(context)).await
     }
 

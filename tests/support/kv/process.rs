@@ -25,7 +25,7 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn start(arguments: &[&str]) -> Self {
-        let mut child = Command::new(server_path())
+        let mut child = Command::new(example_path("kv_server"))
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -176,11 +176,12 @@ impl Server {
     }
 }
 
-fn server_path() -> PathBuf {
+/// An example as the program it is.
+pub(crate) fn example_path(name: &str) -> PathBuf {
     // target/<profile>/deps/kv-<hash>
     let this = std::env::current_exe().unwrap();
     let profile = this.parent().unwrap().parent().unwrap();
-    let path = profile.join("examples/kv_server");
+    let path = profile.join("examples").join(name);
     assert!(path.exists(), "{} is missing: cargo build --examples", path.display());
     path
 }
