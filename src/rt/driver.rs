@@ -2,7 +2,7 @@
 //! A session's turn with the poller, and the short wait of a task that looks at the queue itself.
 
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::session::SessionInner;
 use super::stream::StreamInner;
@@ -55,6 +55,9 @@ impl SessionInner {
             Ok(0) => false,
             Ok(count) => {
                 self.activity.last_batch.set(count);
+                if let Spin::For(full) = self.config.spin {
+                    self.activity.note_end_of_wait(full, now);
+                }
                 self.look_for_extension_at_first();
                 true
             }
@@ -89,13 +92,17 @@ impl SessionInner {
         }
     }
 
+    fn is_idle(&self, full: Duration, now: Instant) -> bool {
+        self.activity.is_idle_for(self.activity.spin.of(full), now)
+    }
+
     fn stay(&self, now: Instant, had_traffic: bool) -> Stay {
         if self.is_over() {
             return Stay::Asleep;
         }
         let spins = match self.config.spin {
             Spin::Never => had_traffic,
-            Spin::For(budget) => had_traffic || !self.activity.is_idle_for(budget, now),
+            Spin::For(full) => had_traffic || !self.is_idle(full, now),
             Spin::Forever => true,
         };
         if had_traffic {
@@ -115,6 +122,7 @@ impl SessionInner {
         match result {
             Ok(true) => {
                 self.activity.in_place.credit.set(0);
+                self.activity.spin.note_in_vain();
                 self.lanes.manager.set_resting(true);
                 self.counters.sleeps.add(1);
                 Stay::Asleep

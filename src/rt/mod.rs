@@ -9,6 +9,7 @@
 //! - [`session`]: a session's state; [`driver`]: its turns; [`receiving`]: what arrives;
 //!   [`sending`]: what is sent; [`outbox`]: what waits for the socket.
 //! - [`poller`]: the one task per core that polls the queues of active sessions.
+//! - [`spin`]: for how long they are looked at before they sleep.
 //! - [`stream`]: a stream's handle, of a [`read_half`] and a [`write_half`], each with a
 //!   [`deadline`]; [`loan`]: messages as values; [`credit`]: how far a sender may go.
 //! - [`listener`], [`connector`]: how sessions come to be; [`socket_path`]: the files of sockets.
@@ -46,6 +47,7 @@ mod session;
 mod shard;
 mod socket;
 mod socket_path;
+mod spin;
 mod stream;
 mod tasks;
 mod wakers;

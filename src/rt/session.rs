@@ -22,6 +22,7 @@ use super::own_core::counting_foreign_wakes;
 use super::poller::Poller;
 use super::receiving;
 use super::socket::Socket;
+use super::spin::SpinBudget;
 use super::stream::{Stream, StreamInner};
 use super::wakers::WakerList;
 use crate::config::{Config, ProtocolVersion};
@@ -80,6 +81,7 @@ pub(super) struct Activity {
     pub(super) idle_turns: Cell<u32>,
     /// When the first [`Self::IDLE_TURNS`] of them were over.
     idle_since: Cell<Instant>,
+    pub(super) spin: SpinBudget,
     /// Bytes sent since something came.
     unanswered: Cell<u64>,
     /// How many events came together the last time.
@@ -107,6 +109,14 @@ impl Activity {
     #[inline]
     pub(super) fn note_received(&self) {
         self.unanswered.set(0);
+    }
+
+    /// Something came: after how long a wait, if it was one that the clock was looked at for?
+    #[inline]
+    pub(super) fn note_end_of_wait(&self, full: Duration, now: Instant) {
+        if self.idle_turns.get() >= Self::IDLE_TURNS {
+            self.spin.note_found(now.saturating_duration_since(self.idle_since.get()), full);
+        }
     }
 
     /// Counts a turn that found nothing, and says whether there was nothing for as long as
@@ -336,6 +346,7 @@ impl Session {
                 is_active: Cell::new(false),
                 idle_turns: Cell::new(0),
                 idle_since: Cell::new(Instant::now()),
+                spin: SpinBudget::default(),
                 unanswered: Cell::new(0),
                 last_batch: Cell::new(0),
                 waiting_readers: Cell::new(0),
