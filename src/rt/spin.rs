@@ -52,7 +52,7 @@ impl SpinBudget {
     pub(super) fn note_in_vain(&self) {
         let in_vain = self.in_vain.get().wrapping_add(1);
         self.in_vain.set(in_vain);
-        let is_probe = in_vain % Self::PROBE == 0;
+        let is_probe = in_vain.is_multiple_of(Self::PROBE);
         self.halved.set(if is_probe { 0 } else { in_vain.min(Self::MOST_HALVED) });
     }
 }
