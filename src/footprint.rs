@@ -3,7 +3,8 @@
 //!
 //! Shared memory is not had by asking for it: a file in `/dev/shm`, or a memfd in a container, can
 //! be created larger than what is there. It is the first touch of a page too many that fails, by
-//! `SIGBUS` or by the kernel's choice of a process to kill. So this crate adds up, and asks first.
+//! `SIGBUS` or by the kernel's choice of a process to kill. So this crate adds up, and asks first,
+//! and takes the pages of files when it creates them.
 
 use std::fmt;
 use std::fs;
@@ -117,6 +118,16 @@ impl Footprint {
             Some(group) => Ok(self.fits_group(&group)?),
             None => Ok(()),
         }
+    }
+
+    /// The error of a file system that had too little after all.
+    pub(crate) fn lacks_space(&self) -> Error {
+        let directory = self.directory.clone().unwrap_or_default();
+        let space = nix::sys::statvfs::statvfs(&directory);
+        let available =
+            space.map_or(0, |space| space.blocks_available().saturating_mul(space.fragment_size()));
+        let needed = self.total_bytes();
+        ResourceError::SharedMemory { directory, needed, available }.into()
     }
 
     fn fits_locked_memory(&self, limit: Option<u64>) -> Result<(), ResourceError> {

@@ -10,6 +10,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use futures_lite::future::yield_now;
+use nix::errno::Errno;
+
 use super::credit::show_extension;
 use super::socket::{Received, Socket};
 use crate::config::{Config, MemoryKind, ProtocolVersion};
@@ -19,12 +22,16 @@ use crate::proto::handshake_server::{ServerHandshake, ServerStep};
 use crate::proto::session::Role;
 use crate::shm::manager::BufferManager;
 use crate::shm::queue::{self, Consumer, Producer};
-use crate::shm::region::{Region, SharedFile};
+use crate::shm::region::{NewFile, Region, SharedFile};
 use crate::wire::layout::QueueLayout;
 use crate::wire::{Deframer, Header, MemoryPaths, Message};
 
 /// The most bytes that a message of a handshake has: two paths of 4095 bytes and their lengths.
 const HANDSHAKE_MESSAGE_LEN: u32 = 8 + 2 * (2 + 4095);
+
+/// How much memory of a file is set aside before other tasks get their turn: a quarter of a
+/// millisecond's work.
+const RESERVED_AT_ONCE: usize = 1 << 20;
 
 /// What two sides agreed on, ready to carry a session.
 pub(super) struct Established {
@@ -49,7 +56,7 @@ pub(super) async fn connect(socket: Socket, config: &Config) -> Result<Establish
         return Err(HandshakeError::DescriptorsOverTcp.into());
     }
     let paths = new_paths(&config.path_prefix);
-    let (mut memory, descriptors) = create_memory(&paths, config)?;
+    let (mut memory, descriptors) = create_memory(&paths, config).await?;
     let mut handshake = ClientHandshake::new(config.protocol, config.memory, paths)?;
     let mut inbox = Inbox::new();
     let version = loop {
@@ -232,7 +239,7 @@ fn new_paths(prefix: &Path) -> MemoryPaths {
 
 type Descriptors = Option<[OwnedFd; 2]>;
 
-fn create_memory(
+async fn create_memory(
     paths: &MemoryPaths,
     config: &Config,
 ) -> Result<(SessionMemory, Descriptors), Error> {
@@ -250,9 +257,13 @@ fn create_memory(
         }
         MemoryKind::File => {
             let (buffer, buffer_file) = Region::create_file(&paths.buffer, buffer_len)?;
-            files.push(buffer_file);
             let (queue, queue_file) = Region::create_file(&paths.queue, queue_len)?;
-            files.push(queue_file);
+            for (file, len) in [(buffer_file, buffer_len), (queue_file, queue_len)] {
+                if config.checks_memory {
+                    reserve(&file, len, config).await?;
+                }
+                files.push(file.into_entry());
+            }
             (buffer, queue, None)
         }
     };
@@ -261,6 +272,24 @@ fn create_memory(
     let layout = QueueLayout::for_version(config.protocol);
     let (producer, consumer) = queue::create(&Rc::new(queue), config.queue_capacity, layout);
     Ok((SessionMemory { producer, consumer, manager, files }, descriptors))
+}
+
+/// Has the memory of a file set aside. What was free a moment ago, others may have been promised,
+/// other sessions of this program for instance.
+async fn reserve(file: &NewFile, len: usize, config: &Config) -> Result<(), Error> {
+    for offset in (0..len).step_by(RESERVED_AT_ONCE) {
+        if let Err(error) = file.reserve(offset, RESERVED_AT_ONCE.min(len - offset)) {
+            let errno = error.raw_os_error().map(Errno::from_raw);
+            match errno {
+                // What the file system does not do, it does not need perhaps.
+                Some(Errno::EOPNOTSUPP | Errno::ENOSYS) => return Ok(()),
+                Some(Errno::ENOSPC) => return Err(config.footprint(1, 1, 1).lacks_space()),
+                _ => return Err(Error::os("reserve shared memory", error)),
+            }
+        }
+        yield_now().await;
+    }
+    Ok(())
 }
 
 fn map_descriptors(
