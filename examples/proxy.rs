@@ -39,7 +39,7 @@ use glommio::task::JoinHandle;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use serde_json::json;
-use shmipc_glommio::{Config, ConfigError, Listener, Session, SliceClass};
+use shmipc_glommio::{Config, ConfigError, Error, Listener, Session, SliceClass};
 
 use ends::{Address, End, SocketListener};
 use relay::Carrier;
@@ -164,7 +164,8 @@ async fn serve(options: Options, signals: SigSet) -> Result<(), String> {
     let front = Front::bind(&options.listen, &config)
         .await
         .map_err(|error| format!("cannot listen on {}: {error}", options.listen))?;
-    let proxy = Rc::new(Proxy::new(Back::new(options.connect, config)));
+    let back = Back::new(options.connect, config).map_err(|error| error.to_string())?;
+    let proxy = Rc::new(Proxy::new(back));
     tell(format_args!("listening on {}", front.address().unwrap_or(&options.listen)));
 
     let stopped = glommio::executor().spawn_blocking(move || signals.wait());
@@ -174,7 +175,12 @@ async fn serve(options: Options, signals: SigSet) -> Result<(), String> {
         }
         Ok(())
     };
-    or(stopped, front.accept_all(&proxy)).await.map_err(|error| format!("accepting: {error}"))?;
+    let accepting = async {
+        // A session takes descriptors, which there may be none of when connections have come.
+        proxy.back.ready().await;
+        front.accept_all(&proxy).await
+    };
+    or(stopped, accepting).await.map_err(|error| format!("accepting: {error}"))?;
     drop(front);
     proxy.stop(options.grace).await;
     tell(format_args!("{}", proxy.totals()));
@@ -282,11 +288,18 @@ enum Back {
 }
 
 impl Back {
-    fn new(address: Address, config: Config) -> Self {
-        match address {
+    fn new(address: Address, config: Config) -> Result<Self, Error> {
+        Ok(match address {
             Address::Tcp(address) => Self::Tcp(address),
             Address::Unix(path) => Self::Unix(path),
-            Address::Shm(path) => Self::Shm(Upstream::new(path, config)),
+            Address::Shm(path) => Self::Shm(Upstream::new(path, config, PATIENCE)?),
+        })
+    }
+
+    /// Waits for a server that connections share something with.
+    async fn ready(&self) {
+        if let Self::Shm(upstream) = self {
+            upstream.ready().await;
         }
     }
 
@@ -299,7 +312,7 @@ impl Back {
             Self::Tcp(address) => or(End::connect_tcp(*address), too_late).await,
             Self::Unix(path) => or(End::connect_unix(path), too_late).await,
             Self::Shm(upstream) => {
-                let mut stream = upstream.open_stream(PATIENCE).await?;
+                let mut stream = upstream.open_stream().await?;
                 // The server may be one that speaks first.
                 stream.set_write_deadline(Some(Instant::now() + PATIENCE));
                 stream.announce().await?;

@@ -19,10 +19,14 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
+use kv::client::{Client, Reply};
 use support::executor::SocketPath;
 use support::payload::{Way, check, payload};
 use support::process::{LONG, Process, example_path, shared_memory_files, until};
 
+#[path = "support/kv/mod.rs"]
+#[allow(dead_code, reason = "not all of it is needed here")]
+mod kv;
 mod support {
     #[allow(dead_code, reason = "other tests use the rest")]
     pub(crate) mod executor;
@@ -277,14 +281,15 @@ fn every_kind_of_place_leads_to_every_other() {
 }
 
 #[test]
-fn a_thousand_connections_are_open_at_the_same_time() {
-    // Both ends of the line are in this process.
+fn thousands_of_connections_are_open_at_the_same_time() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    // Both ends of the line are in this process, and other tests have descriptors too.
+    let count = 2500.min(hard as usize / 2 - 500);
     let path = SocketPath::new();
     let server = Server::unix(path.as_str(), echo);
     let pair = Pair::to(&server);
-    let mut connections: Vec<TcpStream> = (0..1000).map(|_| pair.near.connect()).collect();
+    let mut connections: Vec<TcpStream> = (0..count).map(|_| pair.near.connect()).collect();
     for round in 0..3 {
         for (number, stream) in connections.iter_mut().enumerate() {
             let len = 1 + number * 7 % 3000;
@@ -300,7 +305,7 @@ fn a_thousand_connections_are_open_at_the_same_time() {
         stream.shutdown(Shutdown::Write).unwrap();
     }
     assert!(connections.iter().all(has_ended));
-    assert_eq!(pair.stop()["connections"], 1000);
+    assert_eq!(pair.stop()["connections"], count);
 }
 
 #[test]
@@ -512,37 +517,57 @@ fn curl_posts_a_file() {
     pair.stop();
 }
 
-/// Answers every command of Redis with what a ping is answered with.
-fn serve_pongs(stream: UnixStream) -> io::Result<()> {
-    let mut reader = BufReader::new(stream.try_clone()?);
-    let mut writer = stream;
-    let mut read_line = || {
-        let mut line = String::new();
-        reader.read_line(&mut line).map(|count| (count > 0).then_some(line))
+/// What the clients of Redis say about the store at a port.
+fn try_store(port: &str) {
+    let cli = |command: &[&str]| {
+        run_client("redis-cli", "redis-tools", &[&["-p", port][..], command].concat())
     };
-    while let Some(line) = read_line()? {
-        let words = line.strip_prefix('*').map_or(0, |count| count.trim_end().parse().unwrap());
-        for _ in 0..2 * words {
-            // The length of a word, and the word: there are no line ends in these.
-            read_line()?;
-        }
-        writer.write_all(b"+PONG\r\n")?;
+    assert_eq!(cli(&["ping"]), "PONG\n");
+    assert_eq!(cli(&["set", "greeting", "hello"]), "OK\n");
+    assert_eq!(cli(&["get", "greeting"]), "hello\n");
+    let mut client = Client::tcp(&format!("127.0.0.1:{port}"));
+    for (number, key) in ["one", "two", "three", "four"].into_iter().enumerate() {
+        let value = payload(Way::Request, number as u32, 0, MIB);
+        let set = client.call(&[b"SET".as_slice(), key.as_bytes(), &value]);
+        assert_eq!(set, Reply::Status("OK".into()));
+        let got = client.call(&[b"GET".as_slice(), key.as_bytes()]);
+        assert!(got == Reply::Bulk(Some(value)), "{key} is not what it was set to");
     }
-    Ok(())
+    let benchmark = |arguments: &str, tests: usize| {
+        let arguments: Vec<_> = arguments.split(' ').collect();
+        let arguments = [&["-p", port, "-q", "-P", "16"][..], &arguments].concat();
+        let said = run_client("redis-benchmark", "redis-tools", &arguments);
+        assert!(!said.to_lowercase().contains("err"), "{arguments:?}: {said}");
+        assert_eq!(said.matches("requests per second").count(), tests, "{said}");
+    };
+    benchmark("-t ping,set,get,incr,mset -n 16000 -d 64 -r 1000", 6);
+    benchmark("-t set,get -n 64 -c 4 -d 1048576 -r 10", 2);
 }
 
 #[test]
-fn the_clients_of_redis_do_not_notice() {
+fn the_clients_of_redis_reach_the_store_through_a_pair() {
+    let store = kv::process::Server::start(2);
     let path = SocketPath::new();
-    let server = Server::unix(path.as_str(), serve_pongs);
-    let pair = Pair::to(&server);
-    let port = pair.near.address.rsplit(':').next().unwrap();
-    assert_eq!(run_client("redis-cli", "redis-tools", &["-p", port, "ping"]), "PONG\n");
-    let arguments = ["-p", port, "-t", "ping", "-n", "4000", "-c", "100", "-P", "4", "--csv"];
-    let said = run_client("redis-benchmark", "redis-tools", &arguments);
-    assert!(said.contains("PING_INLINE") && said.contains("PING_MBULK"), "{said}");
-    // Besides the hundred of each, it looks for settings.
-    assert!(pair.stop()["connections"].as_u64().unwrap() > 200);
+    let between = format!("shm:{}", path.as_str());
+    let far = Proxy::start(&between, &format!("unix:{}", store.unix()), &[]);
+    let near = Proxy::start("tcp:127.0.0.1:0", &between, &[]);
+    let pair = Pair { near, far, _path: path };
+    try_store(pair.near.address.rsplit(':').next().unwrap());
+    assert!(pair.stop()["connections"].as_u64().unwrap() > 300);
+    store.stop();
+}
+
+#[test]
+fn one_proxy_is_enough_before_a_store_that_speaks_shmipc() {
+    let store = kv::process::Server::start(2);
+    let near = Proxy::start("tcp:127.0.0.1:0", &format!("shm:{}", store.any_shm()), &[]);
+    try_store(near.address.rsplit(':').next().unwrap());
+    // Connections are dealt over the shards; each shard has a session with the other one, too.
+    let text = Client::unix(&store.unix()).ask("INFO shards").text().to_owned();
+    let with_sessions = text.lines().filter(|line| line.contains(",sessions=2,")).count();
+    assert_eq!(with_sessions, 2, "{text}");
+    assert_eq!(near.stop()["failed"], 0);
+    store.stop();
 }
 
 #[test]

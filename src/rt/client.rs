@@ -6,144 +6,22 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::future::poll_fn;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::Duration;
 
 use futures_lite::future::or;
 
-use super::backoff::Backoff;
+use super::client_builder::{ClientBuilder, Settings};
 use super::connector::{Connector, count_shards};
-use super::kept::{Kept, OnChange, SessionState, SessionStatus};
+use super::kept::{Kept, SessionStatus};
 use super::session::Session;
+use super::shard_sessions::{Ended, Picked, ShardSessions};
 use super::stream::Stream;
-use super::wakers::WakerList;
-use crate::config::Config;
-use crate::error::{ConfigError, Error, Result};
-use crate::shm::access::PeerTrust;
+use crate::error::{Error, Result};
 
-/// The most sessions that one core keeps to one shard.
-const MOST_SESSIONS: usize = 64;
-
-/// Says how a [`Client`] is to be.
-///
-/// ```
-/// use std::time::Duration;
-/// use shmipc_glommio::{Client, Config};
-///
-/// # glommio::LocalExecutorBuilder::default().spawn(|| async {
-/// let client = Client::builder("/run/store.sock")
-///     .config(Config::builder().small_messages().build()?)
-///     .sessions_per_shard(2)
-///     .backoff(Duration::from_millis(10), Duration::from_secs(1))
-///     .patience(Duration::from_secs(3))
-///     .idle_streams(16)
-///     .build()?;
-/// # drop(client);
-/// # shmipc_glommio::Result::<()>::Ok(()) }).unwrap().join().unwrap().unwrap();
-/// ```
-#[must_use]
-pub struct ClientBuilder {
-    path: PathBuf,
-    config: Config,
-    trust: Option<PeerTrust>,
-    settings: Settings,
-}
-
-struct Settings {
-    sessions: usize,
-    idle_streams: usize,
-    backoff: Backoff,
-    patience: Duration,
-    on_change: Option<OnChange>,
-}
-
-impl ClientBuilder {
-    /// The configuration of the sessions. Default: [`Config::default`].
-    pub fn config(mut self, config: Config) -> Self {
-        self.config = config;
-        self
-    }
-
-    /// How many sessions are kept to each shard that is asked for, from 1 to 64. Default: one,
-    /// which carries tens of thousands of streams; more give more buffer memory and queues.
-    pub fn sessions_per_shard(mut self, sessions: usize) -> Self {
-        self.settings.sessions = sessions;
-        self
-    }
-
-    /// Between attempts to connect a random time passes, `first` at most after the first failure,
-    /// twice as much after each further one, up to `most`. Default: 5 ms and 2 s.
-    ///
-    /// A session that lived for less than `most` counts as a failure too.
-    pub fn backoff(mut self, first: Duration, most: Duration) -> Self {
-        self.settings.backoff = Backoff { first, most };
-        self
-    }
-
-    /// How long a caller waits for a session while there is none. Default: five seconds.
-    pub fn patience(mut self, patience: Duration) -> Self {
-        self.settings.patience = patience;
-        self
-    }
-
-    /// How many streams of a session are kept for reuse at most. Default: 64.
-    pub fn idle_streams(mut self, streams: usize) -> Self {
-        self.settings.idle_streams = streams;
-        self
-    }
-
-    /// Says that the promise behind this token speaks for the server.
-    pub fn trusting(mut self, trust: &PeerTrust) -> Self {
-        self.trust = Some(*trust);
-        self
-    }
-
-    /// Calls `tell` with the shard whenever the state of one of its sessions changes.
-    pub fn on_change(mut self, tell: impl Fn(usize, &SessionState) + 'static) -> Self {
-        self.settings.on_change = Some(Rc::new(tell));
-        self
-    }
-
-    /// Makes the client. It connects when it is first asked for something.
-    ///
-    /// # Errors
-    ///
-    /// [`ConfigError::Limit`], when there would be no session, or too many, or when `first` is
-    /// zero or more than `most`.
-    pub fn build(self) -> Result<Client> {
-        let Self { path, config, trust, settings } = self;
-        let out_of_range = |what, value, problem| Err(ConfigError::Limit { what, value, problem });
-        if !(1..=MOST_SESSIONS).contains(&settings.sessions) {
-            out_of_range("sessions_per_shard", settings.sessions as u64, "not from 1 to 64")?;
-        }
-        let Backoff { first, most } = settings.backoff;
-        if first.is_zero() || first > most {
-            let first = u64::try_from(first.as_micros()).unwrap_or(u64::MAX);
-            out_of_range("first back-off in microseconds", first, "zero, or more than the most")?;
-        }
-        let mut connector = Connector::new(config);
-        if let Some(trust) = trust {
-            connector = connector.trusting(&trust);
-        }
-        let (shards, count) = Default::default();
-        let inner = ClientInner { path: path.into(), connector, settings, shards, count };
-        Ok(Client { inner: Rc::new(inner) })
-    }
-}
-
-impl fmt::Debug for ClientBuilder {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter
-            .debug_struct("ClientBuilder")
-            .field("path", &self.path)
-            .field("sessions_per_shard", &self.settings.sessions)
-            .field("backoff", &self.settings.backoff)
-            .field("patience", &self.settings.patience)
-            .finish_non_exhaustive()
-    }
-}
+/// While nobody knows how many shards a server has, no more than this are looked for.
+const MOST_UNKNOWN_SHARDS: usize = 4096;
 
 /// One core's sessions to the shards of a server: made when they are first asked for, and made
 /// again when they end.
@@ -179,6 +57,7 @@ impl fmt::Debug for ClientBuilder {
 ///         .await?;
 ///     assert_eq!(answer.into_bytes(), key);
 /// }
+/// client.close().await;
 /// # Ok::<_, Error>(()) }).unwrap().join().unwrap().unwrap();
 /// # drop(server);
 /// # shmipc_glommio::Result::<()>::Ok(())
@@ -192,36 +71,22 @@ struct ClientInner {
     path: Rc<Path>,
     connector: Connector,
     settings: Settings,
-    shards: RefCell<BTreeMap<usize, Rc<Shard>>>,
+    shards: RefCell<BTreeMap<usize, Rc<ShardSessions>>>,
     /// How many shards there are, as far as is known since the last connection.
-    count: Rc<Cell<Option<usize>>>,
-}
-
-/// The sessions to one shard.
-struct Shard {
-    sessions: Vec<Rc<Kept>>,
-    waiting: Rc<WakerList>,
-    /// Which session comes first among equals.
-    turn: Cell<usize>,
-    /// They fill the places. Dropped, they end.
-    _tasks: Vec<glommio::Task<()>>,
+    count: Cell<Option<usize>>,
+    is_closed: Cell<bool>,
 }
 
 impl Client {
     /// Starts to describe a client of the server at `path`.
     pub fn builder(path: impl Into<PathBuf>) -> ClientBuilder {
-        ClientBuilder {
-            path: path.into(),
-            config: Config::default(),
-            trust: None,
-            settings: Settings {
-                sessions: 1,
-                idle_streams: 64,
-                backoff: Backoff { first: Duration::from_millis(5), most: Duration::from_secs(2) },
-                patience: Duration::from_secs(5),
-                on_change: None,
-            },
-        }
+        ClientBuilder::new(path.into())
+    }
+
+    pub(super) fn new(path: Rc<Path>, connector: Connector, settings: Settings) -> Self {
+        let (shards, count, is_closed) = Default::default();
+        let inner = ClientInner { path, connector, settings, shards, count, is_closed };
+        Self { inner: Rc::new(inner) }
     }
 
     /// How many shards the server has. Looked up in the file system after each connection that was
@@ -231,12 +96,33 @@ impl Client {
     ///
     /// [`Error::Os`] with `NotFound`: no server is there, and none was.
     pub fn shard_count(&self) -> Result<usize> {
-        if let Some(count) = self.inner.count.get() {
-            return Ok(count);
+        self.inner.shard_count()
+    }
+
+    /// Waits until there is a session to every shard. A program that cannot do without its server
+    /// finds out early that way.
+    ///
+    /// Waits up to the [patience](ClientBuilder::patience) for each. Cancel-safe: what was begun
+    /// goes on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unavailable`] for the first shard that does not come; [`Error::Resource`], when the
+    /// memory that all of the sessions take is not there, and memory is
+    /// [checked](crate::ConfigBuilder::check_memory).
+    pub async fn ready(&self) -> Result<()> {
+        // How many there are can be seen as soon as there is one.
+        self.session(0).await?;
+        let count = self.shard_count()?;
+        self.inner.check_memory(count - self.inner.shards.borrow().len().min(count))?;
+        // All at the same time.
+        for index in 1..count {
+            self.inner.shard(index)?;
         }
-        let count = count_shards(&self.inner.path)?;
-        self.inner.count.set(Some(count));
-        Ok(count)
+        for index in 1..count {
+            self.session(index).await?;
+        }
+        Ok(())
     }
 
     /// A session to a shard: of those that are up, the one with the fewest streams in use.
@@ -246,7 +132,9 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// [`Error::NoSuchShard`], or [`Error::Unavailable`] with the reason.
+    /// [`Error::NoSuchShard`], [`Error::Unavailable`] with the reason, [`Error::Resource`] when
+    /// there is too little memory for the sessions to this shard, or [`Error::SessionClosed`] when
+    /// the client was [closed](Self::close).
     pub async fn session(&self, shard: usize) -> Result<Session> {
         let (_, session) = self.pick(shard, |_, session| Ok(session.clone())).await?;
         Ok(session)
@@ -259,7 +147,14 @@ impl Client {
     ///
     /// As [`session`](Self::session); or [`Error::TooManyStreams`] on every session.
     pub async fn open_stream(&self, shard: usize) -> Result<Stream> {
-        let (_, stream) = self.pick(shard, |_, session| session.open_stream()).await?;
+        let open = |kept: &Kept, session: &Session| loop {
+            match session.open_stream() {
+                // One that is only kept for the next exchange has to make room.
+                Err(Error::TooManyStreams(_)) if kept.give_up_idle() => {}
+                opened => return opened,
+            }
+        };
+        let (_, stream) = self.pick(shard, open).await?;
         Ok(stream)
     }
 
@@ -268,6 +163,10 @@ impl Client {
     /// The stream is kept when the exchange ends with `Ok` and has left nothing on it: nothing
     /// unread, neither direction ended. An exchange that fails, or whose future is dropped, closes
     /// its stream, so that an answer which comes late reaches nobody.
+    ///
+    /// So an exchange that ends with `Ok` must have read all that belongs to it: what comes after
+    /// that would be read by the next one. One that cannot know takes a stream of its own, with
+    /// [`open_stream`](Self::open_stream).
     ///
     /// A kept stream may turn out to be closed by the server when it is used, as any stream can.
     ///
@@ -291,10 +190,42 @@ impl Client {
         result
     }
 
-    /// How it stands with the sessions to all shards that were asked for.
+    /// How it stands with the sessions to all shards that were asked for. Of a client that was
+    /// [closed](Self::close) there is nothing to tell.
     pub fn status(&self) -> Vec<SessionStatus> {
-        let shards = self.inner.shards.borrow();
-        shards.values().flat_map(|shard| &shard.sessions).map(|kept| kept.status()).collect()
+        let shards: Vec<_> = self.inner.shards.borrow().values().cloned().collect();
+        shards.iter().flat_map(|shard| shard.status()).collect()
+    }
+
+    /// Makes no more sessions, sends what waits for the sockets of those that there are, and ends
+    /// them, those among them that are held elsewhere. A server that does not read is waited for
+    /// up to the [patience](ClientBuilder::patience).
+    ///
+    /// Every handle of this client is closed then: whoever asks it for something, or waits for it,
+    /// gets [`Error::SessionClosed`]. When the future is dropped, no more sessions are made all the
+    /// same; sessions that were not ended by then are as if the last handle had been dropped.
+    pub async fn close(&self) {
+        self.inner.is_closed.set(true);
+        let shards = std::mem::take(&mut *self.inner.shards.borrow_mut());
+        let mut sessions = Vec::new();
+        for shard in shards.values() {
+            shard.end(Ended::Closed);
+        }
+        for shard in shards.values() {
+            sessions.extend(shard.dismantle().await);
+        }
+        let closing = async {
+            for session in &sessions {
+                session.close().await;
+            }
+        };
+        let too_late = async {
+            glommio::timer::sleep(self.inner.settings.patience).await;
+        };
+        or(closing, too_late).await;
+        for session in &sessions {
+            session.inner().fail(Error::SessionClosed);
+        }
     }
 
     /// Takes something from a session to a shard, as soon as there is one that gives it.
@@ -303,100 +234,112 @@ impl Client {
         index: usize,
         take: impl Fn(&Kept, &Session) -> Result<T>,
     ) -> Result<(Rc<Kept>, T)> {
-        let shard = self.shard(index)?;
-        let picked = poll_fn(|context| match shard.pick(&take) {
-            Picked::Taken(kept, taken) => Poll::Ready(Ok((kept, taken))),
-            Picked::Refused(error) => Poll::Ready(Err(error)),
-            Picked::Nothing => {
-                shard.waiting.register(context, None);
-                Poll::Pending
+        let shard = self.inner.shard(index)?;
+        let picked = poll_fn(|context| {
+            if let Some(ended) = shard.ended() {
+                return Poll::Ready(Err(ended.error(index)));
+            }
+            match shard.pick(&take) {
+                Picked::Taken(kept, taken) => Poll::Ready(Ok((kept, taken))),
+                Picked::Refused(error) => Poll::Ready(Err(error)),
+                Picked::Nothing => {
+                    shard.waiting.register(context, None);
+                    Poll::Pending
+                }
             }
         });
         let too_late = async {
             glommio::timer::sleep(self.inner.settings.patience).await;
-            // A server that came back with fewer shards has been counted again by now.
-            self.check_index(index)?;
-            let last = shard.sessions.iter().find_map(|kept| kept.error());
-            let source = Arc::new(last.unwrap_or(Error::DeadlinePassed));
+            // A server that came back with fewer shards can be counted by now.
+            self.inner.check_index(index)?;
+            let source = Arc::new(shard.error().unwrap_or(Error::DeadlinePassed));
             Err(Error::Unavailable { shard: index, source })
         };
         or(picked, too_late).await
     }
-
-    fn check_index(&self, index: usize) -> Result<()> {
-        if self.inner.count.get().is_some_and(|count| index >= count) {
-            // The server may have become larger since.
-            self.inner.count.set(None);
-        }
-        match self.shard_count() {
-            Ok(count) if index >= count => Err(Error::NoSuchShard { index, count }),
-            // A server that is not there may come yet; then it is seen how many it has.
-            _ => Ok(()),
-        }
-    }
-
-    fn shard(&self, index: usize) -> Result<Rc<Shard>> {
-        self.check_index(index)?;
-        let mut shards = self.inner.shards.borrow_mut();
-        let shard = shards.entry(index).or_insert_with(|| Rc::new(self.inner.start_shard(index)));
-        Ok(Rc::clone(shard))
-    }
 }
 
 impl ClientInner {
-    fn start_shard(&self, index: usize) -> Shard {
-        let settings = &self.settings;
-        let waiting = Rc::new(WakerList::default());
-        let kept = |number| {
-            let tell = settings.on_change.clone();
-            Rc::new(Kept::new(index, number, settings.idle_streams, tell))
-        };
-        let sessions: Vec<_> = (0..settings.sessions).map(kept).collect();
-        let fill = |kept: &Rc<Kept>| {
-            let (kept, waiting) = (Rc::clone(kept), Rc::clone(&waiting));
-            let (connector, path) = (self.connector.clone(), Rc::clone(&self.path));
-            let (backoff, count) = (settings.backoff, Rc::clone(&self.count));
-            glommio::spawn_local(async move {
-                // The callers are in the middle of something when a task begins to run at once.
-                futures_lite::future::yield_now().await;
-                let forget = || count.set(None);
-                kept.fill(&connector, &path, backoff, &waiting, forget).await;
-            })
-        };
-        let tasks = sessions.iter().map(fill).collect();
-        Shard { sessions, waiting, turn: Cell::new(0), _tasks: tasks }
-    }
-}
-
-enum Picked<T> {
-    Taken(Rc<Kept>, T),
-    /// There are sessions, and none gives it.
-    Refused(Error),
-    /// There is no session.
-    Nothing,
-}
-
-impl Shard {
-    fn pick<T>(&self, take: impl Fn(&Kept, &Session) -> Result<T>) -> Picked<T> {
-        let count = self.sessions.len();
-        let turn = self.turn.get();
-        let in_turn = (0..count).map(|at| &self.sessions[(turn + at) % count]);
-        let mut up: Vec<_> = in_turn.filter_map(|kept| Some((kept, kept.session()?))).collect();
-        // Stable: of equals, the next in turn.
-        up.sort_by_key(|(kept, session)| kept.busy_streams(session));
-        let mut refused = None;
-        for (kept, session) in up {
-            match take(kept, &session) {
-                Ok(taken) => {
-                    self.turn.set((turn + 1) % count);
-                    return Picked::Taken(Rc::clone(kept), taken);
-                }
-                Err(error @ Error::TooManyStreams(_)) => refused = Some(error),
-                // It ended a moment ago; its task knows by now.
-                Err(_) => {}
-            }
+    fn shard_count(&self) -> Result<usize> {
+        if let Some(count) = self.count.get() {
+            return Ok(count);
         }
-        refused.map_or(Picked::Nothing, Picked::Refused)
+        let count = count_shards(&self.path)?;
+        self.count.set(Some(count));
+        // Sessions to shards that are no more would be tried for ever.
+        let beyond = self.shards.borrow_mut().split_off(&count);
+        for shard in beyond.values() {
+            shard.end(Ended::HasOnly(count));
+        }
+        Ok(count)
+    }
+
+    /// A session came to be: it may be with another server than the last one.
+    fn count_again(&self) {
+        self.count.set(None);
+        // When it has gone again, there is nothing to count.
+        let _ = self.shard_count();
+    }
+
+    fn check_index(&self, index: usize) -> Result<()> {
+        if self.is_closed.get() {
+            return Err(Error::SessionClosed);
+        }
+        if self.count.get().is_some_and(|count| index >= count) {
+            // The server may have become larger since.
+            self.count.set(None);
+        }
+        let most = match self.shard_count() {
+            Ok(count) => count,
+            // A server that is not there may come yet; then it is seen how many it has.
+            Err(_) => MOST_UNKNOWN_SHARDS,
+        };
+        if index < most { Ok(()) } else { Err(Error::NoSuchShard { index, count: most }) }
+    }
+
+    /// Whether there is the memory that the sessions to so many more shards take.
+    fn check_memory(&self, shards: usize) -> Result<()> {
+        let config = self.connector.config();
+        if !config.checks_memory {
+            return Ok(());
+        }
+        config.footprint(1, shards, self.settings.sessions).check_shared_memory()
+    }
+
+    /// The sessions to a shard, which are made from now on if they were not before.
+    fn shard(self: &Rc<Self>, index: usize) -> Result<Rc<ShardSessions>> {
+        self.check_index(index)?;
+        if let Some(shard) = self.shards.borrow().get(&index) {
+            return Ok(Rc::clone(shard));
+        }
+        self.check_memory(1)?;
+        let shard = Rc::new(ShardSessions::new(index, &self.settings));
+        self.shards.borrow_mut().insert(index, Rc::clone(&shard));
+        for kept in shard.places() {
+            shard.tasks.spawn(self.fill(kept, &shard));
+        }
+        Ok(shard)
+    }
+
+    /// Keeps a place filled.
+    fn fill(
+        self: &Rc<Self>,
+        kept: &Rc<Kept>,
+        shard: &ShardSessions,
+    ) -> impl Future<Output = ()> + 'static {
+        let (kept, waiting) = (Rc::clone(kept), Rc::clone(&shard.waiting));
+        let (connector, path) = (self.connector.clone(), Rc::clone(&self.path));
+        let (backoff, client) = (self.settings.backoff, Rc::downgrade(self));
+        async move {
+            // The callers are in the middle of something when a task begins to run at once.
+            futures_lite::future::yield_now().await;
+            let connected = || {
+                if let Some(client) = Weak::upgrade(&client) {
+                    client.count_again();
+                }
+            };
+            kept.fill(&connector, &path, backoff, &waiting, connected).await;
+        }
     }
 }
 

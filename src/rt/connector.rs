@@ -106,6 +106,10 @@ impl Connector {
         self.session(Socket::connect_tcp(address)).await
     }
 
+    pub(super) fn config(&self) -> &Config {
+        &self.config
+    }
+
     async fn session(&self, socket: impl Future<Output = Result<Socket>>) -> Result<Session> {
         let config = &self.config;
         // Started before the handshake, it is ready behind it.

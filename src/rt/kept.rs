@@ -23,9 +23,9 @@ use crate::error::{Error, Result};
 ///
 /// # glommio::LocalExecutorBuilder::default().spawn(|| async {
 /// let client = Client::builder("/nowhere/store.sock")
-///     .on_change(|shard, state| match state {
-///         SessionState::Waiting { error, .. } => eprintln!("shard {shard} is away: {error}"),
-///         state => println!("shard {shard}: {state:?}"),
+///     .on_change(|status| match &status.state {
+///         SessionState::Waiting { error, .. } => eprintln!("shard {}: {error}", status.shard),
+///         state => println!("shard {}: {state:?}", status.shard),
 ///     })
 ///     .patience(std::time::Duration::from_millis(10))
 ///     .build()?;
@@ -87,8 +87,8 @@ pub struct SessionStatus {
     pub idle_streams: usize,
 }
 
-/// Told of every change, with the shard.
-pub(super) type OnChange = Rc<dyn Fn(usize, &SessionState)>;
+/// Told of every change.
+pub(super) type OnChange = Rc<dyn Fn(&SessionStatus)>;
 
 /// A place for one session, which is filled again when it becomes empty.
 pub(super) struct Kept {
@@ -162,6 +162,22 @@ impl Kept {
         None
     }
 
+    /// Closes a stream that is kept for reuse. Whether there was one.
+    pub(super) fn give_up_idle(&self) -> bool {
+        let stream = self.idle.borrow_mut().pop();
+        stream.is_some()
+    }
+
+    /// Empties the place for good. Gives the session that was there.
+    pub(super) fn give_up(&self) -> Option<Session> {
+        let idle = std::mem::take(&mut *self.idle.borrow_mut());
+        drop(idle);
+        match self.state.replace(State::Connecting) {
+            State::Up(session) => Some(session),
+            State::Connecting | State::Waiting { .. } => None,
+        }
+    }
+
     /// Keeps a stream for the next who needs one, if it is fit for that.
     pub(super) fn keep(&self, mut stream: Stream) {
         let is_of_present = self.session().is_some_and(|session| stream.is_of_session(&session));
@@ -190,7 +206,6 @@ impl Kept {
     }
 
     fn change(&self, state: State, waiting: &WakerList) {
-        let shown = state.shown();
         let before = self.state.replace(state);
         self.since.set(Instant::now());
         let idle = std::mem::take(&mut *self.idle.borrow_mut());
@@ -198,7 +213,7 @@ impl Kept {
         drop((before, idle));
         waiting.wake_all();
         if let Some(tell) = &self.on_change {
-            tell(self.shard, &shown);
+            tell(&self.status());
         }
     }
 

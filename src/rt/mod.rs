@@ -13,7 +13,8 @@
 //! - [`stream`]: a stream's handle, of a [`read_half`] and a [`write_half`], each with a
 //!   [`deadline`]; [`loan`]: messages as values; [`credit`]: how far a sender may go.
 //! - [`listener`], [`connector`]: how sessions come to be; [`socket_path`]: the files of sockets.
-//! - [`client`]: a core's sessions to the shards of a server, each [`kept`] up with a [`backoff`].
+//! - [`client`], made by a [`client_builder`]: a core's [sessions](shard_sessions) to the shards of
+//!   a server, each [`kept`] up with a [`backoff`].
 //! - [`drain`]: how a session is brought to its end without a loss.
 //! - [`server`]: an executor for each of its [`cores`], each with a [`shard`] of the sessions;
 //!   [`dealer`]: the thread that deals what comes in at their common door; [`serving`]: a task for
@@ -22,6 +23,7 @@
 
 mod backoff;
 mod client;
+mod client_builder;
 mod connector;
 mod cores;
 mod credit;
@@ -45,6 +47,7 @@ mod server_core;
 mod serving;
 mod session;
 mod shard;
+mod shard_sessions;
 mod socket;
 mod socket_path;
 mod spin;
@@ -53,7 +56,8 @@ mod tasks;
 mod wakers;
 mod write_half;
 
-pub use client::{Client, ClientBuilder};
+pub use client::Client;
+pub use client_builder::ClientBuilder;
 pub use connector::Connector;
 pub use cores::Cores;
 pub use dealer::Deal;

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The sessions that a client keeps to one shard.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use super::client_builder::Settings;
+use super::kept::{Kept, SessionStatus};
+use super::session::Session;
+use super::tasks::TaskSet;
+use super::wakers::WakerList;
+use crate::error::{Error, Result};
+
+/// A shard's places for sessions, and the tasks that fill them. Dropped, the tasks end.
+pub(super) struct ShardSessions {
+    places: Vec<Rc<Kept>>,
+    pub(super) waiting: Rc<WakerList>,
+    pub(super) tasks: TaskSet,
+    /// Which session comes first among equals.
+    turn: Cell<usize>,
+    /// Why there will be none.
+    ended: Cell<Option<Ended>>,
+}
+
+/// Why a client has no sessions to a shard any more.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Ended {
+    /// The server has so many shards now, and this is none of them.
+    HasOnly(usize),
+    /// The client was closed.
+    Closed,
+}
+
+impl Ended {
+    pub(super) fn error(self, index: usize) -> Error {
+        match self {
+            Self::HasOnly(count) => Error::NoSuchShard { index, count },
+            Self::Closed => Error::SessionClosed,
+        }
+    }
+}
+
+pub(super) enum Picked<T> {
+    Taken(Rc<Kept>, T),
+    /// There are sessions, and none gives it.
+    Refused(Error),
+    /// There is no session.
+    Nothing,
+}
+
+impl ShardSessions {
+    pub(super) fn new(index: usize, settings: &Settings) -> Self {
+        let kept = |number| {
+            let tell = settings.on_change.clone();
+            Rc::new(Kept::new(index, number, settings.idle_streams, tell))
+        };
+        Self {
+            places: (0..settings.sessions).map(kept).collect(),
+            waiting: Rc::default(),
+            tasks: TaskSet::default(),
+            turn: Cell::new(0),
+            ended: Cell::new(None),
+        }
+    }
+
+    pub(super) fn places(&self) -> &[Rc<Kept>] {
+        &self.places
+    }
+
+    pub(super) fn ended(&self) -> Option<Ended> {
+        self.ended.get()
+    }
+
+    /// No more attempts are made, and whoever waits for a session gets to know.
+    pub(super) fn end(&self, why: Ended) {
+        self.ended.set(Some(why));
+        self.waiting.wake_all();
+    }
+
+    /// Ends the tasks. Gives the sessions that there are.
+    pub(super) async fn dismantle(&self) -> Vec<Session> {
+        self.tasks.cancel().await;
+        self.places.iter().filter_map(|kept| kept.give_up()).collect()
+    }
+
+    pub(super) fn status(&self) -> impl Iterator<Item = SessionStatus> {
+        self.places.iter().map(|kept| kept.status())
+    }
+
+    /// Why the last session ended, or could not be made, if that is known of any.
+    pub(super) fn error(&self) -> Option<Error> {
+        self.places.iter().find_map(|kept| kept.error())
+    }
+
+    /// Takes something from the session with the fewest streams in use that gives it.
+    pub(super) fn pick<T>(&self, take: impl Fn(&Kept, &Session) -> Result<T>) -> Picked<T> {
+        let count = self.places.len();
+        let turn = self.turn.get();
+        let in_turn = (0..count).map(|at| &self.places[(turn + at) % count]);
+        let mut up: Vec<_> = in_turn.filter_map(|kept| Some((kept, kept.session()?))).collect();
+        // Stable: of equals, the next in turn.
+        up.sort_by_key(|(kept, session)| kept.busy_streams(session));
+        let mut refused = None;
+        for (kept, session) in up {
+            match take(kept, &session) {
+                Ok(taken) => {
+                    self.turn.set((turn + 1) % count);
+                    return Picked::Taken(Rc::clone(kept), taken);
+                }
+                Err(error @ Error::TooManyStreams(_)) => refused = Some(error),
+                // It ended a moment ago; its task knows by now.
+                Err(_) => {}
+            }
+        }
+        refused.map_or(Picked::Nothing, Picked::Refused)
+    }
+}
