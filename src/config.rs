@@ -349,8 +349,9 @@ impl ConfigBuilder {
     /// Whether creating memory asks first if there is enough of it: in the file system of
     /// [file memory](MemoryKind::File), and below the memory limits of this process' control
     /// groups. The pages of file memory are taken at once then, 8 ms for the default 32 MiB, so
-    /// that they are there when they are needed. Default: yes. Without, whoever touches a page that
-    /// cannot be had is killed.
+    /// that they are there when they are needed. A server looks at the limit of locked memory before
+    /// it starts its executors. Default: yes. Without, whoever touches a page that cannot be had is
+    /// killed.
     pub fn check_memory(mut self, checks: bool) -> Self {
         self.config.checks_memory = checks;
         self
@@ -462,6 +463,9 @@ impl ConfigBuilder {
         }
         let interval = config.reactor_interval.as_micros() as u64;
         at_least("reactor_interval in microseconds", interval, 20)?;
+        let handshake_timeout = config.limits.handshake_timeout.as_nanos().min(1) as u64;
+        at_least("handshake_timeout in nanoseconds", handshake_timeout, 1)?;
+        config.cap_durations();
         let limits = &config.limits;
         at_least("max_handshakes", limits.handshakes as u64, 1)?;
         at_least("max_streams", limits.streams as u64, 1)?;
@@ -469,6 +473,21 @@ impl ConfigBuilder {
         at_least("max_unread_fallback_bytes", limits.unread_fallback_bytes as u64, 4096)?;
         at_least("stream_window", limits.stream_window.unwrap_or(u64::MAX), 4096)?;
         Ok(config)
+    }
+}
+
+impl Config {
+    /// Longer than a year is for ever, and clocks do not reach as far as the longest durations.
+    fn cap_durations(&mut self) {
+        const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+        if let Spin::For(budget) = &mut self.spin {
+            *budget = LONGEST.min(*budget);
+        }
+        for duration in
+            [&mut self.limits.handshake_timeout, &mut self.pool_wait, &mut self.reactor_interval]
+        {
+            *duration = LONGEST.min(*duration);
+        }
     }
 }
 

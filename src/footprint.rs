@@ -8,6 +8,7 @@
 
 use std::fmt;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::sys::resource::{Resource, getrlimit};
@@ -102,15 +103,19 @@ impl Footprint {
     /// [`Error::Resource`], with what there is too little of.
     pub fn check(&self) -> Result<(), Error> {
         let limit = getrlimit(Resource::RLIMIT_MEMLOCK).ok().map(|(soft, _)| soft);
-        self.fits_locked_memory(limit)?;
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        self.fits_locked_memory(limit, counts_rings(&release))?;
         self.check_shared_memory()
     }
 
     /// The part of [`check`](Self::check) that is about the sessions.
     pub(crate) fn check_shared_memory(&self) -> Result<(), Error> {
         if let Some(directory) = &self.directory {
-            let space = nix::sys::statvfs::statvfs(directory)
-                .map_err(|error| Error::os("look for shared memory", error))?;
+            let space = nix::sys::statvfs::statvfs(directory).map_err(|errno| {
+                let error = io::Error::from(errno);
+                let text = format!("{}: {error}", directory.display());
+                Error::os("look for room for shared memory", io::Error::new(error.kind(), text))
+            })?;
             let available = space.blocks_available().saturating_mul(space.fragment_size());
             self.fits_directory(directory, available)?;
         }
@@ -130,8 +135,13 @@ impl Footprint {
         ResourceError::SharedMemory { directory, needed, available }.into()
     }
 
-    fn fits_locked_memory(&self, limit: Option<u64>) -> Result<(), ResourceError> {
-        let rings = self.executors.saturating_mul(LOCKED_PER_EXECUTOR);
+    fn fits_locked_memory(
+        &self,
+        limit: Option<u64>,
+        counts_rings: bool,
+    ) -> Result<(), ResourceError> {
+        let counted = if counts_rings { self.executors } else { 0 };
+        let rings = counted.saturating_mul(LOCKED_PER_EXECUTOR);
         let needed = rings.max(LEAST_LOCKED_MEMORY);
         match limit {
             Some(limit) if self.executors > 0 && limit < needed => {
@@ -157,6 +167,16 @@ impl Footprint {
         }
         let Group { path, available } = group.clone();
         Err(ResourceError::ControlGroup { group: path, needed, available })
+    }
+}
+
+/// Whether a kernel of this release counts the memory of rings as locked: before 5.12 it does.
+fn counts_rings(release: &str) -> bool {
+    let mut numbers = release.split(['.', '-']).map_while(|part| part.trim().parse::<u32>().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(major), Some(minor)) => (major, minor) < (5, 12),
+        // Nobody knows; new ones are more common.
+        _ => false,
     }
 }
 
@@ -281,12 +301,30 @@ mod tests {
         let group = Group { available: needed - 1, ..group };
         assert!(matches!(files.fits_group(&group), Err(ResourceError::ControlGroup { .. })));
 
-        assert_eq!(files.fits_locked_memory(Some(512 << 10)), Ok(()));
-        assert_eq!(files.fits_locked_memory(None), Ok(()));
-        let error = files.fits_locked_memory(Some(64 << 10)).unwrap_err();
+        assert_eq!(files.fits_locked_memory(Some(512 << 10), true), Ok(()));
+        assert_eq!(files.fits_locked_memory(None, true), Ok(()));
+        let error = files.fits_locked_memory(Some(64 << 10), false).unwrap_err();
         assert_eq!(error, ResourceError::LockedMemory { needed: 512 << 10, limit: 64 << 10 });
         let many = footprint(1000, MemoryKind::Memfd);
-        assert!(many.fits_locked_memory(Some(8 << 20)).is_err());
+        assert!(many.fits_locked_memory(Some(8 << 20), true).is_err());
+        assert_eq!(many.fits_locked_memory(Some(8 << 20), false), Ok(()));
+    }
+
+    #[test]
+    fn old_kernels_count_rings() {
+        for old in ["4.19.0", "5.4.0-150-generic", "5.11\n"] {
+            assert!(counts_rings(old), "{old}");
+        }
+        for new in ["5.12.0", "6.18.2-microvm\n", "10.0", "", "strange"] {
+            assert!(!counts_rings(new), "{new}");
+        }
+    }
+
+    #[test]
+    fn a_directory_that_is_not_there_is_named() {
+        let config = Config::builder().memory(MemoryKind::File).path_prefix("/nowhere/at-all/x");
+        let error = config.build().unwrap().footprint(1, 1, 1).check().unwrap_err().to_string();
+        assert!(error.contains("/nowhere/at-all"), "{error}");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::listener::within;
 use super::poller::Poller;
 use super::session::Session;
 use super::socket::Socket;
-use super::socket_path::{is_socket, shard_path};
+use super::socket_path::{is_socket, shard_path, socket_identity};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::shm::access::PeerTrust;
@@ -120,9 +120,28 @@ impl Connector {
     }
 }
 
+/// How often shards are counted until the count is one of a single moment.
+const COUNTS: usize = 100;
+
 /// How many shards the server at `path` has.
+///
+/// The first door is opened last and removed first. So if it is the same before and after the
+/// others were counted, they were all there.
 pub(super) fn count_shards(path: &Path) -> Result<usize> {
-    let doors = (0..).take_while(|&index| is_socket(&shard_path(path, index))).count();
+    let first = || socket_identity(&shard_path(path, 0));
+    let mut doors = 0;
+    // A server that comes and goes all the time is as good as away.
+    for _ in 0..COUNTS {
+        let before = first();
+        if before.is_none() {
+            break;
+        }
+        let count = (0..).take_while(|&index| is_socket(&shard_path(path, index))).count();
+        if first() == before {
+            doors = count;
+            break;
+        }
+    }
     if doors == 0 && !is_socket(path) {
         let missing = io::Error::new(io::ErrorKind::NotFound, "no socket is there");
         return Err(Error::os("look for a server", missing));

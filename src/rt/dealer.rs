@@ -28,6 +28,10 @@ const PATIENCE: Duration = Duration::from_millis(20);
 const LOOK_AGAIN: u8 = 5;
 /// How long it pauses when nothing can be accepted or handed over.
 const PAUSE: Duration = Duration::from_millis(5);
+/// How many connections it accepts before it looks at the cores, and whether to stop.
+const ACCEPTS_PER_TURN: usize = 64;
+/// How often it tells that nothing can be accepted.
+const TELL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Which core gets the next connection that comes in at the shared door.
 ///
@@ -152,6 +156,8 @@ pub(super) struct Dealer {
     deal: Deal,
     /// Who is first in turn.
     next: usize,
+    /// When it was last told that nothing can be accepted.
+    told: Option<Instant>,
 }
 
 impl Dealer {
@@ -166,7 +172,7 @@ impl Dealer {
         let listener = UnixListener::from(listener);
         listener.set_nonblocking(true)?;
         let cores = inlets.into_iter().map(|inlet| Core { inlet, unanswered: None }).collect();
-        Ok(Self { listener, control, cores, deal, next: 0 })
+        Ok(Self { listener, control, cores, deal, next: 0, told: None })
     }
 
     /// Deals until told to stop. Connections that nobody has taken by then are closed.
@@ -180,7 +186,7 @@ impl Dealer {
                 return;
             }
             self.deal_again();
-            if has_come && !self.accept_all(&failed) {
+            if has_come && !self.accept_some(&failed) {
                 return;
             }
         }
@@ -207,9 +213,9 @@ impl Dealer {
         Ok((is_set(0), is_set(1)))
     }
 
-    /// Accepts what is there. `false`: the time to stop came meanwhile.
-    fn accept_all(&mut self, failed: &impl Fn(&Error)) -> bool {
-        loop {
+    /// Accepts what is there, a turn's worth of it. `false`: the time to stop came meanwhile.
+    fn accept_some(&mut self, failed: &impl Fn(&Error)) -> bool {
+        for _ in 0..ACCEPTS_PER_TURN {
             match self.listener.accept() {
                 Ok((connection, _)) => {
                     if !self.hand_over(connection.into()) {
@@ -220,12 +226,16 @@ impl Dealer {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     // No descriptor left, for instance. It can be better in a moment.
-                    failed(&Error::os("accept a connection", error));
+                    if self.told.is_none_or(|told| told.elapsed() >= TELL_INTERVAL) {
+                        self.told = Some(Instant::now());
+                        failed(&Error::os("accept a connection", error));
+                    }
                     std::thread::sleep(PAUSE);
                     return true;
                 }
             }
         }
+        true
     }
 
     /// Gives a connection to a core, however long that takes. `false`: the time to stop came first.

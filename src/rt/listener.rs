@@ -15,12 +15,13 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::rc::{Rc, Weak};
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_lite::future::or;
 use glommio::sync::{Semaphore, StaticPermit};
 use nix::errno::Errno;
 
+use super::door_lock::DoorLock;
 use super::handshake;
 use super::poller::Poller;
 use super::session::Session;
@@ -34,6 +35,8 @@ use crate::shm::access::PeerTrust;
 
 /// How long accepting pauses when the process has no descriptor left for another connection.
 const OUT_OF_DESCRIPTORS_PAUSE: Duration = Duration::from_millis(20);
+/// How often that is told.
+const TELL_INTERVAL: Duration = Duration::from_secs(1);
 
 type OnRefused = Rc<dyn Fn(&Error)>;
 
@@ -89,7 +92,16 @@ pub(super) struct Door {
 
 impl Door {
     pub(super) fn open(path: &Path, config: &Config) -> Result<Self> {
-        let (fd, path) = socket_path::listen(path, &config.socket_file)
+        Self::open_in_turn(path, config, &Self::turn(path)?)
+    }
+
+    /// Waits for the turn at the doors of one server.
+    pub(super) fn turn(path: &Path) -> Result<DoorLock> {
+        DoorLock::take(path).map_err(|error| Error::os("wait for the turn to listen", error))
+    }
+
+    pub(super) fn open_in_turn(path: &Path, config: &Config, turn: &DoorLock) -> Result<Self> {
+        let (fd, path) = socket_path::listen(path, &config.socket_file, turn)
             .map_err(|error| Error::os("listen on a Unix socket", error))?;
         Ok(Self { fd, path })
     }
@@ -146,7 +158,8 @@ impl Listener {
     ///
     /// # Errors
     ///
-    /// [`Error::Os`], with `AddrInUse` when somebody listens there.
+    /// [`Error::Os`], with `AddrInUse` when somebody listens there. While it looks for that, it has
+    /// a lock on a file beside the socket, `PATH.lock`.
     pub fn bind(path: impl AsRef<Path>, config: Config) -> Result<Self> {
         Ok(Self::at(Door::open(path.as_ref(), &config)?, config))
     }
@@ -279,6 +292,7 @@ async fn accept_connections(socket: ListenerSocket, shared: Weak<Shared>) {
     let Some(places) = shared.upgrade().map(|shared| Rc::clone(&shared.places)) else {
         return;
     };
+    let mut told: Option<Instant> = None;
     loop {
         let error = match socket.accept().await {
             Ok(connection) => {
@@ -300,7 +314,10 @@ async fn accept_connections(socket: ListenerSocket, shared: Weak<Shared>) {
             shared.waiting.wake_all();
             return;
         }
-        shared.refuse(&error);
+        if told.is_none_or(|told| told.elapsed() >= TELL_INTERVAL) {
+            told = Some(Instant::now());
+            shared.refuse(&error);
+        }
         drop(shared);
         glommio::timer::sleep(OUT_OF_DESCRIPTORS_PAUSE).await;
     }

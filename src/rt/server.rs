@@ -15,7 +15,7 @@ use std::time::Duration;
 use super::dealer::{Deal, Dealer};
 use super::listener::Door;
 use super::server_builder::ServerBuilder;
-use super::server_core::{Common, OnRefused, shard_error};
+use super::server_core::{Common, OnRefused, StopsAll, shard_error, tell_refused};
 use super::shard::{ShardStats, panic_text};
 use crate::error::{Error, Result};
 
@@ -101,8 +101,8 @@ impl Server {
         Stopper { common: Arc::clone(&self.common) }
     }
 
-    /// Stops the server: accepts no more, gives sessions up to `patience` to come to their end,
-    /// closes them, and waits for all threads.
+    /// Stops the server, and blocks the thread until it has stopped: accepts no more, gives
+    /// sessions up to `patience` to come to their end, closes them, and waits for all threads.
     ///
     /// For handlers it is as if their peers had said that nothing more comes: no more streams, and
     /// at each stream the end behind what has come of it. They answer that, and end as they always
@@ -122,7 +122,8 @@ impl Server {
         self.join()
     }
 
-    /// Waits until the server has stopped, by its [`Stopper`] or because a shard did not go on.
+    /// Blocks the thread until the server has stopped, by its [`Stopper`] or because a shard did
+    /// not go on.
     ///
     /// # Errors
     ///
@@ -160,14 +161,14 @@ impl Server {
         let inlets = self.common.links.iter().map(|link| Arc::clone(&link.inlet)).collect();
         let dealer = Dealer::new(fd, control, inlets, deal).map_err(failed)?;
         let count = self.shard_count();
+        self.common.add_shared_door(path);
+        let stops_all = StopsAll(Arc::clone(&self.common));
         let run = move || {
+            let _stops_all = stops_all;
             dealer.run(|error| {
                 tracing::warn!(%error, "the shared door");
-                if let Some(tell) = &on_refused {
-                    tell(count, error);
-                }
+                tell_refused(on_refused.as_ref(), count, error);
             });
-            drop(path);
         };
         let thread = std::thread::Builder::new().name("shmipc-dealer".into()).spawn(run);
         self.dealer = Some(thread.map_err(failed)?);

@@ -181,7 +181,9 @@ impl ServerBuilder {
             return Err(ConfigError::Limit { what: "deal_queue", value: 0, problem }.into());
         }
         let cores = self.cores.choose()?;
-        self.config.footprint(cores.len(), 0, 0).check()?;
+        if self.config.checks_memory {
+            self.config.footprint(cores.len(), 0, 0).check()?;
+        }
         let doors = open_doors(&self.path, cores.len(), &self.config)?;
         let inlets = (0..cores.len()).map(|_| Inlet::new(self.queue));
         let (inlets, bells): (Vec<_>, Vec<_>) =
@@ -189,7 +191,13 @@ impl ServerBuilder {
         let (control, dealer_control) =
             UnixStream::pair().map_err(|error| Error::os("make a socket pair", error))?;
         let links = inlets.into_iter().map(|inlet| Arc::new(ShardLink::new(inlet))).collect();
-        let common = Common { links, control, stop_at: Mutex::default(), patience: self.patience };
+        let common = Common {
+            links,
+            doors: Mutex::new(doors.iter().map(|door| door.path.clone()).collect()),
+            control,
+            stop_at: Mutex::default(),
+            patience: self.patience,
+        };
         let common = Arc::new(common);
         let mut server = Server::new(self.path.clone(), Arc::clone(&common));
         let (tell, ready) = mpsc::channel();
@@ -248,17 +256,23 @@ impl fmt::Debug for ServerBuilder {
 }
 
 /// Opens the doors of all shards, and removes those that a server with more of them left.
+///
+/// Clients see from the doors how many shards there are, counting from the first. So what was left
+/// is removed from the first on, and the first is opened last: they see none, or all.
 fn open_doors(path: &Path, count: usize, config: &Config) -> Result<Vec<Door>> {
-    let failed = |error| Error::os("listen on a Unix socket", error);
-    if socket_path::is_socket(path) {
-        // Now, before anything else is touched: is it a live server's?
-        socket_path::remove_left_over(path).map_err(failed)?;
+    let turn = Door::turn(path)?;
+    let shards = (0..).map(|index| shard_path(path, index)).enumerate();
+    let left_over = shards
+        .take_while(|(index, path)| *index < count || socket_path::is_socket(path))
+        .map(|(_, path)| path);
+    for path in std::iter::once(path.to_owned()).chain(left_over) {
+        if socket_path::is_socket(&path) {
+            socket_path::remove_left_over(&path)
+                .map_err(|error| Error::os("listen on a Unix socket", error))?;
+        }
     }
-    let doors: Result<Vec<_>> =
-        (0..count).map(|index| Door::open(&shard_path(path, index), config)).collect();
-    let more = (count..).map(|index| shard_path(path, index));
-    for left_over in more.take_while(|path| socket_path::is_socket(path)) {
-        socket_path::remove_left_over(&left_over).map_err(failed)?;
-    }
-    doors
+    let open = |index| Door::open_in_turn(&shard_path(path, index), config, &turn);
+    let mut doors = (0..count).rev().map(open).collect::<Result<Vec<_>>>()?;
+    doors.reverse();
+    Ok(doors)
 }

@@ -6,10 +6,10 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::panic::AssertUnwindSafe;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -27,9 +27,20 @@ use crate::error::{Error, Result};
 
 pub(super) type OnRefused = Arc<dyn Fn(usize, &Error) + Send + Sync>;
 
+/// Tells the user. A panic of what is the user's is no reason to serve nobody any more.
+pub(super) fn tell_refused(on_refused: Option<&OnRefused>, index: usize, error: &Error) {
+    let Some(tell) = on_refused else { return };
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| tell(index, error))) {
+        tracing::error!(text = panic_text(&*panic), "`on_refused` panicked");
+    }
+}
+
 /// What all threads of a server know.
 pub(super) struct Common {
     pub(super) links: Vec<Arc<ShardLink>>,
+    /// The files of all doors, in the order in which they are removed: the shared one, then those
+    /// of the shards from the first on.
+    pub(super) doors: Mutex<Vec<SocketPath>>,
     /// Tells the dealer to stop.
     pub(super) control: UnixStream,
     pub(super) stop_at: Mutex<Option<Instant>>,
@@ -45,11 +56,28 @@ impl Common {
         let mut stop_at = self.stop_at.lock().unwrap_or_else(PoisonError::into_inner);
         *stop_at = Some(stop_at.map_or(at, |earlier| earlier.min(at)));
         drop(stop_at);
+        // Here and not by each core, so that clients do not see some of the shards only. Whoever
+        // comes next can open the same doors from now on.
+        let doors = std::mem::take(&mut *self.doors());
+        doors.into_iter().for_each(drop);
         // It has ended already when this fails.
         let _ = self.control.shutdown(Shutdown::Both);
         for link in &self.links {
             link.inlet.ring();
         }
+    }
+
+    /// Has the shared door removed before those of the shards, or now if it is time already.
+    pub(super) fn add_shared_door(&self, path: SocketPath) {
+        let mut doors = self.doors();
+        // Who stops says so before looking at the doors.
+        if self.stop_at().is_none() {
+            doors.insert(0, path);
+        }
+    }
+
+    fn doors(&self) -> MutexGuard<'_, Vec<SocketPath>> {
+        self.doors.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn stop_at(&self) -> Option<Instant> {
@@ -68,8 +96,9 @@ pub(super) struct Core {
     pub(super) on_refused: Option<OnRefused>,
 }
 
-/// Stops the whole server when one core ends, whatever for: data of that shard would be missing.
-struct StopsAll(Arc<Common>);
+/// Stops the whole server when one of its threads ends, whatever for: data of a shard, or the way
+/// to the shards, would be missing.
+pub(super) struct StopsAll(pub(super) Arc<Common>);
 
 /// What has to be cleared away from outside when the executor of a core is ended by a panic.
 ///
@@ -145,7 +174,7 @@ impl Core {
                     result
                 })
             });
-            std::panic::catch_unwind(run).unwrap_or_else(|panic| {
+            catch_unwind(run).unwrap_or_else(|panic| {
                 wreck.take().clear();
                 Err(shard_error(index, panic_text(&*panic).into()))
             })
@@ -179,9 +208,7 @@ impl Core {
         let refusing = shard.clone();
         listener.on_refused(move |error| {
             refusing.note_refused();
-            if let Some(tell) = &on_refused {
-                tell(index, error);
-            }
+            tell_refused(on_refused.as_ref(), index, error);
         });
         let bell = Socket::connected(bell);
         let (hearing, adopter) = (shard.clone(), listener.adopter());

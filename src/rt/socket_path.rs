@@ -1,67 +1,97 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The files of Unix sockets that something here listens on.
 //!
-//! A file that a dead listener left is replaced, one of a living listener never. Looking whether it
-//! lives and replacing it are two steps, so listeners take turns at them: each holds a lock on the
-//! directory meanwhile.
+//! A file that a dead listener left is replaced, one of a living listener never; it lives as long
+//! as somebody accepts connections, or could. Who replaces files has a [turn](DoorLock) at it.
+//!
+//! Who removes its own file needs none: a descriptor of the socket is kept until the file is gone.
+//! So the file's number, by which it is known again, is not given to another one, and nobody takes
+//! the listener for dead and replaces the file meanwhile.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, sockopt};
+use nix::sys::stat::{FchmodatFlags, Mode};
 use nix::unistd::{Gid, Pid, Uid};
 
+use super::door_lock::DoorLock;
 use crate::config::SocketFile;
 
 /// How many connections wait to be accepted.
 const BACKLOG: i32 = 1024;
-/// How often, and how long apart, the directory's lock is tried.
-const LOCK_TRIES: u32 = 200;
-const LOCK_PAUSE: Duration = Duration::from_millis(5);
 /// How often, and how long apart, the socket of a dead process is looked at until it is gone.
 const CLEAR_UP_TRIES: u32 = 400;
 const CLEAR_UP_PAUSE: Duration = Duration::from_millis(5);
 
-/// A Unix socket's entry in the file system, removed when this, or a copy of it, is dropped.
+/// A Unix socket's entry in the file system, removed when this, or the first of its copies, is
+/// dropped.
 #[derive(Clone)]
 pub(super) struct SocketPath {
+    entry: Arc<Entry>,
+}
+
+struct Entry {
     path: PathBuf,
     /// Device and number of the file, by which it is known again.
     identity: (u64, u64),
+    is_removed: AtomicBool,
+    /// Open until the file is gone.
+    _socket: OwnedFd,
 }
 
 impl SocketPath {
-    pub(super) fn path(&self) -> &Path {
-        &self.path
+    fn new(path: &Path, socket: &OwnedFd) -> io::Result<Self> {
+        let entry = Entry {
+            path: path.to_owned(),
+            identity: identity_of(path)?,
+            is_removed: AtomicBool::new(false),
+            _socket: socket.try_clone()?,
+        };
+        Ok(Self { entry: Arc::new(entry) })
     }
 
-    fn identity_of(path: &Path) -> io::Result<(u64, u64)> {
-        let metadata = fs::symlink_metadata(path)?;
-        Ok((metadata.dev(), metadata.ino()))
+    pub(super) fn path(&self) -> &Path {
+        &self.entry.path
     }
 }
 
 impl Drop for SocketPath {
     fn drop(&mut self) {
-        let _turn = lock_directory(&self.path);
+        let Entry { path, identity, is_removed, .. } = &*self.entry;
+        // Only whoever is first; it orders nothing else.
+        if is_removed.swap(true, Ordering::Relaxed) {
+            return;
+        }
         // It may be gone by now, or somebody else's; neither is worth a word.
-        if Self::identity_of(&self.path).is_ok_and(|identity| identity == self.identity) {
-            let _ = fs::remove_file(&self.path);
+        if identity_of(path).is_ok_and(|found| found == *identity) {
+            let _ = fs::remove_file(path);
         }
     }
 }
 
-/// Listens at `path`. Nobody can connect before the file is as it is configured to be.
-pub(super) fn listen(path: &Path, file: &SocketFile) -> io::Result<(OwnedFd, SocketPath)> {
+fn identity_of(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// Listens at `path`, in the turn that the lock gives. Nobody can connect before the file is as it
+/// is configured to be.
+pub(super) fn listen(
+    path: &Path,
+    file: &SocketFile,
+    _turn: &DoorLock,
+) -> io::Result<(OwnedFd, SocketPath)> {
     let address = UnixAddr::new(path)?;
     let fd = new_socket(SockFlag::empty())?;
-    let _turn = lock_directory(path);
     if let Err(errno) = nix::sys::socket::bind(fd.as_raw_fd(), &address) {
         if errno != Errno::EADDRINUSE {
             return Err(errno.into());
@@ -69,12 +99,14 @@ pub(super) fn listen(path: &Path, file: &SocketFile) -> io::Result<(OwnedFd, Soc
         remove_left_over(path)?;
         nix::sys::socket::bind(fd.as_raw_fd(), &address)?;
     }
-    let entry = SocketPath { path: path.to_owned(), identity: SocketPath::identity_of(path)? };
-    // Before it listens, nobody can connect, whatever the mode was for a moment.
-    fs::set_permissions(path, fs::Permissions::from_mode(file.mode))?;
+    let entry = SocketPath::new(path, &fd)?;
+    // Before it listens, nobody can connect, whatever the mode was for a moment. Should somebody
+    // have put a link there, it is not followed.
+    let mode = Mode::from_bits_truncate(file.mode);
+    nix::sys::stat::fchmodat(AT_FDCWD, path, mode, FchmodatFlags::NoFollowSymlink)?;
     if file.user.is_some() || file.group.is_some() {
         let (user, group) = (file.user.map(Uid::from_raw), file.group.map(Gid::from_raw));
-        nix::unistd::chown(path, user, group)?;
+        nix::unistd::fchownat(AT_FDCWD, path, user, group, AtFlags::AT_SYMLINK_NOFOLLOW)?;
     }
     nix::sys::socket::listen(&fd, Backlog::new(BACKLOG)?)?;
     Ok((fd, entry))
@@ -92,7 +124,14 @@ pub(super) fn is_socket(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
-/// Removes what a dead listener left at `path`.
+/// What tells a socket's file from another one at the same path, if one is there.
+pub(super) fn socket_identity(path: &Path) -> Option<(u64, u64, i64, i64)> {
+    let metadata = fs::symlink_metadata(path).ok()?;
+    let identity = (metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec());
+    metadata.file_type().is_socket().then_some(identity)
+}
+
+/// Removes what a dead listener left at `path`, in somebody's turn.
 ///
 /// # Errors
 ///
@@ -108,7 +147,10 @@ pub(super) fn remove_left_over(path: &Path) -> io::Result<()> {
     if is_alive(path)? {
         return in_use("is in use by a live server");
     }
-    fs::remove_file(path)
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
 }
 
 /// Whether somebody listens on the socket at `path`.
@@ -121,7 +163,11 @@ fn is_alive(path: &Path) -> io::Result<bool> {
         // Without waiting: one whose backlog is full lives.
         let fd = new_socket(SockFlag::SOCK_NONBLOCK)?;
         match nix::sys::socket::connect(fd.as_raw_fd(), &address) {
-            Err(Errno::ECONNREFUSED) => return Ok(false),
+            Err(Errno::ECONNREFUSED | Errno::ENOENT) => return Ok(false),
+            Err(errno @ (Errno::EACCES | Errno::EPERM)) => {
+                let text = format!("{}, which is somebody else's: {errno}", path.display());
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+            }
             Ok(()) if is_ghost(&fd) => std::thread::sleep(CLEAR_UP_PAUSE),
             _ => return Ok(true),
         }
@@ -142,28 +188,17 @@ fn new_socket(flags: SockFlag) -> io::Result<OwnedFd> {
     Ok(nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?)
 }
 
-/// Waits for the turn to change the directory's sockets. Who holds it for long, or forbids to read
-/// the directory, does not keep a server from starting: then it goes on without.
-fn lock_directory(path: &Path) -> Option<Flock<File>> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let mut directory = File::open(parent.unwrap_or(Path::new("."))).ok()?;
-    for _ in 0..LOCK_TRIES {
-        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Some(lock),
-            Err((again, Errno::EWOULDBLOCK)) => directory = again,
-            Err(_) => return None,
-        }
-        std::thread::sleep(LOCK_PAUSE);
-    }
-    None
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::{UnixListener, UnixStream};
 
     const PRIVATE: SocketFile = SocketFile { mode: 0o600, user: None, group: None };
+
+    fn listen(path: &Path, file: &SocketFile) -> io::Result<(OwnedFd, SocketPath)> {
+        super::listen(path, file, &DoorLock::take(path)?)
+    }
 
     fn temporary(name: &str) -> PathBuf {
         std::env::temp_dir().join(format!("shmipc-path-{name}-{}", std::process::id()))
@@ -215,6 +250,53 @@ mod tests {
         drop(entry);
         assert!(path.exists());
         fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_successor_keeps_its_file() {
+        // On many file systems a number that is free is given to the next file.
+        for _ in 0..200 {
+            let path = temporary("successor");
+            let (fd, entry) = listen(&path, &PRIVATE).unwrap();
+            // Somebody clears up, and takes the place. The old one closes before it looks.
+            fs::remove_file(&path).unwrap();
+            drop(fd);
+            let successor = UnixListener::bind(&path).unwrap();
+            drop(entry);
+            assert!(path.exists(), "the successor has lost its file");
+            drop(successor);
+            fs::remove_file(&path).unwrap();
+        }
+    }
+
+    #[test]
+    fn copies_remove_it_once() {
+        let path = temporary("copies");
+        let (fd, entry) = listen(&path, &PRIVATE).unwrap();
+        let copy = entry.clone();
+        drop(entry);
+        assert!(!path.exists());
+        let (_other, _its_entry) = listen(&path, &PRIVATE).unwrap();
+        drop((fd, copy));
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn what_cannot_be_given_away_is_not_left() {
+        let path = temporary("owner");
+        // Only the superuser may give files away; the test may be the superuser, though.
+        let file =
+            SocketFile { mode: 0o600, user: Some(nix::unistd::getuid().as_raw()), group: None };
+        let (fd, entry) = listen(&path, &file).unwrap();
+        drop((fd, entry));
+        assert!(!path.exists());
+        let locked = DoorLock::take(&path).unwrap();
+        let bad = SocketFile { mode: 0o600, user: Some(u32::MAX - 1), group: None };
+        let result = super::listen(&path, &bad, &locked);
+        // An error must not wait for the lock that its caller holds.
+        if result.is_err() {
+            assert!(!path.exists());
+        }
     }
 
     #[test]
