@@ -119,8 +119,8 @@ impl SliceClass {
 pub enum Spin {
     /// Never: every message that meets a sleeping peer costs a wake-up, and an idle core sleeps.
     Never,
-    /// For this long after the last traffic at most: after waits that were in vain an eighth of it
-    /// is spent, until one that is longer finds something again.
+    /// For this long after the last traffic at most: less after waits that were in vain, down to a
+    /// sixteenth, until a longer one finds something again.
     For(Duration),
     /// Always. The core never sleeps while the session lives.
     Forever,

@@ -2,7 +2,7 @@
 //! A session's turn with the poller, and the short wait of a task that looks at the queue itself.
 
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::session::SessionInner;
 use super::stream::StreamInner;
@@ -92,17 +92,13 @@ impl SessionInner {
         }
     }
 
-    fn is_idle(&self, full: Duration, now: Instant) -> bool {
-        self.activity.is_idle_for(self.activity.spin.of(full), now)
-    }
-
     fn stay(&self, now: Instant, had_traffic: bool) -> Stay {
         if self.is_over() {
             return Stay::Asleep;
         }
         let spins = match self.config.spin {
             Spin::Never => had_traffic,
-            Spin::For(full) => had_traffic || !self.is_idle(full, now),
+            Spin::For(full) => had_traffic || !self.activity.is_idle(full, now),
             Spin::Forever => true,
         };
         if had_traffic {
@@ -122,7 +118,7 @@ impl SessionInner {
         match result {
             Ok(true) => {
                 self.activity.in_place.credit.set(0);
-                self.activity.spin.note_in_vain();
+                self.activity.note_sleep();
                 self.lanes.manager.set_resting(true);
                 self.counters.sleeps.add(1);
                 Stay::Asleep

@@ -22,7 +22,7 @@ use super::own_core::counting_foreign_wakes;
 use super::poller::Poller;
 use super::receiving;
 use super::socket::Socket;
-use super::spin::SpinBudget;
+use super::spin::{After, SpinBudgets};
 use super::stream::{Stream, StreamInner};
 use super::wakers::WakerList;
 use crate::config::{Config, ProtocolVersion};
@@ -81,7 +81,9 @@ pub(super) struct Activity {
     pub(super) idle_turns: Cell<u32>,
     /// When the first [`Self::IDLE_TURNS`] of them were over.
     idle_since: Cell<Instant>,
-    pub(super) spin: SpinBudget,
+    spin: SpinBudgets,
+    /// What the present wait came after.
+    waits_after: Cell<After>,
     /// Bytes sent since something came.
     unanswered: Cell<u64>,
     /// How many events came together the last time.
@@ -115,21 +117,33 @@ impl Activity {
     #[inline]
     pub(super) fn note_end_of_wait(&self, full: Duration, now: Instant) {
         if self.idle_turns.get() >= Self::IDLE_TURNS {
-            self.spin.note_found(now.saturating_duration_since(self.idle_since.get()), full);
+            let waited = now.saturating_duration_since(self.idle_since.get());
+            self.spin.after(self.waits_after.get()).note_found(waited, full);
         }
     }
 
-    /// Counts a turn that found nothing, and says whether there was nothing for as long as
-    /// `budget`, and as long as the peer needs for what it was sent.
-    pub(super) fn is_idle_for(&self, budget: Duration, now: Instant) -> bool {
-        let patience = Duration::from_nanos(self.unanswered.get() / Self::BYTES_PER_NANOSECOND);
-        let budget = budget.saturating_add(patience.min(Self::MOST_PATIENCE));
+    /// Nothing came, and the session goes to sleep.
+    pub(super) fn note_sleep(&self) {
+        self.spin.after(self.waits_after.get()).note_in_vain();
+    }
+
+    /// Counts a turn that found nothing, and says whether there was nothing for as long as is left
+    /// of the budget, and as long as the peer needs for what it was sent.
+    pub(super) fn is_idle(&self, full: Duration, now: Instant) -> bool {
         let turns = self.idle_turns.get().saturating_add(1);
         self.idle_turns.set(turns);
-        if turns == Self::IDLE_TURNS {
-            self.idle_since.set(Instant::now());
+        if turns <= Self::IDLE_TURNS {
+            if turns == Self::IDLE_TURNS {
+                let has_sent = self.unanswered.get() > 0;
+                self.waits_after.set(if has_sent { After::Sending } else { After::Receiving });
+                self.idle_since.set(Instant::now());
+            }
+            return false;
         }
-        turns > Self::IDLE_TURNS && now.saturating_duration_since(self.idle_since.get()) >= budget
+        let patience = Duration::from_nanos(self.unanswered.get() / Self::BYTES_PER_NANOSECOND);
+        let budget = self.spin.after(self.waits_after.get()).of(full);
+        let budget = budget.saturating_add(patience.min(Self::MOST_PATIENCE));
+        now.saturating_duration_since(self.idle_since.get()) >= budget
     }
 }
 
@@ -346,7 +360,8 @@ impl Session {
                 is_active: Cell::new(false),
                 idle_turns: Cell::new(0),
                 idle_since: Cell::new(Instant::now()),
-                spin: SpinBudget::default(),
+                spin: SpinBudgets::default(),
+                waits_after: Cell::new(After::Receiving),
                 unanswered: Cell::new(0),
                 last_batch: Cell::new(0),
                 waiting_readers: Cell::new(0),
