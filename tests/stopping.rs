@@ -120,6 +120,8 @@ fn a_handler_whose_loop_of_streams_ends_leaves_them_to_their_tasks() {
         for _ in 0..3 {
             let mut stream = session.open_stream().unwrap();
             send(&mut stream, b"question").await.unwrap();
+            // Shown to the server, which else happens when this task waits.
+            stream.flush().await.unwrap();
             streams.push(stream);
         }
         stop();
