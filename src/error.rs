@@ -242,6 +242,12 @@ pub enum MemoryError {
         /// What its list, or its capacity, allows.
         limit: u32,
     },
+    /// The memory is gone: its file was truncated, or had no room for a page that was touched.
+    ///
+    /// What was read from it since may be zeroes
+    /// (see [`disable_sigbus_guard`](crate::disable_sigbus_guard)).
+    #[error("a page of the shared memory is gone: its file was truncated, or had no room for it")]
+    Lost,
     /// A chain of slices has more links than there are slices.
     #[error("a chain of slices from {offset} does not end")]
     EndlessChain {

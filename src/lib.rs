@@ -86,6 +86,7 @@ pub use rt::{
     Shard, ShardStats, Stopper, Stream, Views, ViewsMut, WriteHalf,
 };
 pub use shm::access::PeerTrust;
+pub use shm::fault::disable_sigbus_guard;
 pub use shm::manager::SliceUsage;
 pub use stats::{PoolUsage, SessionStats};
 

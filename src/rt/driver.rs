@@ -83,7 +83,8 @@ impl SessionInner {
         self.flush_queue();
         let stay = self.stay(now, moved || sent);
         // Last, since slices go back when the session comes to rest, too.
-        match self.lanes.manager.take_broken() {
+        let is_lost = || self.lanes.are_lost().then_some(MemoryError::Lost);
+        match self.lanes.manager.take_broken().or_else(is_lost) {
             None => stay,
             Some(error) => {
                 self.fail(error.into());

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use super::credit::show_extension;
 use super::socket::{Received, Socket};
 use crate::config::{Config, MemoryKind, ProtocolVersion};
-use crate::error::{Error, HandshakeError};
+use crate::error::{Error, HandshakeError, MemoryError};
 use crate::proto::handshake_client::{ClientHandshake, ClientStep};
 use crate::proto::handshake_server::{ServerHandshake, ServerStep};
 use crate::proto::session::Role;
@@ -120,6 +120,10 @@ pub(super) async fn accept(socket: Socket, config: &Config) -> Result<Establishe
         }
     };
     let memory = memory.expect("no handshake ends without memory");
+    // What was found in memory that went away meanwhile is not worth much.
+    if memory.manager.is_lost() || memory.consumer.is_lost() {
+        return Err(MemoryError::Lost.into());
+    }
     Ok(Established { role: Role::Server, socket, version, memory })
 }
 

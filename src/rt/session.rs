@@ -93,6 +93,14 @@ pub(super) struct Activity {
     pub(super) in_place: InPlace,
 }
 
+impl Lanes {
+    /// Whether memory of the session is gone.
+    #[inline]
+    pub(super) fn are_lost(&self) -> bool {
+        self.manager.is_lost() || self.consumer.borrow().is_lost()
+    }
+}
+
 impl Activity {
     /// So many turns that find nothing are not worth a look at the clock: a session that exchanges
     /// messages has them all the time.
@@ -211,6 +219,9 @@ impl SessionInner {
         if self.is_over() {
             return;
         }
+        // What is found in memory that is gone is no more than a consequence.
+        let is_lost = matches!(error, Error::Memory(_)) && self.lanes.are_lost();
+        let error = if is_lost { MemoryError::Lost.into() } else { error };
         if error.is_peer_fault() {
             tracing::warn!(%error, "session ends");
         } else {

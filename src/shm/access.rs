@@ -20,6 +20,9 @@ use super::region::Region;
 pub(crate) trait Memory {
     fn len(&self) -> usize;
 
+    /// Whether it is not shared any more, because a page of it was not there.
+    fn is_lost(&self) -> bool;
+
     fn load_u32(&self, at: usize, order: Ordering) -> u32;
     fn store_u32(&self, at: usize, value: u32, order: Ordering);
     fn swap_u32(&self, at: usize, value: u32, order: Ordering) -> u32;
@@ -165,6 +168,11 @@ impl Memory for Region {
     #[inline(always)]
     fn len(&self) -> usize {
         Self::len(self)
+    }
+
+    #[inline]
+    fn is_lost(&self) -> bool {
+        Self::is_lost(self)
     }
 
     #[inline(always)]

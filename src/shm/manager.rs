@@ -135,6 +135,12 @@ impl<M: Memory> BufferManager<M> {
         Extension::from_byte(self.memory.load_u8(at, Ordering::Relaxed))
     }
 
+    /// Whether a page of the memory was not there, and it is nobody's but ours any more.
+    #[inline]
+    pub(crate) fn is_lost(&self) -> bool {
+        self.memory.is_lost()
+    }
+
     /// Bytes of memory, headers included.
     pub(crate) fn memory_len(&self) -> usize {
         self.memory.len()

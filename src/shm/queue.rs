@@ -264,6 +264,12 @@ impl<M: Memory> Consumer<M> {
         Self { ring, head, published: head, known_tail: tail, slot }
     }
 
+    /// Whether a page of the memory was not there, and it is nobody's but ours any more.
+    #[inline]
+    pub(crate) fn is_lost(&self) -> bool {
+        self.ring.memory.is_lost()
+    }
+
     /// Whether there is an event, by the peer's tail of this moment.
     #[inline]
     pub(crate) fn has_events(&mut self) -> Result<bool, MemoryError> {

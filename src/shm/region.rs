@@ -3,7 +3,8 @@
 //!
 //! Invariants: a [`Region`] is mapped, readable and writable from creation to drop, and starts at a
 //! multiple of 64. Its length is what `fstat` said once, checked against a limit; nothing that the
-//! peer writes changes it. A memfd that this side creates is sealed against shrinking and growing.
+//! peer writes changes it. A memfd that this side creates is sealed against shrinking and growing;
+//! what else is truncated under us is [caught](super::fault).
 
 use std::alloc::Layout;
 use std::collections::BTreeMap;
@@ -22,6 +23,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, OpenHow, ResolveFlag, SealFlag};
 use nix::sys::memfd::MFdFlags;
 
+use super::fault::Guarded;
 use crate::error::{Error, HandshakeError, MemoryError};
 
 /// Memory that another party may read and write at any time.
@@ -32,7 +34,12 @@ pub(crate) struct Region {
 }
 
 enum Backing {
-    Mapping(#[allow(dead_code, reason = "held for its drop, which unmaps")] MmapRaw),
+    Mapping {
+        /// Dropped first: it must not speak of what is not mapped any more.
+        guard: Option<Guarded>,
+        #[allow(dead_code, reason = "held for its drop, which unmaps")]
+        mapping: MmapRaw,
+    },
     Heap(Layout),
 }
 
@@ -43,6 +50,16 @@ impl Region {
 
     pub(crate) fn len(&self) -> usize {
         self.len
+    }
+
+    /// Whether a page of it was not there, and all of it is private zeroes since
+    /// (see [`fault`](super::fault)).
+    #[inline]
+    pub(crate) fn is_lost(&self) -> bool {
+        match &self.backing {
+            Backing::Mapping { guard, .. } => guard.as_ref().is_some_and(Guarded::is_lost),
+            Backing::Heap(_) => false,
+        }
     }
 
     /// Zeroed memory on the heap, for tests and models that need no peer.
@@ -165,14 +182,15 @@ impl Region {
             .map_raw(&file.as_fd())
             .map_err(|error| Error::os("map shared memory", error))?;
         let base = NonNull::new(mapping.as_mut_ptr()).expect("mmap gives no null pointer");
-        Ok(Self { base, len, backing: Backing::Mapping(mapping) })
+        let guard = Guarded::new(base.as_ptr().expose_provenance(), len);
+        Ok(Self { base, len, backing: Backing::Mapping { guard, mapping } })
     }
 }
 
 impl Drop for Region {
     fn drop(&mut self) {
         match self.backing {
-            Backing::Mapping(_) => {}
+            Backing::Mapping { .. } => {}
             // SAFETY: `base` came from `alloc_zeroed` with this very layout, in `heap`.
             Backing::Heap(layout) => unsafe { std::alloc::dealloc(self.base.as_ptr(), layout) },
         }
