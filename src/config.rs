@@ -126,6 +126,33 @@ pub enum Spin {
     Forever,
 }
 
+/// Who may be at the other end of a connection, by the user that the kernel names.
+///
+/// Over TCP the kernel names the owner of the other end's socket, if it was built to (most are,
+/// `CONFIG_INET_DIAG`); a peer that it does not name is let in by [`Any`](Self::Any) alone.
+///
+/// ```
+/// use shmipc_glommio::{AllowedPeers, Config};
+///
+/// // A proxy that runs as user 1337, and whose socket that user can write to.
+/// let config = Config::builder()
+///     .allowed_peers(AllowedPeers::Users(vec![1337]))
+///     .socket_mode(0o660)
+///     .socket_owner(None, Some(1337))
+///     .build()?;
+/// # Ok::<(), shmipc_glommio::ConfigError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AllowedPeers {
+    /// The user that this process runs as.
+    SameUser,
+    /// These users, by number.
+    Users(Vec<u32>),
+    /// Whoever can connect.
+    Any,
+}
+
 /// Everything that a session, a listener or a connector can be told.
 ///
 /// ```
@@ -152,6 +179,7 @@ pub struct Config {
     pub(crate) pool_wait: Duration,
     pub(crate) socket_file: SocketFile,
     pub(crate) checks_memory: bool,
+    pub(crate) allowed_peers: AllowedPeers,
     pub(crate) limits: Limits,
 }
 
@@ -169,9 +197,14 @@ pub(crate) struct SocketFile {
 pub(crate) struct Limits {
     pub(crate) handshake_timeout: Duration,
     pub(crate) handshakes: usize,
+    pub(crate) handshakes_per_user: usize,
+    pub(crate) sessions: usize,
     pub(crate) message_len: u32,
     pub(crate) streams: usize,
     pub(crate) mapped_bytes: u64,
+    pub(crate) total_mapped_bytes: u64,
+    /// `None`: for ever.
+    pub(crate) stall: Option<Duration>,
     pub(crate) unread_fallback_bytes: usize,
     /// `None`: by the size of the buffer memory.
     pub(crate) stream_window: Option<u64>,
@@ -195,12 +228,17 @@ impl Default for Config {
             pool_wait: Duration::from_millis(1),
             socket_file: SocketFile { mode: 0o600, user: None, group: None },
             checks_memory: true,
+            allowed_peers: AllowedPeers::SameUser,
             limits: Limits {
                 handshake_timeout: Duration::from_secs(2),
                 handshakes: 64,
+                handshakes_per_user: 32,
+                sessions: 4096,
                 message_len: 64 << 20,
                 streams: 65536,
                 mapped_bytes: 1 << 30,
+                total_mapped_bytes: 64 << 30,
+                stall: Some(Duration::from_secs(60)),
                 unread_fallback_bytes: 64 << 20,
                 stream_window: None,
             },
@@ -393,9 +431,30 @@ impl ConfigBuilder {
     }
 
     /// How many handshakes a listener carries on at the same time; further peers wait in the
-    /// socket's backlog. Default: 64.
+    /// socket's backlog. While they do, handshakes that have taken an eighth of their
+    /// [time](Self::handshake_timeout) are given up. Default: 64.
     pub fn max_handshakes(mut self, handshakes: usize) -> Self {
         self.config.limits.handshakes = handshakes;
+        self
+    }
+
+    /// How many of these one user may have under way. Default: 32.
+    pub fn max_handshakes_per_user(mut self, handshakes: usize) -> Self {
+        self.config.limits.handshakes_per_user = handshakes;
+        self
+    }
+
+    /// How many sessions a listener has at the same time; of a [`Server`](crate::Server), each
+    /// shard. Further peers are refused. Default: 4096.
+    pub fn max_sessions(mut self, sessions: usize) -> Self {
+        self.config.limits.sessions = sessions;
+        self
+    }
+
+    /// Who may be at the other end, for listeners and for connectors. Default:
+    /// [`AllowedPeers::SameUser`].
+    pub fn allowed_peers(mut self, allowed: AllowedPeers) -> Self {
+        self.config.allowed_peers = allowed;
         self
     }
 
@@ -414,9 +473,26 @@ impl ConfigBuilder {
         self
     }
 
-    /// How many bytes of a peer's memory this side maps for one session. Default: 1 GiB.
+    /// How many bytes a peer's memory may have: buffers and queues, each. Default: 1 GiB.
     pub fn max_mapped_bytes(mut self, bytes: u64) -> Self {
         self.config.limits.mapped_bytes = bytes;
+        self
+    }
+
+    /// How many bytes of peers' memory a listener maps for all its sessions together; of a
+    /// [`Server`](crate::Server), each shard. What this side keeps itself for a session is less
+    /// than what it maps. Default: 64 GiB.
+    pub fn max_total_mapped_bytes(mut self, bytes: u64) -> Self {
+        self.config.limits.total_mapped_bytes = bytes;
+        self
+    }
+
+    /// For how long a peer may leave what was sent to it where it is, in the queue or in the
+    /// socket, before its session ends with [`Error::PeerStalled`](crate::Error::PeerStalled):
+    /// somebody has stopped it, or it hangs. A peer takes what is sent to it when it comes, whether
+    /// or not somebody reads the stream. `None`: for ever. Default: a minute.
+    pub fn stall_limit(mut self, limit: Option<Duration>) -> Self {
+        self.config.limits.stall = limit;
         self
     }
 
@@ -468,6 +544,10 @@ impl ConfigBuilder {
         config.cap_durations();
         let limits = &config.limits;
         at_least("max_handshakes", limits.handshakes as u64, 1)?;
+        at_least("max_handshakes_per_user", limits.handshakes_per_user as u64, 1)?;
+        at_least("max_sessions", limits.sessions as u64, 1)?;
+        let stall_limit = limits.stall.unwrap_or(Duration::MAX).as_millis().min(1) as u64;
+        at_least("stall_limit in milliseconds", stall_limit, 1)?;
         at_least("max_streams", limits.streams as u64, 1)?;
         at_least("max_message_len", u64::from(limits.message_len), 4096)?;
         at_least("max_unread_fallback_bytes", limits.unread_fallback_bytes as u64, 4096)?;
@@ -483,9 +563,10 @@ impl Config {
         if let Spin::For(budget) = &mut self.spin {
             *budget = LONGEST.min(*budget);
         }
-        for duration in
-            [&mut self.limits.handshake_timeout, &mut self.pool_wait, &mut self.reactor_interval]
-        {
+        let stall = self.limits.stall.iter_mut();
+        let others =
+            [&mut self.limits.handshake_timeout, &mut self.pool_wait, &mut self.reactor_interval];
+        for duration in stall.chain(others) {
             *duration = LONGEST.min(*duration);
         }
     }

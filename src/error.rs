@@ -147,9 +147,42 @@ pub enum HandshakeError {
     /// The peer took too long.
     #[error("no handshake within {0:?}")]
     Timeout(Duration),
+    /// Its user is not one that may be at the other end
+    /// (see [`allowed_peers`](crate::ConfigBuilder::allowed_peers)).
+    #[error("{} is not allowed to be at the other end", user(*uid))]
+    PeerNotAllowed {
+        /// The user, if the kernel said.
+        uid: Option<u32>,
+    },
+    /// The program did not want it (see [`authorize`](crate::Listener::authorize)).
+    #[error("a process of {} was not authorized", user(*uid))]
+    NotAuthorized {
+        /// The user, if the kernel said.
+        uid: Option<u32>,
+    },
+    /// A file that the peer named belongs to somebody else.
+    #[error("the {role} memory is a file of user {owner}, named by user {peer}")]
+    FileOwner {
+        /// Which memory.
+        role: &'static str,
+        /// Whose file it is.
+        owner: u32,
+        /// Who named it.
+        peer: u32,
+    },
+    /// The listener has as many sessions as it may have.
+    #[error("there are {0} sessions already")]
+    TooManySessions(usize),
+    /// Others waited for its place, and it had taken so long by then.
+    #[error("gave way to others after {0:?}")]
+    GaveWay(Duration),
     /// The transport cannot carry what the handshake needs.
     #[error("descriptors cannot be passed over TCP; use file memory")]
     DescriptorsOverTcp,
+}
+
+fn user(uid: Option<u32>) -> String {
+    uid.map_or_else(|| "an unknown user".into(), |uid| format!("user {uid}"))
 }
 
 /// Shared memory that does not hold together (WIRE chapters 3 and 4; spec chapters 5 and 6.2).
@@ -424,6 +457,10 @@ pub enum Error {
     /// The peer makes this side send messages over the socket and does not read them.
     #[error("the peer does not read its socket")]
     PeerNotReading,
+    /// The peer has left what was sent to it where it is for so long
+    /// (see [`stall_limit`](crate::ConfigBuilder::stall_limit)).
+    #[error("the peer has not moved for {0:?}")]
+    PeerStalled(Duration),
     /// The session was closed on this side.
     #[error("the session was closed here")]
     SessionClosed,
@@ -458,7 +495,14 @@ impl Error {
 
     /// Whether the peer is at fault, rather than this side or the machine.
     pub fn is_peer_fault(&self) -> bool {
-        matches!(self, Self::Wire(_) | Self::Handshake(_) | Self::Memory(_) | Self::PeerNotReading)
+        matches!(
+            self,
+            Self::Wire(_)
+                | Self::Handshake(_)
+                | Self::Memory(_)
+                | Self::PeerNotReading
+                | Self::PeerStalled(_)
+        )
     }
 
     /// The kind that fits this error best.
@@ -467,6 +511,11 @@ impl Error {
             Self::Wire(_) | Self::Memory(_) => io::ErrorKind::InvalidData,
             Self::Handshake(HandshakeError::Timeout(_)) => io::ErrorKind::TimedOut,
             Self::Handshake(HandshakeError::Closed { .. }) => io::ErrorKind::UnexpectedEof,
+            Self::Handshake(
+                HandshakeError::PeerNotAllowed { .. }
+                | HandshakeError::NotAuthorized { .. }
+                | HandshakeError::FileOwner { .. },
+            ) => io::ErrorKind::PermissionDenied,
             Self::Handshake(_) => io::ErrorKind::InvalidData,
             Self::Config(_) => io::ErrorKind::InvalidInput,
             Self::Resource(ResourceError::SharedMemory { .. }) => io::ErrorKind::StorageFull,
@@ -478,7 +527,7 @@ impl Error {
             Self::Unavailable { source, .. } => source.kind(),
             Self::Os { source, .. } => source.kind(),
             Self::PeerClosed => io::ErrorKind::ConnectionReset,
-            Self::PeerNotReading => io::ErrorKind::TimedOut,
+            Self::PeerNotReading | Self::PeerStalled(_) => io::ErrorKind::TimedOut,
             Self::SessionClosed => io::ErrorKind::ConnectionAborted,
             Self::StreamClosed => io::ErrorKind::NotConnected,
             Self::StreamClosedByPeer => io::ErrorKind::BrokenPipe,

@@ -75,15 +75,17 @@ mod shm;
 mod stats;
 pub mod wire;
 
-pub use config::{Config, ConfigBuilder, MemoryKind, ProtocolVersion, SliceClass, Spin};
+pub use config::{
+    AllowedPeers, Config, ConfigBuilder, MemoryKind, ProtocolVersion, SliceClass, Spin,
+};
 pub use error::{
     ConfigError, Error, HandshakeError, MemoryError, ResourceError, Result, WireError,
 };
 pub use footprint::Footprint;
 pub use rt::{
     Alloc, Client, ClientBuilder, Connector, Cores, Deal, Listener, Loan, Message, MessageBuf,
-    Messages, ReadHalf, Recv, Send, Server, ServerBuilder, Session, SessionState, SessionStatus,
-    Shard, ShardStats, Stopper, Stream, Views, ViewsMut, WriteHalf,
+    Messages, PeerCredentials, ReadHalf, Recv, Send, Server, ServerBuilder, Session, SessionState,
+    SessionStatus, Shard, ShardStats, Stopper, Stream, Views, ViewsMut, WriteHalf,
 };
 pub use shm::access::PeerTrust;
 pub use shm::fault::disable_sigbus_guard;

@@ -13,7 +13,9 @@ use std::rc::Rc;
 use futures_lite::future::yield_now;
 use nix::errno::Errno;
 
+use super::admission::{Admission, Admitted};
 use super::credit::show_extension;
+use super::peer::PeerCredentials;
 use super::socket::{Received, Socket};
 use crate::config::{Config, MemoryKind, ProtocolVersion};
 use crate::error::{Error, HandshakeError, MemoryError};
@@ -36,6 +38,7 @@ const RESERVED_AT_ONCE: usize = 1 << 20;
 /// What two sides agreed on, ready to carry a session.
 pub(super) struct Established {
     pub(super) role: Role,
+    pub(super) peer: PeerCredentials,
     pub(super) socket: Socket,
     pub(super) version: ProtocolVersion,
     pub(super) memory: SessionMemory,
@@ -48,10 +51,14 @@ pub(super) struct SessionMemory {
     pub(super) manager: Rc<BufferManager>,
     /// Entries in the file system, removed when dropped.
     pub(super) files: Vec<SharedFile>,
+    /// What a listener counts it by.
+    pub(super) admitted: Option<Admitted>,
 }
 
 /// The client's side. The caller bounds the time.
 pub(super) async fn connect(socket: Socket, config: &Config) -> Result<Established, Error> {
+    let peer = socket.peer()?;
+    peer.check(&config.allowed_peers)?;
     if socket.is_tcp() && config.memory == MemoryKind::Memfd {
         return Err(HandshakeError::DescriptorsOverTcp.into());
     }
@@ -81,11 +88,16 @@ pub(super) async fn connect(socket: Socket, config: &Config) -> Result<Establish
         // The server has mapped them; without their names nothing is left behind, come what may.
         memory.files.clear();
     }
-    Ok(Established { role: Role::Client, socket, version, memory })
+    Ok(Established { role: Role::Client, peer, socket, version, memory })
 }
 
-/// The server's side. The caller bounds the time.
-pub(super) async fn accept(socket: Socket, config: &Config) -> Result<Established, Error> {
+/// The server's side, with a peer that may be spoken to. The caller bounds the time.
+pub(super) async fn accept(
+    socket: Socket,
+    peer: PeerCredentials,
+    config: &Config,
+    admission: &Rc<Admission>,
+) -> Result<Established, Error> {
     let mut handshake = ServerHandshake::new();
     let mut inbox = Inbox::new();
     let mut descriptors = None;
@@ -109,11 +121,11 @@ pub(super) async fn accept(socket: Socket, config: &Config) -> Result<Establishe
             }
             ServerStep::MapDescriptors(_) => {
                 let [buffer, queue] = descriptors.take().expect("received a step before");
-                memory = Some(map_descriptors(buffer, queue, config)?);
+                memory = Some(map_descriptors(buffer, queue, config, admission)?);
                 handshake.mapped();
             }
             ServerStep::MapFiles(paths) => {
-                memory = Some(map_files(paths, config)?);
+                memory = Some(map_files(paths, peer, config, admission)?);
                 handshake.mapped();
             }
             ServerStep::Established(version) => break version,
@@ -124,7 +136,7 @@ pub(super) async fn accept(socket: Socket, config: &Config) -> Result<Establishe
     if memory.manager.is_lost() || memory.consumer.is_lost() {
         return Err(MemoryError::Lost.into());
     }
-    Ok(Established { role: Role::Server, socket, version, memory })
+    Ok(Established { role: Role::Server, peer, socket, version, memory })
 }
 
 /// What has arrived and is not yet a whole message.
@@ -275,7 +287,7 @@ async fn create_memory(
     show_extension(&manager, config, Role::Client);
     let layout = QueueLayout::for_version(config.protocol);
     let (producer, consumer) = queue::create(&Rc::new(queue), config.queue_capacity, layout);
-    Ok((SessionMemory { producer, consumer, manager, files }, descriptors))
+    Ok((SessionMemory { producer, consumer, manager, files, admitted: None }, descriptors))
 }
 
 /// Has the memory of a file set aside. What was free a moment ago, others may have been promised,
@@ -300,29 +312,46 @@ fn map_descriptors(
     buffer: OwnedFd,
     queue: OwnedFd,
     config: &Config,
+    admission: &Rc<Admission>,
 ) -> Result<SessionMemory, Error> {
+    let admitted = admission.session()?;
     let limit = config.limits.mapped_bytes;
     let buffer = Region::map_descriptor(buffer, "buffer", limit)?;
     let queue = Region::map_descriptor(queue, "queue", limit)?;
-    map_memory(buffer, queue, config)
+    map_memory(buffer, queue, config, admitted)
 }
 
-fn map_files(paths: &MemoryPaths, config: &Config) -> Result<SessionMemory, Error> {
+fn map_files(
+    paths: &MemoryPaths,
+    peer: PeerCredentials,
+    config: &Config,
+    admission: &Rc<Admission>,
+) -> Result<SessionMemory, Error> {
+    let admitted = admission.session()?;
     let limit = config.limits.mapped_bytes;
     let directory = config.path_prefix.parent().unwrap_or(Path::new("/"));
-    let queue = Region::map_file(directory, &paths.queue, "queue", limit)?;
-    let buffer = Region::map_file(directory, &paths.buffer, "buffer", limit)?;
-    let mut memory = map_memory(buffer, queue, config)?;
+    let queue = Region::map_file(directory, &paths.queue, "queue", limit, peer.uid)?;
+    let buffer = Region::map_file(directory, &paths.buffer, "buffer", limit, peer.uid)?;
+    let mut memory = map_memory(buffer, queue, config, admitted)?;
     // Only now: a file that turned out to be something else is not this session's to remove.
     memory.files = vec![SharedFile::new(&paths.queue), SharedFile::new(&paths.buffer)];
     Ok(memory)
 }
 
-fn map_memory(buffer: Region, queue: Region, config: &Config) -> Result<SessionMemory, Error> {
+fn map_memory(
+    buffer: Region,
+    queue: Region,
+    config: &Config,
+    admitted: Admitted,
+) -> Result<SessionMemory, Error> {
+    // Before this side keeps books on it.
+    admitted.count_mapped(buffer.len() as u64)?;
+    admitted.count_mapped(queue.len() as u64)?;
     // Versions 2 and 3 have the same layout.
     let layout = QueueLayout::for_version(ProtocolVersion::V3);
     let (producer, consumer) = queue::map(&Rc::new(queue), layout)?;
     let manager = BufferManager::map(&Rc::new(buffer))?;
     show_extension(&manager, config, Role::Server);
-    Ok(SessionMemory { producer, consumer, manager, files: Vec::new() })
+    let (files, admitted) = (Vec::new(), Some(admitted));
+    Ok(SessionMemory { producer, consumer, manager, files, admitted })
 }

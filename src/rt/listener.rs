@@ -18,11 +18,12 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use futures_lite::future::or;
-use glommio::sync::{Semaphore, StaticPermit};
 use nix::errno::Errno;
 
+use super::admission::{Admission, PlaceTaken};
 use super::door_lock::DoorLock;
 use super::handshake;
+use super::peer::PeerCredentials;
 use super::poller::Poller;
 use super::session::Session;
 use super::socket::{ListenerSocket, Socket};
@@ -39,6 +40,7 @@ const OUT_OF_DESCRIPTORS_PAUSE: Duration = Duration::from_millis(20);
 const TELL_INTERVAL: Duration = Duration::from_secs(1);
 
 type OnRefused = Rc<dyn Fn(&Error)>;
+type Authorize = Rc<dyn Fn(&PeerCredentials) -> bool>;
 
 /// Accepts sessions on a Unix socket, or over TCP on loopback.
 ///
@@ -109,13 +111,13 @@ impl Door {
 
 struct Shared {
     config: Rc<Config>,
-    /// As many as there can be handshakes at the same time, and sessions that wait to be taken.
-    places: Rc<Semaphore>,
+    admission: Rc<Admission>,
     handshakes: TaskSet,
     ready: RefCell<VecDeque<Ready>>,
     failed: RefCell<Option<Error>>,
     waiting: WakerList,
     on_refused: RefCell<Option<OnRefused>>,
+    authorize: RefCell<Option<Authorize>>,
     trust: Cell<Option<u64>>,
 }
 
@@ -123,7 +125,7 @@ struct Shared {
 pub(super) struct Ready {
     pub(super) session: Session,
     pub(super) ticket: Option<Ticket>,
-    _place: StaticPermit,
+    _place: PlaceTaken,
 }
 
 /// What goes with a connection that was accepted elsewhere, until its session is taken.
@@ -139,13 +141,7 @@ impl Adopter {
     /// Starts the handshake, as soon as there is a place for it. Drops the connection when the
     /// listener is gone.
     pub(super) async fn adopt(&self, fd: OwnedFd, ticket: Ticket) {
-        let Some(places) = self.shared.upgrade().map(|shared| Rc::clone(&shared.places)) else {
-            return;
-        };
-        // The semaphore is never closed, so there is a place sooner or later.
-        if let Ok(place) = places.acquire_static_permit(1).await {
-            begin(Socket::connected(fd), Some(ticket), self.shared.clone(), place);
-        }
+        begin(Socket::connected(fd), Some(ticket), &self.shared).await;
     }
 }
 
@@ -194,15 +190,16 @@ impl Listener {
         path: Option<SocketPath>,
         config: Config,
     ) -> Self {
-        let places = Rc::new(Semaphore::new(config.limits.handshakes as u64));
+        let admission = Admission::new(&config.limits);
         let shared = Rc::new(Shared {
             config: Rc::new(config),
-            places,
+            admission,
             handshakes: TaskSet::default(),
             ready: RefCell::default(),
             failed: RefCell::default(),
             waiting: WakerList::default(),
             on_refused: RefCell::default(),
+            authorize: RefCell::default(),
             trust: Cell::new(None),
         });
         // Started before the first handshake, it is ready behind it.
@@ -219,6 +216,12 @@ impl Listener {
     /// Calls `tell` for every peer that was dropped before it became a session, with the reason.
     pub fn on_refused(&self, tell: impl Fn(&Error) + 'static) {
         *self.shared.on_refused.borrow_mut() = Some(Rc::new(tell));
+    }
+
+    /// Asks `authorize` about every peer that is [allowed](crate::ConfigBuilder::allowed_peers),
+    /// before its handshake. It is refused when the answer is `false`.
+    pub fn authorize(&self, authorize: impl Fn(&PeerCredentials) -> bool + 'static) {
+        *self.shared.authorize.borrow_mut() = Some(Rc::new(authorize));
     }
 
     /// A handle that takes connections accepted elsewhere into this listener.
@@ -279,6 +282,19 @@ impl Listener {
 }
 
 impl Shared {
+    /// Whether a peer may begin a handshake.
+    fn check(&self, connection: &Socket) -> Result<PeerCredentials> {
+        let peer = connection.peer()?;
+        peer.check(&self.config.allowed_peers)?;
+        let authorize = self.authorize.borrow().clone();
+        match authorize {
+            Some(authorize) if !authorize(&peer) => {
+                Err(HandshakeError::NotAuthorized { uid: peer.uid }.into())
+            }
+            _ => Ok(peer),
+        }
+    }
+
     fn refuse(&self, error: &Error) {
         tracing::debug!(%error, "peer refused");
         let tell = self.on_refused.borrow().clone();
@@ -289,19 +305,11 @@ impl Shared {
 }
 
 async fn accept_connections(socket: ListenerSocket, shared: Weak<Shared>) {
-    let Some(places) = shared.upgrade().map(|shared| Rc::clone(&shared.places)) else {
-        return;
-    };
     let mut told: Option<Instant> = None;
     loop {
         let error = match socket.accept().await {
             Ok(connection) => {
-                // Now, not while nobody comes here: those that are adopted need places too. The
-                // semaphore is never closed, so there is one sooner or later.
-                let Ok(place) = places.acquire_static_permit(1).await else {
-                    return;
-                };
-                begin(connection, None, shared.clone(), place);
+                begin(connection, None, &shared).await;
                 continue;
             }
             Err(error) => error,
@@ -344,24 +352,38 @@ fn is_passing(error: &Error) -> bool {
     )
 }
 
-/// Starts the task of a handshake.
-fn begin(connection: Socket, ticket: Option<Ticket>, shared: Weak<Shared>, place: StaticPermit) {
+/// Starts the task of a handshake, as soon as there is a place for it.
+async fn begin(connection: Socket, ticket: Option<Ticket>, shared: &Weak<Shared>) {
     let Some(owner) = shared.upgrade() else {
         return;
     };
-    owner.handshakes.spawn(shake_hands(connection, ticket, shared, place));
+    let peer = match owner.check(&connection) {
+        Ok(peer) => peer,
+        Err(error) => return owner.refuse(&error),
+    };
+    let admission = Rc::clone(&owner.admission);
+    drop(owner);
+    // Here and not by the task: who has no place yet waits in the socket's backlog.
+    let place = admission.place(peer.uid).await;
+    if let Some(owner) = shared.upgrade() {
+        let shaking = shake_hands(connection, peer, ticket, shared.clone(), place);
+        owner.handshakes.spawn(shaking);
+    }
 }
 
 async fn shake_hands(
     connection: Socket,
+    peer: PeerCredentials,
     ticket: Option<Ticket>,
     shared: Weak<Shared>,
-    place: StaticPermit,
+    place: PlaceTaken,
 ) {
-    let Some(config) = shared.upgrade().map(|shared| Rc::clone(&shared.config)) else {
+    let parts = |shared: Rc<Shared>| (Rc::clone(&shared.config), Rc::clone(&shared.admission));
+    let Some((config, admission)) = shared.upgrade().map(parts) else {
         return;
     };
-    let result = within(&config, handshake::accept(connection, &config)).await;
+    let handshake = handshake::accept(connection, peer, &config, &admission);
+    let result = place.shake(within(&config, handshake)).await;
     // The listener may have gone meanwhile; then nobody wants the session.
     let Some(shared) = shared.upgrade() else {
         return;

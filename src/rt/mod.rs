@@ -12,7 +12,8 @@
 //! - [`spin`]: for how long they are looked at before they sleep.
 //! - [`stream`]: a stream's handle, of a [`read_half`] and a [`write_half`], each with a
 //!   [`deadline`]; [`loan`]: messages as values; [`credit`]: how far a sender may go.
-//! - [`listener`], [`connector`]: how sessions come to be; [`socket_path`]: the files of sockets,
+//! - [`listener`], [`connector`]: how sessions come to be; [`admission`]: how many, and [who](peer);
+//!   [`socket_path`]: the files of sockets,
 //!   and [turns](door_lock) at them.
 //! - [`client`], made by a [`client_builder`]: a core's [sessions](shard_sessions) to the shards of
 //!   a server, each [`kept`] up with a [`backoff`].
@@ -22,6 +23,7 @@
 //!   each stream; [`tasks`]: tasks that end with what they belong to. Only what these hand over at
 //!   accept time ever changes threads.
 
+mod admission;
 mod backoff;
 mod client;
 mod client_builder;
@@ -39,6 +41,7 @@ mod listener;
 mod loan;
 mod outbox;
 mod own_core;
+mod peer;
 mod poller;
 mod read_half;
 mod receiving;
@@ -66,6 +69,7 @@ pub use dealer::Deal;
 pub use kept::{SessionState, SessionStatus};
 pub use listener::Listener;
 pub use loan::{Loan, Message, MessageBuf, Views, ViewsMut};
+pub use peer::PeerCredentials;
 pub use read_half::{Messages, ReadHalf, Recv};
 pub use server::{Server, Stopper};
 pub use server_builder::ServerBuilder;

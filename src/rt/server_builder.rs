@@ -14,8 +14,9 @@ use glommio::{LocalExecutorBuilder, Placement};
 use super::cores::Cores;
 use super::dealer::{Deal, Inlet};
 use super::listener::Door;
+use super::peer::PeerCredentials;
 use super::server::Server;
-use super::server_core::{Common, Core, OnRefused};
+use super::server_core::{Authorize, Common, Core, OnRefused};
 use super::session::Session;
 use super::shard::{Failure, Place, Shard, ShardLink};
 use super::socket_path::{self, shard_path};
@@ -59,6 +60,7 @@ pub struct ServerBuilder {
     trust: Option<u64>,
     executor: Option<MakeExecutor>,
     on_refused: Option<OnRefused>,
+    authorize: Option<Authorize>,
 }
 
 impl ServerBuilder {
@@ -73,6 +75,7 @@ impl ServerBuilder {
             trust: None,
             executor: None,
             on_refused: None,
+            authorize: None,
         }
     }
 
@@ -129,6 +132,17 @@ impl ServerBuilder {
     /// the number of shards for an index.
     pub fn on_refused(mut self, tell: impl Fn(usize, &Error) + Send + Sync + 'static) -> Self {
         self.on_refused = Some(Arc::new(tell));
+        self
+    }
+
+    /// Asks `authorize` about every peer that is [allowed](crate::ConfigBuilder::allowed_peers),
+    /// before its handshake, on the thread of the shard that would get it. It is refused when the
+    /// answer is `false`, and when there is none because of a panic.
+    pub fn authorize(
+        mut self,
+        authorize: impl Fn(&PeerCredentials) -> bool + Send + Sync + 'static,
+    ) -> Self {
+        self.authorize = Some(Arc::new(authorize));
         self
     }
 
@@ -216,6 +230,7 @@ impl ServerBuilder {
                 config: self.config.clone(),
                 trust: self.trust,
                 on_refused: self.on_refused.clone(),
+                authorize: self.authorize.clone(),
             };
             let (factory, tell) = (factory.clone(), tell.clone());
             let executor = self.executor_of(index, cores[index]);

@@ -17,6 +17,7 @@ use futures_lite::future::or;
 use glommio::LocalExecutorBuilder;
 
 use super::listener::{Door, Listener};
+use super::peer::PeerCredentials;
 use super::poller::Poller;
 use super::session::Session;
 use super::shard::{Failure, Place, Shard, ShardLink, panic_text};
@@ -26,6 +27,17 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 
 pub(super) type OnRefused = Arc<dyn Fn(usize, &Error) + Send + Sync>;
+
+pub(super) type Authorize = Arc<dyn Fn(&PeerCredentials) -> bool + Send + Sync>;
+
+/// Asks the user. A panic of what is the user's is no reason to serve nobody any more, nor one to
+/// let somebody in.
+fn is_authorized(authorize: &Authorize, peer: &PeerCredentials) -> bool {
+    catch_unwind(AssertUnwindSafe(|| authorize(peer))).unwrap_or_else(|panic| {
+        tracing::error!(text = panic_text(&*panic), "`authorize` panicked");
+        false
+    })
+}
 
 /// Tells the user. A panic of what is the user's is no reason to serve nobody any more.
 pub(super) fn tell_refused(on_refused: Option<&OnRefused>, index: usize, error: &Error) {
@@ -94,6 +106,7 @@ pub(super) struct Core {
     pub(super) config: Config,
     pub(super) trust: Option<u64>,
     pub(super) on_refused: Option<OnRefused>,
+    pub(super) authorize: Option<Authorize>,
 }
 
 /// Stops the whole server when one of its threads ends, whatever for: data of a shard, or the way
@@ -200,7 +213,7 @@ impl Core {
         S: Future<Output = std::result::Result<(), D>> + 'static,
         D: Into<Failure> + 'static,
     {
-        let Self { place, door, bell, common, config, trust, on_refused } = self;
+        let Self { place, door, bell, common, config, trust, on_refused, authorize } = self;
         let index = place.index;
         let shard = Shard::new(place, Arc::clone(&common.links[index]));
         wreck.borrow_mut().shard = Some(shard.clone());
@@ -210,6 +223,9 @@ impl Core {
             refusing.note_refused();
             tell_refused(on_refused.as_ref(), index, error);
         });
+        if let Some(authorize) = authorize {
+            listener.authorize(move |peer| is_authorized(&authorize, peer));
+        }
         let bell = Socket::connected(bell);
         let (hearing, adopter) = (shard.clone(), listener.adopter());
         let taking_in = glommio::spawn_local(async move {

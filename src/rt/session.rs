@@ -15,10 +15,12 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use super::admission::Admitted;
 use super::credit::Credit;
 use super::handshake::{Established, SessionMemory};
 use super::outbox::Outbox;
 use super::own_core::counting_foreign_wakes;
+use super::peer::PeerCredentials;
 use super::poller::Poller;
 use super::receiving;
 use super::socket::Socket;
@@ -47,9 +49,11 @@ pub(super) struct SessionInner {
     pub(super) inbox: Inbox,
     pub(super) credit: Credit,
     pub(super) poller: Rc<Poller>,
+    peer: PeerCredentials,
     socket: Socket,
     outbox: Outbox,
     ending: Ending,
+    _admitted: Option<Admitted>,
 }
 
 /// The shared memory of a session.
@@ -350,8 +354,8 @@ pub struct Session {
 impl Session {
     /// Starts the session: from here on it reacts to the peer.
     pub(super) fn start(established: Established, config: &Rc<Config>, trust: Option<u64>) -> Self {
-        let Established { role, socket, version, memory } = established;
-        let SessionMemory { producer, consumer, manager, files } = memory;
+        let Established { role, peer, socket, version, memory } = established;
+        let SessionMemory { producer, consumer, manager, files, admitted } = memory;
         let credit = Credit::new(&manager, config, role);
         let inner = Rc::new(SessionInner {
             role,
@@ -388,9 +392,11 @@ impl Session {
             },
             credit,
             poller: Poller::current(),
+            peer,
             socket,
             outbox: Outbox::default(),
             ending: Ending { files: RefCell::new(files), ..Ending::default() },
+            _admitted: admitted,
         });
         inner.lanes.manager.trust(trust);
         let session = Rc::downgrade(&inner);
@@ -483,6 +489,11 @@ impl Session {
     /// The protocol version that both sides agreed on.
     pub fn protocol(&self) -> ProtocolVersion {
         self.inner().version
+    }
+
+    /// Who is at the other end.
+    pub fn peer(&self) -> PeerCredentials {
+        self.inner().peer
     }
 
     /// How many streams are open.

@@ -25,6 +25,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
 };
 
+use super::peer::PeerCredentials;
 use crate::error::Error;
 
 /// The most descriptors that one message can carry (`SCM_MAX_FD`). With room for all of them none
@@ -93,6 +94,11 @@ impl Socket {
 
     pub(super) fn is_tcp(&self) -> bool {
         self.is_tcp
+    }
+
+    /// Who is at the other end.
+    pub(super) fn peer(&self) -> Result<PeerCredentials, Error> {
+        PeerCredentials::of(self.fd(), self.is_tcp)
     }
 
     fn fd(&self) -> BorrowedFd<'_> {

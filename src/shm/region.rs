@@ -22,9 +22,13 @@ use memmap2::{MmapOptions, MmapRaw};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, OpenHow, ResolveFlag, SealFlag};
 use nix::sys::memfd::MFdFlags;
+use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC};
 
 use super::fault::Guarded;
 use crate::error::{Error, HandshakeError, MemoryError};
+
+/// Where a descriptor's file may lie: in memory. (`ramfs` stands for `tmpfs` in small kernels.)
+const MEMORY_FILE_SYSTEMS: [FsType; 3] = [TMPFS_MAGIC, HUGETLBFS_MAGIC, FsType(0x8584_58f6)];
 
 /// Memory that another party may read and write at any time.
 pub(crate) struct Region {
@@ -117,17 +121,30 @@ impl Region {
         role: &'static str,
         limit: u64,
     ) -> Result<Self, Error> {
-        Self::map_given(&File::from(fd), role, limit)
+        let file = File::from(fd);
+        // A page of any other file may take as long as its file system likes, which may be a
+        // program of the peer's (FUSE), and then this thread waits for it.
+        let kind = nix::sys::statfs::fstatfs(&file)
+            .map_err(|error| Error::os("stat the file system of the peer's memory", error))?
+            .filesystem_type();
+        let region = Self::map_given(&file, role, limit)?;
+        if !MEMORY_FILE_SYSTEMS.contains(&kind) {
+            let kind = "a file on a disk or network";
+            return Err(HandshakeError::DescriptorKind { role, kind }.into());
+        }
+        Ok(region)
     }
 
     /// Maps what a peer named by a path below `directory`. `role` names the memory in errors.
     ///
-    /// No link is followed on the way, and no way out of the directory.
+    /// No link is followed on the way, and no way out of the directory and its file system. The
+    /// file must belong to this user, if one is known.
     pub(crate) fn map_file(
         directory: &Path,
         path: &Path,
         role: &'static str,
         limit: u64,
+        owner: Option<u32>,
     ) -> Result<Self, Error> {
         let failed = |error| Error::os("open the peer's shared-memory file", error);
         let outside = io::Error::new(
@@ -139,12 +156,21 @@ impl Region {
         // Not blocking, since the path may name a pipe.
         let how = OpenHow::new()
             .flags(OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)
-            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+            .resolve(
+                ResolveFlag::RESOLVE_BENEATH
+                    | ResolveFlag::RESOLVE_NO_SYMLINKS
+                    | ResolveFlag::RESOLVE_NO_XDEV,
+            );
         let file = match nix::fcntl::openat2(&directory, relative, how) {
             Err(Errno::EXDEV) => return Err(failed(outside)),
             result => result.map_err(|errno| failed(errno.into()))?,
         };
-        Self::map_given(&File::from(file), role, limit)
+        let file = File::from(file);
+        let stat = file.metadata().map_err(failed)?;
+        if let Some(peer) = owner.filter(|&owner| owner != stat.uid()) {
+            return Err(HandshakeError::FileOwner { role, owner: stat.uid(), peer }.into());
+        }
+        Self::map_given(&file, role, limit)
     }
 
     fn map_given(file: &File, role: &'static str, limit: u64) -> Result<Self, Error> {
@@ -309,7 +335,12 @@ mod tests {
         let entry = file.into_entry();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         assert!(matches!(Region::create_file(&path, 4096), Err(Error::Os { .. })));
-        let _mapped = Region::map_file(&std::env::temp_dir(), &path, "queue", 1 << 20).unwrap();
+        let owner = nix::unistd::geteuid().as_raw();
+        let map = |owner| Region::map_file(&std::env::temp_dir(), &path, "queue", 1 << 20, owner);
+        let _mapped = (map(Some(owner)).unwrap(), map(None).unwrap());
+        let error = map(Some(owner + 1)).err().unwrap();
+        let wrong = HandshakeError::FileOwner { role: "queue", owner, peer: owner + 1 };
+        assert!(matches!(error, Error::Handshake(error) if error == wrong));
         let other = SharedFile::new(&path);
         drop(entry);
         assert!(path.exists(), "another session of this process has it");
@@ -333,7 +364,7 @@ mod tests {
         let link = path("link");
         fs::write(&target, [0; 64]).unwrap();
         std::os::unix::fs::symlink(&target, &link).unwrap();
-        let text = refused(Region::map_file(&std::env::temp_dir(), &link, "queue", 100));
+        let text = refused(Region::map_file(&std::env::temp_dir(), &link, "queue", 100, None));
         assert!(text.contains("open the peer's"), "{text}");
         assert!(target.exists(), "a refused file is not removed");
         fs::remove_file(&target).unwrap();
