@@ -487,8 +487,7 @@ impl ConfigBuilder {
         self
     }
 
-    /// For how long a peer may leave what was sent to it where it is, in the queue or in the
-    /// socket, before its session ends with [`Error::PeerStalled`](crate::Error::PeerStalled):
+    /// For how long a peer may leave what was sent to it in the queue, before its session ends with [`Error::PeerStalled`](crate::Error::PeerStalled):
     /// somebody has stopped it, or it hangs. A peer takes what is sent to it when it comes, whether
     /// or not somebody reads the stream. `None`: for ever. Default: a minute.
     pub fn stall_limit(mut self, limit: Option<Duration>) -> Self {

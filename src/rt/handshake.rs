@@ -7,7 +7,7 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 
 use futures_lite::future::yield_now;
@@ -22,6 +22,7 @@ use crate::error::{Error, HandshakeError, MemoryError};
 use crate::proto::handshake_client::{ClientHandshake, ClientStep};
 use crate::proto::handshake_server::{ServerHandshake, ServerStep};
 use crate::proto::session::Role;
+use crate::shm::leftovers;
 use crate::shm::manager::BufferManager;
 use crate::shm::queue::{self, Consumer, Producer};
 use crate::shm::region::{NewFile, Region, SharedFile};
@@ -243,12 +244,7 @@ fn new_paths(prefix: &Path) -> MemoryPaths {
     let number = SESSIONS.replace(SESSIONS.get() + 1);
     // The standard library's own source of randomness, seeded by the system per thread.
     let random = RandomState::new().build_hasher().finish();
-    let process = std::process::id();
-    let name = |suffix: &str| {
-        let mut path = prefix.as_os_str().to_owned();
-        path.push(format!("_{process}_{random:016x}_{number}_{suffix}"));
-        PathBuf::from(path)
-    };
+    let name = |kind: &str| leftovers::name(prefix, random, number, kind);
     debug_assert!(name("buffer").as_os_str().as_bytes().len() < 255);
     MemoryPaths { queue: name("queue"), buffer: name("buffer") }
 }
@@ -272,6 +268,7 @@ async fn create_memory(
             (buffer, queue, Some([buffer_fd, queue_fd]))
         }
         MemoryKind::File => {
+            leftovers::remove_once(&config.path_prefix);
             let (buffer, buffer_file) = Region::create_file(&paths.buffer, buffer_len)?;
             let (queue, queue_file) = Region::create_file(&paths.queue, queue_len)?;
             for (file, len) in [(buffer_file, buffer_len), (queue_file, queue_len)] {

@@ -33,6 +33,7 @@ use super::wakers::WakerList;
 use crate::config::Config;
 use crate::error::{Error, HandshakeError, Result};
 use crate::shm::access::PeerTrust;
+use crate::shm::leftovers;
 
 /// How long accepting pauses when the process has no descriptor left for another connection.
 const OUT_OF_DESCRIPTORS_PAUSE: Duration = Duration::from_millis(20);
@@ -190,6 +191,7 @@ impl Listener {
         path: Option<SocketPath>,
         config: Config,
     ) -> Self {
+        leftovers::remove_once(&config.path_prefix);
         let admission = Admission::new(&config.limits);
         let shared = Rc::new(Shared {
             config: Rc::new(config),

@@ -9,6 +9,7 @@
 //! - [`session`]: a session's state; [`driver`]: its turns; [`receiving`]: what arrives;
 //!   [`sending`]: what is sent; [`outbox`]: what waits for the socket.
 //! - [`poller`]: the one task per core that polls the queues of active sessions.
+//! - [`watch`]: a look at all sessions from time to time, for peers that have stopped.
 //! - [`spin`]: for how long they are looked at before they sleep.
 //! - [`stream`]: a stream's handle, of a [`read_half`] and a [`write_half`], each with a
 //!   [`deadline`]; [`loan`]: messages as values; [`credit`]: how far a sender may go.
@@ -59,6 +60,7 @@ mod spin;
 mod stream;
 mod tasks;
 mod wakers;
+mod watch;
 mod write_half;
 
 pub use client::Client;

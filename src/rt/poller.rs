@@ -32,6 +32,7 @@ use super::session::SessionInner;
 use super::socket::{Received, Socket};
 use super::tasks::TaskSet;
 use super::wakers::WakerSlot;
+use super::watch::Watch;
 
 /// How often queues are looked at when tasks wait for a peer that has not moved for a while.
 const WAITING_INTERVAL: Duration = Duration::from_micros(100);
@@ -54,6 +55,7 @@ pub(super) struct Poller {
     task: WakerSlot,
     /// Its own, and those beside it.
     tasks: TaskSet,
+    watch: Watch,
     last_reactor_pass: Cell<Option<Instant>>,
     /// Whether tasks did more since the last pass than run once: then the time has to be looked up.
     is_clock_stale: Cell<bool>,
@@ -81,6 +83,7 @@ impl Poller {
             active: RefCell::default(),
             task: WakerSlot::default(),
             tasks: TaskSet::default(),
+            watch: Watch::default(),
             last_reactor_pass: Cell::new(None),
             is_clock_stale: Cell::new(false),
             reactor_interval: Cell::new(Duration::MAX),
@@ -88,6 +91,10 @@ impl Poller {
         CURRENT.set(Some(Rc::clone(&poller)));
         poller.spawn(run(Rc::clone(&poller)));
         poller
+    }
+
+    pub(super) fn watching(&self) -> &Watch {
+        &self.watch
     }
 
     /// Looks at io_uring at least this often while a session is busy.

@@ -27,6 +27,7 @@ use super::socket::Socket;
 use super::spin::{After, SpinBudgets};
 use super::stream::{Stream, StreamInner};
 use super::wakers::WakerList;
+use super::watch::Movement;
 use crate::config::{Config, ProtocolVersion};
 use crate::error::{Error, MemoryError, Result};
 use crate::proto::session::{Role, StreamTable};
@@ -49,6 +50,7 @@ pub(super) struct SessionInner {
     pub(super) inbox: Inbox,
     pub(super) credit: Credit,
     pub(super) poller: Rc<Poller>,
+    pub(super) movement: Movement,
     peer: PeerCredentials,
     socket: Socket,
     outbox: Outbox,
@@ -248,6 +250,7 @@ impl SessionInner {
         // Wakes the reader, and tells the peer.
         self.socket.shut_down();
         self.ending.files.borrow_mut().clear();
+        self.poller.watching().note_end();
     }
 
     /// Ends the session because its memory does not hold together, and gives the error on.
@@ -392,6 +395,7 @@ impl Session {
             },
             credit,
             poller: Poller::current(),
+            movement: Movement::default(),
             peer,
             socket,
             outbox: Outbox::default(),
@@ -410,6 +414,7 @@ impl Session {
         let foreign_wakes = Arc::clone(&inner.counters.cross_core_wakes);
         let reading = receiving::read_socket(Rc::clone(&inner));
         inner.poller.spawn(counting_foreign_wakes(reading, foreign_wakes));
+        inner.poller.watch(&inner);
         // Events may be there already: a client of version 2 does not wait for an answer.
         inner.activate();
         inner.show_up();

@@ -23,6 +23,7 @@ pub(crate) mod chain;
 pub(crate) mod chain_queue;
 pub(crate) mod fault;
 mod ledger;
+pub(crate) mod leftovers;
 pub(crate) mod list;
 mod magazine;
 pub(crate) mod manager;

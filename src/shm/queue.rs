@@ -236,14 +236,13 @@ impl<M: Memory> Producer<M> {
             && memory.compare_exchange_u32(flag, 0, 1).is_ok()
     }
 
-    /// How many published events the peer has not taken yet, by its head of this moment.
-    #[cfg_attr(not(test), allow(dead_code))]
-    pub(crate) fn in_flight(&mut self) -> Result<u32, MemoryError> {
+    /// The peer's head of this moment, and how many published events it has not taken yet.
+    pub(crate) fn in_flight(&mut self) -> Result<(i64, u32), MemoryError> {
         let head = self.ring.memory.load_i64(self.ring.head);
         check_index("head", head, self.known_head, self.published)?;
         self.known_head = head;
         // At most the capacity, by the check.
-        Ok((self.published - head) as u32)
+        Ok((head, (self.published - head) as u32))
     }
 }
 
@@ -437,9 +436,9 @@ mod tests {
             assert_eq!(pop(&mut server.1).unwrap(), None);
             client.0.publish();
             assert_eq!(pop(&mut server.1).unwrap(), Some(event(1)));
-            assert_eq!(client.0.in_flight().unwrap(), 1);
+            assert_eq!(client.0.in_flight().unwrap().1, 1);
             server.1.publish();
-            assert_eq!(client.0.in_flight().unwrap(), 0);
+            assert_eq!(client.0.in_flight().unwrap().1, 0);
         }
     }
 
@@ -470,7 +469,7 @@ mod tests {
         for _ in 0..8 {
             pop(&mut server.1).unwrap();
         }
-        assert_eq!(client.0.in_flight().unwrap(), 8);
+        assert_eq!(client.0.in_flight().unwrap().1, 8);
     }
 
     #[test]
@@ -517,7 +516,7 @@ mod tests {
                 );
                 memory.store_i64(tail, 4);
             }
-            assert_eq!(client.0.in_flight().unwrap(), 2);
+            assert_eq!(client.0.in_flight().unwrap().1, 2);
             for value in [1, 5, -1, i64::MAX, i64::MIN] {
                 memory.store_i64(head, value);
                 let error = client.0.in_flight().unwrap_err();

@@ -20,11 +20,12 @@ use std::sync::{Mutex, PoisonError};
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, OpenHow, ResolveFlag, SealFlag};
+use nix::fcntl::{FcntlArg, Flock, OFlag, OpenHow, ResolveFlag, SealFlag};
 use nix::sys::memfd::MFdFlags;
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC};
 
 use super::fault::Guarded;
+use super::leftovers;
 use crate::error::{Error, HandshakeError, MemoryError};
 
 /// Where a descriptor's file may lie: in memory. (`ramfs` stands for `tmpfs` in small kernels.)
@@ -101,18 +102,21 @@ impl Region {
     /// system, which goes away with the returned [`SharedFile`].
     pub(crate) fn create_file(path: &Path, len: usize) -> Result<(Self, NewFile), Error> {
         let failed = |error| Error::os("create a shared-memory file", error);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_CLOEXEC)
-            .open(path)
-            .map_err(failed)?;
-        let entry = SharedFile::new(path);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(0o600);
+        options.custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_CLOEXEC);
+        // Before it is locked, it looks like one that nobody has, and may be taken for one.
+        let file = loop {
+            let file = options.open(path).map_err(failed)?;
+            if let Some(file) = leftovers::lock_as_creator(file).map_err(failed)? {
+                break file;
+            }
+        };
+        let mut entry = SharedFile::new(path);
         file.set_len(len as u64).map_err(failed)?;
         let region = Self::map(&file, len)?;
-        Ok((region, NewFile { file, entry }))
+        entry.lock = Some(file);
+        Ok((region, NewFile { entry }))
     }
 
     /// Maps what a peer passed as a descriptor. `role` names the memory in errors.
@@ -225,7 +229,6 @@ impl Drop for Region {
 
 /// A shared-memory file that was just created.
 pub(crate) struct NewFile {
-    file: File,
     entry: SharedFile,
 }
 
@@ -237,7 +240,8 @@ impl NewFile {
     pub(crate) fn reserve(&self, offset: usize, len: usize) -> io::Result<()> {
         let number = |value: usize| i64::try_from(value).map_err(io::Error::other);
         let mode = nix::fcntl::FallocateFlags::empty();
-        Ok(nix::fcntl::fallocate(&self.file, mode, number(offset)?, number(len)?)?)
+        let file = self.entry.lock.as_deref().expect("a new file is kept locked");
+        Ok(nix::fcntl::fallocate(file, mode, number(offset)?, number(len)?)?)
     }
 
     pub(crate) fn into_entry(self) -> SharedFile {
@@ -253,6 +257,8 @@ impl NewFile {
 /// is no error, since the other side removes it too.
 pub(crate) struct SharedFile {
     path: PathBuf,
+    /// Says that its creator lives, if that is who this is (see [`leftovers`]).
+    lock: Option<Flock<File>>,
 }
 
 /// How many [`SharedFile`]s each path has. Touched when sessions come and go, never in between.
@@ -263,7 +269,7 @@ impl SharedFile {
     pub(crate) fn new(path: &Path) -> Self {
         let mut entries = ENTRIES.lock().unwrap_or_else(PoisonError::into_inner);
         *entries.entry(path.to_owned()).or_default() += 1;
-        Self { path: path.to_owned() }
+        Self { path: path.to_owned(), lock: None }
     }
 }
 
