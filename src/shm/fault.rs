@@ -82,7 +82,7 @@ impl Slot {
         let version = self.version.load(Ordering::Acquire);
         let range = (self.base.load(Ordering::Relaxed), self.len.load(Ordering::Relaxed));
         fence(Ordering::Acquire);
-        let is_whole = version % 2 == 0 && self.version.load(Ordering::Relaxed) == version;
+        let is_whole = version.is_multiple_of(2) && self.version.load(Ordering::Relaxed) == version;
         is_whole.then_some(range)
     }
 }

@@ -20,7 +20,7 @@ use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use glommio::{LocalExecutorBuilder, Placement};
 use shmipc_glommio::{Config, Connector, Error, Listener, Session, Stream};
 
-use super::bad::due::IsDue;
+use super::hostile::due::IsDue;
 use super::raw::{Raw, Rig};
 
 /// Until when a verdict, or an honest echo, must have come. Far above what any of them takes.

@@ -24,6 +24,7 @@ use shmipc_glommio::wire::{
 };
 
 use super::bed::DEADLINE;
+use super::hostile::files::Directory;
 
 pub(crate) const EXCHANGE: u8 = 4;
 pub(crate) const BY_FILE: u8 = 0;
@@ -252,7 +253,7 @@ impl Memory {
 }
 
 pub(crate) fn memfd(name: &str) -> File {
-    memfd_create(name, MFdFlags::MFD_CLOEXEC).unwrap().into()
+    memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap().into()
 }
 
 fn honest_buffer() -> Vec<u8> {
@@ -306,6 +307,8 @@ pub(crate) struct Rig {
     pub(crate) queue: File,
     pub(crate) buffer: File,
     is_client: bool,
+    /// The version of its messages.
+    version: u8,
     /// Where the second queue starts.
     half: u64,
     capacity: u32,
@@ -350,14 +353,28 @@ impl Rig {
         rig
     }
 
-    fn new(raw: Raw, buffer: File, queue: File, is_client: bool) -> Self {
+    /// A session whose handshake is done, or is about to be.
+    pub(crate) fn new(raw: Raw, buffer: File, queue: File, is_client: bool) -> Self {
         let lists = read_lists(&buffer);
         let own = lists.iter().map(|&(at, list)| take_slices(&buffer, at, list));
         let own = own.collect();
         let half = queue.metadata().unwrap().len() / 2;
         let capacity = read_u32(&queue, 0);
         let is_fallen_back = false;
-        Self { raw, queue, buffer, is_client, half, capacity, is_fallen_back, lists, own }
+        let version = 3;
+        Self { raw, queue, buffer, is_client, version, half, capacity, is_fallen_back, lists, own }
+    }
+
+    /// Shakes hands in version 2, with memory in files of this directory.
+    pub(crate) fn client_with_files(path: &Path, directory: &Directory) -> Self {
+        let paths = directory.put_memory(&Memory::honest());
+        let open = |path: &str| File::options().read(true).write(true).open(path).unwrap();
+        let [queue, buffer] = paths.each_ref().map(|path| open(path));
+        let rig = Self::new(Raw::connect(path), buffer, queue, true);
+        let mut rig = Self { version: 2, ..rig };
+        let [queue, buffer] = &paths;
+        rig.raw.send(&message(BY_FILE, 2, &honest_paths(queue, buffer)));
+        rig
     }
 
     /// Where the queue starts that this side sends on.
@@ -413,7 +430,7 @@ impl Rig {
     }
 
     pub(crate) fn ring(&mut self) {
-        self.raw.send(&message(SYNC, 3, &[]));
+        self.raw.send(&message(SYNC, self.version, &[]));
     }
 
     /// Puts events into a queue that may be broken by now.
@@ -519,7 +536,7 @@ impl Rig {
         let mut payload = stream.to_be_bytes().to_vec();
         payload.extend(status.to_be_bytes());
         payload.extend(data);
-        self.raw.send(&message(FALLBACK, 3, &payload));
+        self.raw.send(&message(FALLBACK, self.version, &payload));
     }
 
     /// The data of the next FallbackData on our stream.

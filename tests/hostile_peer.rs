@@ -7,14 +7,18 @@ use std::time::Duration;
 use shmipc_glommio::{Config, ConfigBuilder};
 
 mod support {
-    pub(crate) mod bad {
+    pub(crate) mod hostile {
         mod accepting;
         mod attacks;
         mod bytes;
         mod connecting;
         pub(crate) mod due;
-        mod files;
+        mod dying;
+        mod fields;
+        pub(crate) mod files;
+        mod limits;
         mod memories;
+        mod moving;
         mod nonsense;
         mod running;
     }

@@ -8,6 +8,7 @@ use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{FcntlArg, SealFlag};
 use nix::sys::stat::Mode;
 use shmipc_glommio::Error::{self, Handshake};
 use shmipc_glommio::{HandshakeError, MemoryError};
@@ -104,6 +105,8 @@ pub(crate) fn bad_descriptors() -> Vec<(&'static str, Make, IsDue)> {
         ("a device as buffer", |name| vec![device(), queue(name)], is_kind),
         ("a device as queue", |name| vec![buffer(name), device()], is_kind),
         ("what cannot be written", |name| vec![read_only(), queue(name)], due!(Error::Os { .. })),
+        ("a sealed buffer", |name| vec![sealed(buffer(name)), queue(name)], due!(Error::Os { .. })),
+        ("a sealed queue", |name| vec![buffer(name), sealed(queue(name))], due!(Error::Os { .. })),
     ]
 }
 
@@ -139,6 +142,13 @@ fn device() -> File {
 
 fn read_only() -> File {
     File::open(std::env::current_exe().unwrap()).unwrap()
+}
+
+/// Memory that nobody can write to any more.
+fn sealed(memory: File) -> File {
+    let seals = FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE);
+    nix::fcntl::fcntl(&memory, seals).unwrap();
+    memory
 }
 
 /// Whether a descriptor of this process is open whose file has a name that holds `name`.
