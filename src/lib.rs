@@ -69,6 +69,9 @@ compile_error!("shared memory by memfd and io_uring exist on Linux only");
 mod config;
 mod error;
 mod footprint;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod proto;
 mod rt;
 mod shm;

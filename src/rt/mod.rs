@@ -36,6 +36,8 @@ mod dealer;
 mod door_lock;
 mod drain;
 mod driver;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod handshake;
 mod kept;
 mod listener;

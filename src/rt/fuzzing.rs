@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A whole session with a peer that does what the bytes of a fuzzer say.
+
+use std::cell::{Cell, RefCell};
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use futures_lite::future::yield_now;
+use futures_lite::{AsyncReadExt, AsyncWriteExt};
+use glommio::LocalExecutor;
+
+use super::handshake::{Established, SessionMemory};
+use super::peer::PeerCredentials;
+use super::session::Session;
+use super::socket::Socket;
+use super::stream::Stream;
+use super::tasks::TaskSet;
+use crate::config::{Config, ProtocolVersion, Spin};
+use crate::error::Error;
+use crate::fuzzing::{BUFFER_LEN, CLASSES, Input, QUEUE_CAPACITY, poke};
+use crate::proto::session::Role;
+use crate::shm::chain::Chain;
+use crate::shm::manager::BufferManager;
+use crate::shm::queue::{self, Consumer, Producer};
+use crate::shm::region::Region;
+use crate::wire::layout::QueueLayout;
+use crate::wire::{Event, fallback_header, sync_event};
+
+/// What is sent beyond this is not: the other side need not read it at once.
+const SENT_AT_MOST: usize = 32 << 10;
+
+thread_local! {
+    static EXECUTOR: LocalExecutor =
+        glommio::LocalExecutorBuilder::default().make().expect("io_uring works here");
+    static CONFIGS: [Rc<Config>; 2] = [Spin::Never, Spin::For(Duration::from_micros(20))].map(|spin| {
+        let limits = Config::builder().max_streams(4).max_unread_fallback_bytes(4096);
+        let config = limits.spin(spin).pool_wait(Duration::ZERO).max_message_len(4096);
+        Rc::new(config.build().expect("valid"))
+    });
+}
+
+/// A session with a peer that writes into its memory, sends, and goes: it ends by that, and leaves
+/// nothing.
+pub fn session(data: &[u8]) {
+    EXECUTOR.with(|executor| executor.run(run(data.to_vec())));
+}
+
+/// The peer's side: honest parts, to be used as it likes.
+struct Peer {
+    socket: UnixStream,
+    sent: usize,
+    buffer: Rc<Region>,
+    queues: Rc<Region>,
+    manager: Rc<BufferManager>,
+    producer: Producer<Region>,
+    consumer: Consumer<Region>,
+    held: Vec<Chain<Region>>,
+}
+
+async fn run(data: Vec<u8>) {
+    let mut input = Input(&data);
+    let first = input.byte().unwrap_or(0);
+    let (mut peer, established) = pair(if first & 1 == 0 { Role::Server } else { Role::Client });
+    let config = CONFIGS.with(|configs| Rc::clone(&configs[usize::from(first >> 1 & 1)]));
+    let session = Session::start(established, &config, None);
+    let manager = Rc::clone(&session.inner().lanes.manager);
+    let tasks = Rc::new(TaskSet::default());
+    let by_messages = Rc::new(Cell::new(first & 4 == 0));
+    serve(&session, &tasks, &by_messages);
+    let kept = RefCell::new(Vec::new());
+    while let Some(action) = input.byte() {
+        match action % 12 {
+            // Our own side's part: streams that are opened, if it may.
+            11 => {
+                if let Ok(mut stream) = session.open_stream() {
+                    // The session may be over.
+                    let _ = stream.write_all(&[action; 100]).await;
+                    kept.borrow_mut().push(stream);
+                }
+            }
+            10 => {
+                let stream = kept.borrow_mut().pop();
+                drop(stream);
+            }
+            9 => {
+                for _ in 0..=action / 12 {
+                    yield_now().await;
+                }
+            }
+            _ => peer.act(action, &mut input),
+        }
+    }
+    for _ in 0..4 {
+        yield_now().await;
+    }
+    drop(peer);
+    let error = session.closed().await;
+    let is_named = error.is_peer_fault() || matches!(error, Error::PeerClosed);
+    assert!(is_named, "{error}");
+    drop(kept);
+    tasks.all_ended().await;
+    drop(session);
+    assert_eq!(manager.held(), 0);
+}
+
+/// Answers on streams that the peer opens.
+fn serve(session: &Session, tasks: &Rc<TaskSet>, by_messages: &Rc<Cell<bool>>) {
+    let (accepting, by_messages) = (session.clone(), Rc::clone(by_messages));
+    let inner = Rc::clone(tasks);
+    tasks.spawn(async move {
+        while let Ok(stream) = accepting.accept().await {
+            let is_by_messages = by_messages.replace(!by_messages.get());
+            inner.spawn(async move {
+                // Why it ended is for the session to say.
+                let _ = if is_by_messages { messages(stream).await } else { bytes(stream).await };
+            });
+        }
+    });
+}
+
+async fn messages(mut stream: Stream) -> Result<(), Error> {
+    while let Some(message) = stream.recv().await? {
+        let mut answer = stream.alloc(message.len()).await?;
+        let bytes = message.into_bytes();
+        answer.write(&bytes);
+        stream.send(answer).await?;
+    }
+    Ok(())
+}
+
+async fn bytes(mut stream: Stream) -> Result<(), Error> {
+    let mut some = [0; 300];
+    loop {
+        let Ok(count @ 1..) = stream.read(&mut some).await else { return Ok(()) };
+        if stream.write_all(&some[..count]).await.is_err() {
+            return Ok(());
+        }
+    }
+}
+
+/// Both sides of a session whose handshake is done.
+fn pair(role: Role) -> (Peer, Established) {
+    let layout = QueueLayout::for_version(ProtocolVersion::V3);
+    let (buffer, buffer_fd) = Region::create_memfd(Path::new("fuzz"), BUFFER_LEN).expect("memory");
+    let queue_len = queue::queues_len(QUEUE_CAPACITY);
+    let (queues, queue_fd) = Region::create_memfd(Path::new("fuzz"), queue_len).expect("memory");
+    let map = |fd| Rc::new(Region::map_descriptor(fd, "memory", 1 << 20).expect("a memfd"));
+    let (other_buffer, other_queues) = (map(buffer_fd), map(queue_fd));
+    let (buffer, queues) = (Rc::new(buffer), Rc::new(queues));
+    let manager = BufferManager::create(&buffer, &CLASSES).expect("there is room");
+    let (producer, consumer) = queue::create(&queues, QUEUE_CAPACITY, layout);
+    let other_manager = BufferManager::map(&other_buffer).expect("honest");
+    let (other_producer, other_consumer) = queue::map(&other_queues, layout).expect("honest");
+    let (socket, other) = UnixStream::pair().expect("a pair");
+    let client = (buffer, queues, manager, producer, consumer);
+    let server = (other_buffer, other_queues, other_manager, other_producer, other_consumer);
+    let (ours, theirs) = if role == Role::Client { (client, server) } else { (server, client) };
+    let (_, _, manager, producer, consumer) = ours;
+    let memory = SessionMemory { producer, consumer, manager, files: Vec::new(), admitted: None };
+    let (version, peer) = (ProtocolVersion::V3, PeerCredentials::default());
+    let socket_here = Socket::connected(socket.into());
+    let established = Established { role, peer, socket: socket_here, version, memory };
+    let (buffer, queues, manager, producer, consumer) = theirs;
+    let (sent, held) = (0, Vec::new());
+    (Peer { socket: other, sent, buffer, queues, manager, producer, consumer, held }, established)
+}
+
+impl Peer {
+    fn send(&mut self, bytes: &[u8]) {
+        if self.sent + bytes.len() <= SENT_AT_MOST {
+            self.sent += bytes.len();
+            // The other side may have ended the session.
+            let _ = self.socket.write_all(bytes);
+        }
+    }
+
+    fn push(&mut self, event: Event) {
+        // What it has done to its own memory may be in its way.
+        if let Ok(true) = self.producer.push(event) {
+            self.producer.publish();
+        }
+        self.send(&sync_event(3));
+    }
+
+    fn act(&mut self, action: u8, input: &mut Input<'_>) {
+        let stream_id = 2 + u32::from(action / 12 % 4);
+        match action % 12 {
+            0..=1 => poke(input, &*self.buffer, &*self.queues),
+            2 => {
+                let bytes = input.bytes(usize::from(action));
+                if let Ok(Some(mut chain)) = self.manager.allocate(bytes.len().max(1), false) {
+                    chain.write(bytes);
+                    if let Some(parcel) = chain.into_parcel() {
+                        let status = u32::from(action / 48 % 3);
+                        self.push(Event { stream_id, offset: parcel.offset, status });
+                    }
+                }
+            }
+            3 => {
+                let (offset, status) = (input.word(44), input.byte().unwrap_or(0));
+                self.push(Event { stream_id, offset, status: u32::from(status % 8) });
+            }
+            4 => self.push(Event { stream_id, offset: 0, status: 1 }),
+            5 => {
+                let data = input.bytes(usize::from(action) * 4);
+                let status = u32::from(input.byte().unwrap_or(0) % 4);
+                self.send(&fallback_header(3, stream_id, status, data.len() as u32));
+                self.send(data);
+            }
+            6 => {
+                let bytes = input.bytes(usize::from(action / 12));
+                self.send(bytes);
+            }
+            7 => {
+                // Takes what was sent to it, and keeps some of it.
+                while let Ok(1..) = self.consumer.available() {
+                    let Some(event) = self.consumer.pop() else { break };
+                    if let Ok(chain) = self.manager.adopt(event.offset) {
+                        self.held.push(chain);
+                    }
+                }
+                self.consumer.publish();
+                self.held.truncate(usize::from(action / 12));
+            }
+            _ => self.send(&sync_event(3)),
+        }
+    }
+}
