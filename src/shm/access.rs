@@ -52,6 +52,8 @@ pub(crate) trait Memory {
     fn copy_within(&self, from: usize, to: usize, len: usize);
     /// Brings the line at `at` near before it is needed. No effect on what is read.
     fn prefetch(&self, at: usize);
+    /// Gives way for a moment, in a loop that waits for the other side's next step.
+    fn relax(&self);
 }
 
 /// Everything unsafe in this file rests on the promise of [`Region`]: its bytes stay mapped,
@@ -260,6 +262,11 @@ impl Memory for Region {
         // SAFETY: `pointer` checked both; `copy` allows them to overlap. On races see the module's
         // page.
         unsafe { std::ptr::copy(self.pointer(from, len), self.pointer(to, len), len) };
+    }
+
+    #[inline(always)]
+    fn relax(&self) {
+        std::hint::spin_loop();
     }
 
     #[inline(always)]

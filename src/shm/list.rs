@@ -262,7 +262,7 @@ impl BufferList {
                 }
             }
             // Either the peer took in between, or it has swapped the tail and not yet linked.
-            std::hint::spin_loop();
+            memory.relax();
         }
         Ok(Batch::EMPTY)
     }

@@ -27,6 +27,8 @@ pub(crate) mod leftovers;
 pub(crate) mod list;
 mod magazine;
 pub(crate) mod manager;
+#[cfg(test)]
+mod models;
 pub(crate) mod queue;
 pub(crate) mod region;
 mod setup;
