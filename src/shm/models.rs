@@ -312,6 +312,29 @@ fn no_slice_is_lost_or_has_two_holders() {
     }
 }
 
+/// One side is in the middle of giving a slice back, and the other one, which gives and takes too,
+/// comes to where it will be linked: it finds the whole link, or none.
+#[test]
+#[cfg_attr(miri, ignore)]
+fn a_link_is_there_as_a_whole_or_not_at_all() {
+    check(3, || {
+        let held = Held::new(4);
+        let other = Rc::clone(&held);
+        let places = held.take(2).unwrap();
+        assert_eq!(places, [0, 1]);
+        let side = thread::spawn(move || {
+            other.give(&[0]).unwrap();
+            let taken = other.take(2).unwrap();
+            assert!([2, 3].starts_with(&taken), "{taken:?}");
+            other.give(&taken).unwrap();
+        });
+        // Behind the last slice, whose link is still that of the beginning.
+        held.give(&[1]).unwrap();
+        side.join().unwrap();
+        assert_eq!(held.drain(), 3);
+    });
+}
+
 /// A list so short that it goes once round while the other side is in the middle of a take: its
 /// slices have the same heads again, and other links (ABA). That is always found, by the links that
 /// are read again, and never gives a slice to two.
