@@ -289,6 +289,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore)]
     fn every_deviation_is_an_error_and_the_end() {
         let mut refused = 0;
         for (name, client, allowed) in in_every_state() {

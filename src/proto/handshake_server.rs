@@ -288,6 +288,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore)]
     fn every_deviation_is_an_error_and_the_end() {
         let mut refused = 0;
         for (name, server, allowed) in in_every_state() {

@@ -74,6 +74,7 @@ pub use kept::{SessionState, SessionStatus};
 pub use listener::Listener;
 pub use loan::{Loan, Message, MessageBuf, Views, ViewsMut};
 pub use peer::PeerCredentials;
+pub use poller::shut_down;
 pub use read_half::{Messages, ReadHalf, Recv};
 pub use server::{Server, Stopper};
 pub use server_builder::ServerBuilder;

@@ -43,6 +43,34 @@ const LOOKS_PER_PASS: usize = 4;
 /// How many sessions a task that waits for one looks at beside it.
 const LOOKED_AT_BESIDE: usize = 8;
 
+/// Ends what this crate runs on this executor, and waits until all of it is dropped: sessions end,
+/// their memory is unmapped and their descriptors are closed, as far as no handle is left.
+///
+/// Worth a call at the end of an executor's life, in a program that goes on without it: glommio
+/// does not drop tasks that still wait when their executor ends, and so nothing that they own. The
+/// shards of a [`Server`](crate::Server) do this by themselves.
+///
+/// ```
+/// use shmipc_glommio::{Config, Connector, Listener};
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-shut-down-{}", std::process::id()));
+/// glommio::LocalExecutorBuilder::default()
+///     .spawn(move || async move {
+///         let _listener = Listener::bind(&path, Config::default())?;
+///         let session = Connector::new(Config::default()).connect(&path).await?;
+///         drop(session);
+///         shmipc_glommio::shut_down().await;
+///         shmipc_glommio::Result::<()>::Ok(())
+///     })
+///     .unwrap()
+///     .join()
+///     .unwrap()?;
+/// # shmipc_glommio::Result::<()>::Ok(())
+/// ```
+pub async fn shut_down() {
+    Poller::shut_down().await;
+}
+
 thread_local! {
     static CURRENT: RefCell<Option<Rc<Poller>>> = const { RefCell::new(None) };
 }

@@ -234,8 +234,8 @@ fn ends(capacity: u32) -> (Ends, Ends) {
 #[test]
 #[cfg_attr(miri, ignore)]
 fn no_event_and_no_wake_up_is_lost() {
-    for (capacity, count, batch) in [(4, 2, 1), (4, 3, 2), (2, 3, 1)] {
-        check(3, move || {
+    for (capacity, count, batch, preemptions) in [(4, 2, 1, 3), (4, 3, 2, 2), (2, 3, 1, 2)] {
+        check(preemptions, move || {
             let ((mut producer, _), (_, mut consumer)) = ends(capacity);
             let bell = Rc::new(Bell::default());
             let heard = Rc::clone(&bell);
