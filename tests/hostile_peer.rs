@@ -21,6 +21,7 @@ mod support {
         mod moving;
         mod nonsense;
         mod running;
+        mod soak;
     }
     pub(crate) mod bed;
     pub(crate) mod raw;

@@ -43,7 +43,7 @@ impl Points {
 }
 
 /// How many points there are for a client, and for a server.
-const CLIENT_POINTS: u32 = 24;
+pub(super) const CLIENT_POINTS: u32 = 24;
 const SERVER_POINTS: u32 = 22;
 
 /// A client of a server of ours, from its connection on.
@@ -170,10 +170,10 @@ fn as_a_child() {
 }
 
 /// A child that does not outlive its test.
-struct Actor(Child);
+pub(super) struct Actor(Child);
 
 impl Actor {
-    fn start(side: &str, point: u32, signal: Signal, path: &Path) -> Self {
+    pub(super) fn start(side: &str, point: u32, signal: Signal, path: &Path) -> Self {
         let name = format!("{}::as_a_child", module_path!().split_once("::").unwrap().1);
         let task = format!("{side}:{point}:{signal}:{}", path.display());
         let child = Command::new(std::env::current_exe().unwrap())
@@ -183,6 +183,11 @@ impl Actor {
             .spawn()
             .unwrap();
         Self(child)
+    }
+
+    /// Waits until it was killed.
+    pub(super) fn wait(&mut self) {
+        self.0.wait().unwrap();
     }
 
     /// Waits until it was stopped.

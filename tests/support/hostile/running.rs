@@ -128,10 +128,10 @@ fn slices_for_a_stream_that_is_not_there_come_back() {
 }
 
 /// A random number generator; the seed is in the name of what fails.
-struct Dice(u64);
+pub(super) struct Dice(pub(super) u64);
 
 impl Dice {
-    fn next(&mut self, below: u64) -> u64 {
+    pub(super) fn next(&mut self, below: u64) -> u64 {
         // Knuth's multiplier; the low bits of such a generator repeat soon.
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695);
         (self.0 >> 33) % below
@@ -150,7 +150,7 @@ impl Dice {
     }
 
     /// Writes a word somewhere, mostly where it hurts.
-    fn scribble(&mut self, rig: &Rig, slices: &[u32]) {
+    pub(super) fn scribble(&mut self, rig: &Rig, slices: &[u32]) {
         let value = self.value(slices);
         let (file, at): (&File, u64) = match self.next(4) {
             0 => {
