@@ -70,15 +70,19 @@ async fn run(data: Vec<u8>) {
     let tasks = Rc::new(TaskSet::default());
     let by_messages = Rc::new(Cell::new(first & 4 == 0));
     serve(&session, &tasks, &by_messages);
-    let kept = RefCell::new(Vec::new());
+    let kept = Rc::new(RefCell::new(Vec::new()));
     while let Some(action) = input.byte() {
         match action % 12 {
             // Our own side's part: streams that are opened, if it may.
             11 => {
                 if let Ok(mut stream) = session.open_stream() {
-                    // The session may be over.
-                    let _ = stream.write_all(&[action; 100]).await;
-                    kept.borrow_mut().push(stream);
+                    let kept = Rc::clone(&kept);
+                    // It may have to wait for what the peer does next, and does here.
+                    tasks.spawn(async move {
+                        // The session may be over.
+                        let _ = stream.write_all(&[action; 100]).await;
+                        kept.borrow_mut().push(stream);
+                    });
                 }
             }
             10 => {
@@ -100,8 +104,8 @@ async fn run(data: Vec<u8>) {
     let error = session.closed().await;
     let is_named = error.is_peer_fault() || matches!(error, Error::PeerClosed);
     assert!(is_named, "{error}");
-    drop(kept);
     tasks.all_ended().await;
+    kept.borrow_mut().clear();
     drop(session);
     assert_eq!(manager.held(), 0);
 }
