@@ -19,13 +19,15 @@ use futures_lite::future::{or, try_zip};
 use futures_lite::io::{ReadHalf, WriteHalf, split};
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use serde_json::{Value, json};
-use shmipc_glommio::{Config, Connector, MemoryKind, ProtocolVersion, Session, Stream};
+use shmipc_glommio::{Config, Connector, MemoryKind, ProtocolVersion, Session, Stream, Wakeup};
 use support::Address;
 
 const USAGE: &str = "\
 usage: echo_client --socket PATH | --tcp 127.0.0.1:PORT [OPTION]…
   --memory memfd|file   how the memory is handed over (memfd; file over TCP)
-  --protocol 2|3        highest protocol version; 2 knows file memory only (3)
+  --protocol 2|3|4      highest protocol version; 2 knows file memory only (3)
+  --wakeup socket|eventfd|polling:MICROS
+                        how the sides wake each other; others than socket with version 4 (socket)
   --size BYTES          payload of a message (64)
   --count N             messages on all streams together (10000)
   --streams N           streams at the same time (1)
@@ -89,6 +91,7 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
     let mut address = None;
     let mut memory = None;
     let mut protocol = ProtocolVersion::V3;
+    let mut wakeup = Wakeup::Socket;
     let mut pool = 32 << 20;
     let mut queue = Config::default().queue_capacity();
     let (mut size, mut count, mut streams) = (64, 10_000, 1);
@@ -102,6 +105,7 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
             }
             Long("memory") => memory = Some(parser.value()?.parse_with(memory_kind)?),
             Long("protocol") => protocol = parser.value()?.parse_with(protocol_version)?,
+            Long("wakeup") => wakeup = parser.value()?.parse_with(wakeup_kind)?,
             Long("size") => size = parser.value()?.parse_with(at_least_one)?,
             Long("count") => count = parser.value()?.parse_with(at_least_one)?,
             Long("streams") => streams = parser.value()?.parse_with(at_least_one)?,
@@ -127,6 +131,7 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
     let config = Config::builder()
         .memory(kind)
         .protocol(protocol)
+        .wakeup(wakeup)
         .buffer_size(pool)
         .queue_capacity(queue)
         .build()
@@ -155,7 +160,21 @@ fn protocol_version(text: &str) -> Result<ProtocolVersion, &'static str> {
     match text {
         "2" => Ok(ProtocolVersion::V2),
         "3" => Ok(ProtocolVersion::V3),
-        _ => Err("expected 2 or 3"),
+        "4" => Ok(ProtocolVersion::V4),
+        _ => Err("expected 2, 3 or 4"),
+    }
+}
+
+fn wakeup_kind(text: &str) -> Result<Wakeup, &'static str> {
+    let polling = |micros: &str| {
+        let micros = micros.parse().map_err(|_| "expected a number of microseconds")?;
+        Ok(Wakeup::Polling(Duration::from_micros(micros)))
+    };
+    match text.split_once(':') {
+        None if text == "socket" => Ok(Wakeup::Socket),
+        None if text == "eventfd" => Ok(Wakeup::EventFd),
+        Some(("polling", micros)) => polling(micros),
+        _ => Err("expected socket, eventfd or polling:MICROS"),
     }
 }
 

@@ -38,17 +38,29 @@ pub enum ProtocolVersion {
     V2,
     /// Memory by descriptor or by file, acknowledged by the server.
     V3,
+    /// As version 3, with features that both sides agree on first, in JSON.
+    V4,
 }
 
 impl ProtocolVersion {
     /// The highest version of this crate.
-    pub const HIGHEST: Self = Self::V3;
+    pub const HIGHEST: Self = Self::V4;
 
-    /// The version byte of messages.
+    /// The number of the version.
     pub const fn as_u8(self) -> u8 {
         match self {
             Self::V2 => 2,
             Self::V3 => 3,
+            Self::V4 => 4,
+        }
+    }
+
+    /// The version byte in the header of a session's messages: 0 in version 4.
+    pub const fn message_byte(self) -> u8 {
+        match self {
+            Self::V2 => 2,
+            Self::V3 => 3,
+            Self::V4 => 0,
         }
     }
 }
@@ -101,6 +113,41 @@ impl SliceClass {
     pub const fn new(capacity: u32, percent: u32) -> Self {
         Self { capacity, percent }
     }
+}
+
+/// How a side of a session learns that its peer, while it slept, sent something.
+///
+/// The client of a session asks for one, in version 4 of the protocol; servers follow. Versions 2
+/// and 3 know [`Socket`](Self::Socket) only.
+///
+/// ```
+/// use shmipc_glommio::{Config, ProtocolVersion, Wakeup};
+///
+/// let config = Config::builder().protocol(ProtocolVersion::V4).wakeup(Wakeup::EventFd).build()?;
+/// assert_eq!(config.wakeup(), Wakeup::EventFd);
+/// # Ok::<(), shmipc_glommio::ConfigError>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Wakeup {
+    /// By a SyncEvent, a message of eight bytes over the session's socket.
+    Socket,
+    /// By an eventfd for each direction. For [memfd memory](MemoryKind::Memfd) only, with which the
+    /// descriptors go over.
+    EventFd,
+    /// Not at all: each side looks at its queue at this interval, as long as the session lives. For
+    /// sessions whose messages can wait: no side ever makes a system call for the other, and both
+    /// wake up for nothing when there is none. From [`Self::SHORTEST_INTERVAL`] to
+    /// [`Self::LONGEST_INTERVAL`].
+    Polling(Duration),
+}
+
+impl Wakeup {
+    /// The shortest interval that a configuration can ask for, and that a server grants: one that a
+    /// timer can keep without taking the whole core.
+    pub const SHORTEST_INTERVAL: Duration = Duration::from_micros(50);
+    /// The longest.
+    pub const LONGEST_INTERVAL: Duration = Duration::from_secs(1);
 }
 
 /// How long a session goes on polling its IO queue after its last traffic.
@@ -170,6 +217,10 @@ pub enum AllowedPeers {
 pub struct Config {
     pub(crate) memory: MemoryKind,
     pub(crate) protocol: ProtocolVersion,
+    pub(crate) falls_back: bool,
+    pub(crate) accepted_protocol: ProtocolVersion,
+    pub(crate) wakeup: Wakeup,
+    pub(crate) single_popper_lists: bool,
     pub(crate) queue_capacity: u32,
     pub(crate) buffer_size: u32,
     pub(crate) slice_classes: Vec<SliceClass>,
@@ -215,6 +266,10 @@ impl Default for Config {
         Self {
             memory: MemoryKind::Memfd,
             protocol: ProtocolVersion::V3,
+            falls_back: true,
+            accepted_protocol: ProtocolVersion::HIGHEST,
+            wakeup: Wakeup::Socket,
+            single_popper_lists: true,
             queue_capacity: 8192,
             buffer_size: 32 << 20,
             slice_classes: vec![
@@ -262,6 +317,11 @@ impl Config {
         self.protocol
     }
 
+    /// How a client of this configuration asks to be woken, and wakes its servers.
+    pub fn wakeup(&self) -> Wakeup {
+        self.wakeup
+    }
+
     /// How many events each of the two IO queues holds.
     pub fn queue_capacity(&self) -> u32 {
         self.queue_capacity
@@ -285,6 +345,19 @@ impl Config {
     /// How long a session polls after its last traffic.
     pub fn spin(&self) -> Spin {
         self.spin
+    }
+
+    /// Whether a client of this configuration offers lists that each side has for itself: if it may,
+    /// and every list of half a class' share could hand out a slice.
+    pub(crate) fn offers_single_popper_lists(&self) -> bool {
+        let overhead = MANAGER_OVERHEAD + 2 * LIST_OVERHEAD * self.slice_classes.len() as u64;
+        let room = u64::from(self.buffer_size).saturating_sub(overhead);
+        // The last slice of a list is never handed out (WIRE chapter 4).
+        let suffices = |class: &SliceClass| {
+            let stride = u64::from(class.capacity) + SLICE_OVERHEAD;
+            room * u64::from(class.percent) / 100 / 2 / stride >= 2
+        };
+        self.single_popper_lists && self.slice_classes.iter().all(suffices)
     }
 }
 
@@ -315,9 +388,46 @@ impl ConfigBuilder {
         self
     }
 
-    /// The highest protocol version that a client speaks. Default: version 3. Servers take both.
+    /// The highest protocol version that a client speaks. Default: version 3. Servers take all, see
+    /// [`accepted_protocol`](Self::accepted_protocol).
+    ///
+    /// With version 4 a server that does not know it closes the connection; the client then
+    /// [falls back](Self::fall_back).
     pub fn protocol(mut self, protocol: ProtocolVersion) -> Self {
         self.config.protocol = protocol;
+        self
+    }
+
+    /// Whether a client of version 4 connects once more, with version 3, when a server ends the
+    /// connection instead of answering. One that answers with a refusal is taken at its word.
+    /// Default: yes.
+    pub fn fall_back(mut self, falls_back: bool) -> Self {
+        self.config.falls_back = falls_back;
+        self
+    }
+
+    /// The highest protocol version that a server takes; for one of version 4 it is then a server
+    /// that does not know it. Default: [`ProtocolVersion::HIGHEST`].
+    pub fn accepted_protocol(mut self, protocol: ProtocolVersion) -> Self {
+        self.config.accepted_protocol = protocol;
+        self
+    }
+
+    /// How a client asks to be woken, and wakes its servers. Everything but the default,
+    /// [`Wakeup::Socket`], takes [version 4](Self::protocol). A server that does not grant it, and
+    /// one of an older version, leaves the session with [`Wakeup::Socket`].
+    pub fn wakeup(mut self, wakeup: Wakeup) -> Self {
+        self.config.wakeup = wakeup;
+        self
+    }
+
+    /// Whether buffer lists of which each side has a set for itself are offered, by a client, and
+    /// taken, by a server, in version 4. Only two sides of this crate know them. A list then cannot
+    /// be corrupted by a side that stalls (see `SECURITY.md`), and each side has half of the memory
+    /// for what it sends. Not offered if a class would have less than two slices a side.
+    /// Default: yes.
+    pub fn single_popper_lists(mut self, offers: bool) -> Self {
+        self.config.single_popper_lists = offers;
         self
     }
 
@@ -528,6 +638,7 @@ impl ConfigBuilder {
         if config.protocol == ProtocolVersion::V2 && config.memory == MemoryKind::Memfd {
             return Err(ConfigError::MemfdNeedsVersion3);
         }
+        check_wakeup(&config)?;
         config.slice_classes.sort_by_key(|class| class.capacity);
         config.buffer_size = check_buffers(buffer_size, &config.slice_classes)?;
         check_prefix(&config.path_prefix)?;
@@ -568,6 +679,27 @@ impl Config {
         for duration in stall.chain(others) {
             *duration = LONGEST.min(*duration);
         }
+    }
+}
+
+fn check_wakeup(config: &Config) -> Result<(), ConfigError> {
+    if config.wakeup != Wakeup::Socket && config.protocol < ProtocolVersion::V4 {
+        return Err(ConfigError::WakeupNeedsVersion4);
+    }
+    match config.wakeup {
+        Wakeup::EventFd if config.memory != MemoryKind::Memfd => {
+            Err(ConfigError::EventFdNeedsMemfd)
+        }
+        Wakeup::Polling(interval)
+            if !(Wakeup::SHORTEST_INTERVAL..=Wakeup::LONGEST_INTERVAL).contains(&interval) =>
+        {
+            Err(ConfigError::Limit {
+                what: "the interval of polling in microseconds",
+                value: u64::try_from(interval.as_micros()).unwrap_or(u64::MAX),
+                problem: "expected 50 to 1 000 000",
+            })
+        }
+        _ => Ok(()),
     }
 }
 

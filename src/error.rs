@@ -36,7 +36,7 @@ pub enum WireError {
     #[error("magic is {0:#06x}, not 0x7758")]
     Magic(u16),
     /// The version byte is one that no message of this crate carries.
-    #[error("protocol version {0} is not one of 2 and 3")]
+    #[error("version byte {0} is not one of 0 (version 4), 2 and 3")]
     Version(u8),
     /// The type byte names no message.
     #[error("message type {0} is unknown")]
@@ -69,6 +69,9 @@ pub enum WireError {
         /// What is wrong with it.
         problem: &'static str,
     },
+    /// The JSON of a negotiation is none, or not one of a negotiation (version 4).
+    #[error("negotiation: {0}")]
+    Negotiation(String),
 }
 
 /// The peer sent a message that has no place where it stands (WIRE chapter 2; spec chapter 4).
@@ -176,6 +179,39 @@ pub enum HandshakeError {
     /// Others waited for its place, and it had taken so long by then.
     #[error("gave way to others after {0:?}")]
     GaveWay(Duration),
+    /// The peer answered that it will not speak with this side (version 4).
+    #[error("the server refused: {code}: {message}")]
+    Refused {
+        /// Its code, `VERSION_NOT_SUPPORTED` for instance; the first 64 bytes of it.
+        code: String,
+        /// Its words; the first 256 bytes of them.
+        message: String,
+    },
+    /// The negotiation cannot be read (version 4). A server tells its client so.
+    #[error("{0}")]
+    Negotiation(#[source] WireError),
+    /// The client's negotiation does not offer version 4, and it was told so.
+    #[error("the client negotiates, and does not offer version 4")]
+    Version4NotOffered,
+    /// The server selected a version that it was not offered (version 4).
+    #[error("the server selected version {0}, which was not offered to it")]
+    VersionNotOffered(u64),
+    /// The server selected what it was not offered (version 4).
+    #[error("the server selected {0}, which was not offered to it")]
+    NotOffered(&'static str),
+    /// A shard answered that was not asked for (version 4): the server has changed.
+    #[error("shard {index} of {count} answered where shard {expected} was asked for")]
+    OtherShard {
+        /// Which shard it says it is.
+        index: u32,
+        /// How many there are.
+        count: u32,
+        /// Which one was asked for.
+        expected: usize,
+    },
+    /// A descriptor of a wake-up is no eventfd (version 4).
+    #[error("the descriptor for wake-ups is {0}, not an eventfd")]
+    NotAnEventFd(String),
     /// The transport cannot carry what the handshake needs.
     #[error("descriptors cannot be passed over TCP; use file memory")]
     DescriptorsOverTcp,
@@ -321,6 +357,12 @@ pub enum ConfigError {
     /// Version 2 of the protocol has no message for descriptors.
     #[error("protocol version 2 knows file memory only")]
     MemfdNeedsVersion3,
+    /// Versions 2 and 3 of the protocol wake by the socket.
+    #[error("eventfd and polling need protocol version 4")]
+    WakeupNeedsVersion4,
+    /// The descriptors of eventfds go over with those of the memory.
+    #[error("eventfd needs memfd memory")]
+    EventFdNeedsMemfd,
     /// The path prefix of shared-memory files is too long or not absolute.
     #[error("path prefix {0:?} must be absolute and leave room for the file names")]
     PathPrefix(PathBuf),
@@ -516,6 +558,7 @@ impl Error {
                 | HandshakeError::NotAuthorized { .. }
                 | HandshakeError::FileOwner { .. },
             ) => io::ErrorKind::PermissionDenied,
+            Self::Handshake(HandshakeError::Refused { .. }) => io::ErrorKind::ConnectionRefused,
             Self::Handshake(_) => io::ErrorKind::InvalidData,
             Self::Config(_) => io::ErrorKind::InvalidInput,
             Self::Resource(ResourceError::SharedMemory { .. }) => io::ErrorKind::StorageFull,

@@ -8,9 +8,9 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
-use crate::config::{MemoryKind, ProtocolVersion, SliceClass};
+use crate::config::{MemoryKind, ProtocolVersion, SliceClass, Wakeup};
 use crate::proto::handshake_client::{ClientHandshake, ClientStep};
-use crate::proto::handshake_server::{ServerHandshake, ServerStep};
+use crate::proto::handshake_server::{Abilities, ServerHandshake, ServerStep};
 pub use crate::rt::fuzzing::session;
 use crate::shm::access::Memory;
 use crate::shm::chain::Chain;
@@ -18,7 +18,7 @@ use crate::shm::manager::BufferManager;
 use crate::shm::queue;
 use crate::shm::region::Region;
 use crate::wire::layout::QueueLayout;
-use crate::wire::{Deframer, Event, Header, MemoryPaths, Message};
+use crate::wire::{Deframer, Event, Features, Header, MemoryPaths, Message, ShardIdentity};
 
 /// Bytes, read as numbers until there are none.
 pub(crate) struct Input<'a>(pub(crate) &'a [u8]);
@@ -104,25 +104,45 @@ pub fn handshake(data: &[u8]) {
         messages.push_back(message);
     }
     if first & 1 == 0 {
-        server_handshake(actions, messages);
+        let abilities = Abilities {
+            highest: if first & 2 == 0 { ProtocolVersion::V4 } else { ProtocolVersion::V3 },
+            has_descriptors: first & 4 == 0,
+            single_popper_lists: true,
+            shard: Some(ShardIdentity { index: 0, count: 1 }),
+        };
+        server_handshake(abilities, actions, messages);
     } else {
         let kind = if first & 2 == 0 { MemoryKind::Memfd } else { MemoryKind::File };
-        let version = if first & 4 == 0 { ProtocolVersion::V3 } else { ProtocolVersion::V2 };
+        let version = match (first & 4 == 0, actions.len() % 3) {
+            (false, 2) => ProtocolVersion::V4,
+            (false, _) => ProtocolVersion::V2,
+            (true, _) => ProtocolVersion::V3,
+        };
         client_handshake(version, kind, actions, messages);
     }
 }
 
-fn server_handshake(actions: &[u8], mut messages: VecDeque<(Header, Message)>) {
-    let mut server = ServerHandshake::new();
+fn server_handshake(
+    abilities: Abilities,
+    actions: &[u8],
+    mut messages: VecDeque<(Header, Message)>,
+) {
+    let mut server = ServerHandshake::new(abilities);
     let (mut is_mapped, mut has_failed, mut sent) = (false, false, 0);
     for action in actions.iter().chain([&0; 64]) {
         let step = server.step();
         let sends = matches!(step, ServerStep::Send(_));
-        let maps = matches!(step, ServerStep::MapFiles(_) | ServerStep::MapDescriptors(_));
-        let receives = matches!(step, ServerStep::ReceiveDescriptors);
-        if let ServerStep::Established(version) = step {
+        let maps = matches!(step, ServerStep::MapFiles(..) | ServerStep::MapDescriptors(..));
+        let receives = matches!(step, ServerStep::ReceiveDescriptors(_));
+        if let ServerStep::Established(agreement) = step {
             assert!(is_mapped && !has_failed);
-            assert_eq!(sent > 0, version == ProtocolVersion::V3);
+            assert_eq!(sent > 0, agreement.version > ProtocolVersion::V2);
+            assert!(agreement.version <= abilities.highest);
+            assert!(abilities.has_descriptors || agreement.wakeup != Wakeup::EventFd);
+            return;
+        }
+        if let ServerStep::Refused(_) = step {
+            assert!(sent > 0 && !is_mapped);
             return;
         }
         // Mostly what is due.
@@ -150,20 +170,29 @@ fn client_handshake(
     mut messages: VecDeque<(Header, Message)>,
 ) {
     let paths = MemoryPaths { queue: "/dev/shm/q".into(), buffer: "/dev/shm/b".into() };
-    let Ok(mut client) = ClientHandshake::new(version, kind, paths) else {
+    let eventfd = kind == MemoryKind::Memfd;
+    let features = Features { polling: None, eventfd, single_popper_lists: false };
+    let Ok(mut client) = ClientHandshake::new(version, kind, features, paths) else {
         assert_eq!((version, kind), (ProtocolVersion::V2, MemoryKind::Memfd));
         return;
     };
-    let (mut has_failed, mut sent) = (false, 0);
+    let (mut is_created, mut has_failed, mut sent) = (false, false, 0);
     for action in actions.iter().chain([&0; 64]) {
         let step = client.step();
         let sends = matches!(step, ClientStep::Send(_) | ClientStep::SendDescriptors);
-        if let ClientStep::Established(agreed) = step {
-            assert!(!has_failed && agreed <= version && sent > 0);
-            assert!(agreed == ProtocolVersion::V3 || kind == MemoryKind::File);
+        if let ClientStep::Established(agreement) = step {
+            let agreed = agreement.version;
+            assert!(is_created && !has_failed && agreed <= version && sent > 0);
+            assert!(agreed > ProtocolVersion::V2 || kind == MemoryKind::File);
+            assert!(!agreement.single_popper_lists, "it was not offered");
+            assert!(agreed == ProtocolVersion::V4 || agreement.wakeup == Wakeup::Socket);
             return;
         }
-        if sends || action % 8 == 1 {
+        let creates = matches!(step, ClientStep::CreateMemory(_));
+        if creates || action % 8 == 2 {
+            client.memory_created();
+            is_created |= creates;
+        } else if sends || action % 8 == 1 {
             client.sent();
             sent += u32::from(sends);
         } else {

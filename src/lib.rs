@@ -79,7 +79,7 @@ mod stats;
 pub mod wire;
 
 pub use config::{
-    AllowedPeers, Config, ConfigBuilder, MemoryKind, ProtocolVersion, SliceClass, Spin,
+    AllowedPeers, Config, ConfigBuilder, MemoryKind, ProtocolVersion, SliceClass, Spin, Wakeup,
 };
 pub use error::{
     ConfigError, Error, HandshakeError, MemoryError, ResourceError, Result, WireError,
@@ -95,6 +95,7 @@ pub use shm::fault::disable_sigbus_guard;
 pub use shm::leftovers::remove_leftovers;
 pub use shm::manager::SliceUsage;
 pub use stats::{PoolUsage, SessionStats};
+pub use wire::ShardIdentity;
 
 /// Its examples are compiled with the tests.
 #[cfg(doctest)]

@@ -43,9 +43,10 @@ pub struct SessionStats {
     pub bytes_sent: u64,
     /// Payload bytes received through shared memory.
     pub bytes_received: u64,
-    /// SyncEvents sent, one for each time the peer had to be woken.
+    /// Wake-ups sent, by SyncEvent or eventfd, one for each time the peer had to be woken.
     pub sync_events_sent: u64,
-    /// SyncEvents received.
+    /// Wake-ups received, by SyncEvent or eventfd. Several that came before they were looked at are
+    /// one of an eventfd.
     pub sync_events_received: u64,
     /// FallbackData messages sent, because the pool had run empty.
     pub fallback_sent: u64,

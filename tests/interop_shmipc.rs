@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Sessions with the crate `shmipc` 0.2.1 in another process, in both roles and with every kind of
-//! memory that it speaks without version 4.
+//! Sessions with the crate `shmipc` 0.2.1 in another process, in both roles, in every version, with
+//! every kind of memory and every kind of wake-up that it knows.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use shmipc_glommio::{
     Config, ConfigBuilder, Connector, Error, Listener, MemoryKind, ProtocolVersion, Session,
-    SessionStats, Stream,
+    SessionStats, Stream, Wakeup,
 };
 
 mod support {
@@ -35,14 +35,29 @@ fn peer_process() {
     be_peer();
 }
 
-/// What the other process is, and the memory between the two.
-const COMBINATIONS: [(Role, MemoryKind, ProtocolVersion); 5] = [
-    (Role::Server, MemoryKind::Memfd, ProtocolVersion::V3),
-    (Role::Server, MemoryKind::File, ProtocolVersion::V2),
+/// What the other process is, the memory between the two, the version, and how they wake each other.
+type Combination = (Role, MemoryKind, ProtocolVersion, Wakeup);
+
+const POLLING: Wakeup = Wakeup::Polling(Duration::from_micros(100));
+const OLD: [Combination; 5] = [
+    (Role::Server, MemoryKind::Memfd, ProtocolVersion::V3, Wakeup::Socket),
+    (Role::Server, MemoryKind::File, ProtocolVersion::V2, Wakeup::Socket),
     // The crate serves this, though its own client never asks for it.
-    (Role::Server, MemoryKind::File, ProtocolVersion::V3),
-    (Role::Client, MemoryKind::Memfd, ProtocolVersion::V3),
-    (Role::Client, MemoryKind::File, ProtocolVersion::V2),
+    (Role::Server, MemoryKind::File, ProtocolVersion::V3, Wakeup::Socket),
+    (Role::Client, MemoryKind::Memfd, ProtocolVersion::V3, Wakeup::Socket),
+    (Role::Client, MemoryKind::File, ProtocolVersion::V2, Wakeup::Socket),
+];
+const VERSION_4: [Combination; 10] = [
+    (Role::Server, MemoryKind::Memfd, ProtocolVersion::V4, Wakeup::Socket),
+    (Role::Server, MemoryKind::Memfd, ProtocolVersion::V4, Wakeup::EventFd),
+    (Role::Server, MemoryKind::Memfd, ProtocolVersion::V4, POLLING),
+    (Role::Server, MemoryKind::File, ProtocolVersion::V4, Wakeup::Socket),
+    (Role::Server, MemoryKind::File, ProtocolVersion::V4, POLLING),
+    (Role::Client, MemoryKind::Memfd, ProtocolVersion::V4, Wakeup::Socket),
+    (Role::Client, MemoryKind::Memfd, ProtocolVersion::V4, Wakeup::EventFd),
+    (Role::Client, MemoryKind::Memfd, ProtocolVersion::V4, POLLING),
+    (Role::Client, MemoryKind::File, ProtocolVersion::V4, Wakeup::Socket),
+    (Role::Client, MemoryKind::File, ProtocolVersion::V4, POLLING),
 ];
 
 /// One case of a test: what is exchanged, through how much memory, and what must be counted.
@@ -63,15 +78,17 @@ fn fallback_both_ways(stats: &SessionStats) -> bool {
 
 /// Runs a case in every combination, each with a process of its own.
 fn in_every_combination(case: Case) {
-    let limit = Duration::from_secs(120);
+    let limit = Duration::from_secs(240);
     run(limit, move || async move {
-        for (number, (role, memory, protocol)) in COMBINATIONS.into_iter().enumerate() {
-            let context = format!("{}: they are {role:?}, {memory:?} {protocol:?}", case.name);
+        for (number, combination) in OLD.into_iter().chain(VERSION_4).enumerate() {
+            let (role, memory, protocol, wakeup) = combination;
+            let context = format!("{}: they are {combination:?}", case.name);
             println!("{context}");
             let prefix = format!("/dev/shm/interop{}{}{number}", std::process::id(), case.name);
             let builder = Config::builder()
                 .memory(memory)
                 .protocol(protocol)
+                .wakeup(if role == Role::Server { wakeup } else { Wakeup::Socket })
                 .buffer_size(u64::from(case.pool))
                 .path_prefix(&prefix)
                 .handshake_timeout(SOON);
@@ -80,22 +97,38 @@ fn in_every_combination(case: Case) {
                 role,
                 address: path.as_str().to_owned(),
                 is_file: memory == MemoryKind::File,
+                version_4: (protocol == ProtocolVersion::V4).then_some(wakeup),
                 prefix,
                 pool: case.pool,
                 plan: case.plan.clone(),
             };
-            let stats = match role {
+            let (stats, agreed) = match role {
                 Role::Server => as_client(builder, &order).await,
                 Role::Client => as_server(builder, &order).await,
             };
             println!("{stats:?}");
+            assert_eq!(agreed, (protocol, wakeup), "{context}");
+            if matches!(wakeup, Wakeup::Polling(_)) {
+                assert_eq!((stats.sync_events_sent, stats.sync_events_received), (0, 0));
+            } else if !case.plan.one_way {
+                assert!(stats.sync_events_sent + stats.sync_events_received > 0, "{context}");
+            }
             assert!((case.is_due)(&stats), "{context}: {stats:?}");
         }
     });
 }
 
+/// What a session turned out to be.
+type Agreed = (ProtocolVersion, Wakeup);
+
+fn agreed(session: &Session) -> Agreed {
+    assert!(!session.has_single_popper_lists(), "they do not know them");
+    assert_eq!(session.shard(), None);
+    (session.protocol(), session.wakeup())
+}
+
 /// Our client against their server.
-async fn as_client(config: ConfigBuilder, order: &Order) -> SessionStats {
+async fn as_client(config: ConfigBuilder, order: &Order) -> (SessionStats, Agreed) {
     let mut peer = Peer::start("peer_process", order);
     assert!(within(SOON, || peer.is_ready()).await, "{:?}", peer.ended());
     let connector = Connector::new(config.build().unwrap());
@@ -116,15 +149,15 @@ async fn as_client(config: ConfigBuilder, order: &Order) -> SessionStats {
     }
     assert!(within(SOON, || peer.is_done()).await, "{:?}", peer.ended());
     nothing_is_missing(&session, order).await;
-    let stats = session.stats();
+    let result = (session.stats(), agreed(&session));
     drop(session);
     peer.dismiss();
     gone_without_a_trace(&mut peer, order).await;
-    stats
+    result
 }
 
 /// Our server against their client.
-async fn as_server(config: ConfigBuilder, order: &Order) -> SessionStats {
+async fn as_server(config: ConfigBuilder, order: &Order) -> (SessionStats, Agreed) {
     let listener = Listener::bind(&order.address, config.build().unwrap()).unwrap();
     let mut peer = Peer::start("peer_process", order);
     let session = listener.accept().await.unwrap();
@@ -142,13 +175,13 @@ async fn as_server(config: ConfigBuilder, order: &Order) -> SessionStats {
     }
     assert!(within(SOON, || peer.is_done()).await, "{:?}", peer.ended());
     nothing_is_missing(&session, order).await;
-    let stats = session.stats();
+    let result = (session.stats(), agreed(&session));
     peer.dismiss();
     let reason = session.closed().await;
     assert!(matches!(reason, Error::PeerClosed), "{reason}");
     drop(session);
     gone_without_a_trace(&mut peer, order).await;
-    stats
+    result
 }
 
 /// The client's side of one stream.

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use glommio::{LocalExecutorBuilder, Placement};
 use serde_json::{Value, json};
-use shmipc_glommio::Session;
+use shmipc_glommio::{Session, Wakeup};
 
 /// The exit status of a command that was called wrongly.
 const BAD_ARGUMENTS: u8 = 2;
@@ -69,6 +69,8 @@ pub(crate) fn with_report(mut object: Value, session: &Session) -> Value {
         .collect();
     let mut report = json!({
         "protocol": session.protocol().as_u8(),
+        "wakeup": wakeup_name(session.wakeup()),
+        "single_popper_lists": session.has_single_popper_lists(),
         "pool_full": usage.is_full(),
         "free": free,
         "held": usage.held,
@@ -88,4 +90,12 @@ pub(crate) fn with_report(mut object: Value, session: &Session) -> Value {
         object.append(report);
     }
     object
+}
+
+fn wakeup_name(wakeup: Wakeup) -> String {
+    match wakeup {
+        Wakeup::EventFd => "eventfd".into(),
+        Wakeup::Polling(interval) => format!("polling:{}", interval.as_micros()),
+        _ => "socket".into(),
+    }
 }

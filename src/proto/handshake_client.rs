@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The client's side of the handshakes of versions 2 and 3 (WIRE chapter 2; spec chapter 4).
+//! The client's side of the handshakes of versions 2 to 4 (WIRE chapter 2; spec chapter 4).
 //!
-//! Invariants: see the parent module. The client opens with version 2 or 3, never more: a shmipc-go
-//! server closes on any other opening. Both memories exist and are initialised before this starts.
+//! Invariants: see the parent module. The client opens with version 2 or 3, never more, since a
+//! shmipc-go server closes on any other opening; or with version 4's own message, on which older
+//! servers close too, and then [falls back](ClientHandshake::may_fall_back). Both memories are
+//! created and initialised before they are announced, and in versions 2 and 3 before anything is
+//! said.
 //!
 //! Trust: none in the server's messages.
 
-use super::{NOT_YET, NOTHING_AFTER_FAILURE, NOTHING_MORE, require_version};
+use super::{Agreement, NOT_YET, NOTHING_AFTER_FAILURE, NOTHING_MORE, require_version};
 use crate::error::{ConfigError, Error, HandshakeError};
 use crate::wire::{
-    HEADER_LEN, Header, MemoryKind, MemoryPaths, Message, MessageType, ProtocolVersion,
+    Features, HEADER_LEN, Header, MemoryKind, MemoryPaths, Message, MessageType,
+    NegotiationRequest, NegotiationResponse, ProtocolVersion,
 };
 
 /// The client's opening in version 3.
@@ -22,25 +26,32 @@ const VERSION_AT: usize = 6;
 /// What the driver has to do next.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum ClientStep<'a> {
+    /// Create and initialise both memories as agreed, then call
+    /// [`ClientHandshake::memory_created`].
+    CreateMemory(&'a Agreement),
     /// Send these bytes, then call [`ClientHandshake::sent`].
     Send(&'a [u8]),
-    /// Send one byte with the descriptors, buffer first, then call [`ClientHandshake::sent`].
+    /// Send one byte with the descriptors, buffer first, behind both memories those of the eventfds
+    /// if they were agreed on, then call [`ClientHandshake::sent`].
     SendDescriptors,
     /// Receive a message for [`ClientHandshake::receive`]; what is due, in words.
     AwaitMessage(&'static str),
-    /// Done: the session speaks this version.
-    Established(ProtocolVersion),
+    /// Done: the session is one of this kind.
+    Established(&'a Agreement),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
+    SendNegotiation,
+    AwaitNegotiation,
+    CreateMemory(Agreement),
     SendExchange,
     AwaitExchange,
-    SendAnnouncement(ProtocolVersion),
-    AwaitReady,
-    SendDescriptors,
-    AwaitAck,
-    Established(ProtocolVersion),
+    SendAnnouncement(Agreement),
+    AwaitReady(Agreement),
+    SendDescriptors(Agreement),
+    AwaitAck(Agreement),
+    Established(Agreement),
     Failed(HandshakeError),
 }
 
@@ -48,10 +59,15 @@ impl State {
     /// Which message is due, in words.
     fn due(&self) -> &'static str {
         match self {
+            Self::AwaitNegotiation => "Negotiation",
             Self::AwaitExchange => "ExchangeMetadata",
-            Self::AwaitReady => "AckReadyRecvFd",
-            Self::AwaitAck => "AckShareMemory",
-            Self::SendExchange | Self::SendAnnouncement(_) | Self::SendDescriptors => NOT_YET,
+            Self::AwaitReady(_) => "AckReadyRecvFd",
+            Self::AwaitAck(_) => "AckShareMemory",
+            Self::SendNegotiation
+            | Self::CreateMemory(_)
+            | Self::SendExchange
+            | Self::SendAnnouncement(_)
+            | Self::SendDescriptors(_) => NOT_YET,
             Self::Established(_) => NOTHING_MORE,
             Self::Failed(_) => NOTHING_AFTER_FAILURE,
         }
@@ -63,27 +79,35 @@ impl State {
 pub(crate) struct ClientHandshake {
     state: State,
     kind: MemoryKind,
+    /// What is offered in version 4, and the message that does it, whole.
+    features: Features,
+    negotiation: Vec<u8>,
     /// The message that names both memories, whole.
     announcement: Vec<u8>,
 }
 
 impl ClientHandshake {
-    /// A handshake that opens with `version` and offers the memories at `paths`.
+    /// A handshake that opens with `version` and offers the memories at `paths`, and in version 4
+    /// these features.
     ///
     /// # Errors
-    /// [`ConfigError::MemfdNeedsVersion3`], and [`ConfigError::PathPrefix`] for a path that no
-    /// message can carry.
+    /// [`ConfigError::MemfdNeedsVersion3`], [`ConfigError::EventFdNeedsMemfd`], and
+    /// [`ConfigError::PathPrefix`] for a path that no message can carry.
     pub(crate) fn new(
         version: ProtocolVersion,
         kind: MemoryKind,
+        features: Features,
         paths: MemoryPaths,
     ) -> Result<Self, Error> {
         let state = match (version, kind) {
             (ProtocolVersion::V2, MemoryKind::Memfd) => {
                 return Err(ConfigError::MemfdNeedsVersion3.into());
             }
-            (ProtocolVersion::V2, MemoryKind::File) => State::SendAnnouncement(version),
-            (ProtocolVersion::V3, _) => State::SendExchange,
+            (ProtocolVersion::V4, MemoryKind::File) if features.eventfd => {
+                return Err(ConfigError::EventFdNeedsMemfd.into());
+            }
+            (ProtocolVersion::V4, _) => State::SendNegotiation,
+            _ => State::CreateMemory(Agreement::plain(version)),
         };
         if let Some(path) = paths.misfit() {
             return Err(ConfigError::PathPrefix(path.to_owned()).into());
@@ -93,21 +117,48 @@ impl ClientHandshake {
             MemoryKind::Memfd => Message::ShareMemoryByMemfd(paths),
         };
         let mut announcement = Vec::new();
-        message.encode(version.as_u8(), &mut announcement)?;
-        Ok(Self { state, kind, announcement })
+        message.encode(version.message_byte(), &mut announcement)?;
+        let mut negotiation = Vec::new();
+        if version == ProtocolVersion::V4 {
+            let json = NegotiationRequest::offering(features).encode();
+            let message = Message::Negotiation(json.into());
+            message.encode(version.message_byte(), &mut negotiation)?;
+        }
+        Ok(Self { state, kind, features, negotiation, announcement })
     }
 
     /// What the driver has to do next.
     pub(crate) fn step(&self) -> ClientStep<'_> {
         match &self.state {
+            State::SendNegotiation => ClientStep::Send(&self.negotiation),
+            State::CreateMemory(agreement) => ClientStep::CreateMemory(agreement),
             State::SendExchange => ClientStep::Send(&EXCHANGE),
             State::SendAnnouncement(_) => ClientStep::Send(&self.announcement),
-            State::SendDescriptors => ClientStep::SendDescriptors,
-            State::Established(version) => ClientStep::Established(*version),
-            state @ (State::AwaitExchange
-            | State::AwaitReady
-            | State::AwaitAck
+            State::SendDescriptors(_) => ClientStep::SendDescriptors,
+            State::Established(agreement) => ClientStep::Established(agreement),
+            state @ (State::AwaitNegotiation
+            | State::AwaitExchange
+            | State::AwaitReady(_)
+            | State::AwaitAck(_)
             | State::Failed(_)) => ClientStep::AwaitMessage(state.due()),
+        }
+    }
+
+    /// Whether a connection that ends now is one of a server that does not know version 4, as far as
+    /// can be told.
+    pub(crate) fn may_fall_back(&self) -> bool {
+        matches!(self.state, State::SendNegotiation | State::AwaitNegotiation)
+    }
+
+    /// Both memories are there.
+    ///
+    /// Without effect when none were to be created.
+    pub(crate) fn memory_created(&mut self) {
+        if let State::CreateMemory(agreement) = self.state {
+            self.state = match agreement.version {
+                ProtocolVersion::V3 => State::SendExchange,
+                ProtocolVersion::V2 | ProtocolVersion::V4 => State::SendAnnouncement(agreement),
+            };
         }
     }
 
@@ -116,13 +167,18 @@ impl ClientHandshake {
     /// Without effect when nothing was to be sent.
     pub(crate) fn sent(&mut self) {
         self.state = match (&self.state, self.kind) {
+            (State::SendNegotiation, _) => State::AwaitNegotiation,
             (State::SendExchange, _) => State::AwaitExchange,
-            (State::SendAnnouncement(ProtocolVersion::V2), _) => {
-                State::Established(ProtocolVersion::V2)
+            (&State::SendAnnouncement(agreement), _)
+                if agreement.version == ProtocolVersion::V2 =>
+            {
+                State::Established(agreement)
             }
-            (State::SendAnnouncement(_), MemoryKind::File) => State::AwaitAck,
-            (State::SendAnnouncement(_), MemoryKind::Memfd) => State::AwaitReady,
-            (State::SendDescriptors, _) => State::AwaitAck,
+            (&State::SendAnnouncement(agreement), MemoryKind::File) => State::AwaitAck(agreement),
+            (&State::SendAnnouncement(agreement), MemoryKind::Memfd) => {
+                State::AwaitReady(agreement)
+            }
+            (&State::SendDescriptors(agreement), _) => State::AwaitAck(agreement),
             _ => return,
         };
     }
@@ -151,22 +207,45 @@ impl ClientHandshake {
     /// The state after a message.
     fn after(&mut self, version: u8, message: &Message) -> Result<State, HandshakeError> {
         match (&self.state, message) {
+            (State::AwaitNegotiation, Message::Negotiation(json)) => {
+                self.selected(json).map(State::CreateMemory)
+            }
             (State::AwaitExchange, Message::ExchangeMetadata) => {
-                self.agree(version).map(State::SendAnnouncement)
+                let version = self.agree(version)?;
+                Ok(State::SendAnnouncement(Agreement::plain(version)))
             }
-            (State::AwaitReady, Message::AckReadyRecvFd) => {
-                require_version(ProtocolVersion::V3, version, message)?;
-                Ok(State::SendDescriptors)
+            (&State::AwaitReady(agreement), Message::AckReadyRecvFd) => {
+                require_version(agreement.version, version, message)?;
+                Ok(State::SendDescriptors(agreement))
             }
-            (State::AwaitAck, Message::AckShareMemory) => {
-                require_version(ProtocolVersion::V3, version, message)?;
-                Ok(State::Established(ProtocolVersion::V3))
+            (&State::AwaitAck(agreement), Message::AckShareMemory) => {
+                require_version(agreement.version, version, message)?;
+                Ok(State::Established(agreement))
             }
             (State::Failed(error), _) => Err(error.clone()),
             (state, _) => Err(HandshakeError::Unexpected {
                 got: message.message_type().name(),
                 expected: state.due(),
             }),
+        }
+    }
+
+    /// What the server selected, if it was offered.
+    fn selected(&self, json: &[u8]) -> Result<Agreement, HandshakeError> {
+        let response = NegotiationResponse::decode(json, self.features);
+        match response.map_err(HandshakeError::Negotiation)? {
+            NegotiationResponse::Refused { code, message } => {
+                Err(HandshakeError::Refused { code, message })
+            }
+            NegotiationResponse::Selected { protocol, features, shard } => {
+                if protocol != u64::from(ProtocolVersion::V4.as_u8()) {
+                    return Err(HandshakeError::VersionNotOffered(protocol));
+                }
+                if let Some(feature) = features.beyond(self.features) {
+                    return Err(HandshakeError::NotOffered(feature));
+                }
+                Ok(Agreement::negotiated(features, shard))
+            }
         }
     }
 
@@ -192,11 +271,21 @@ impl ClientHandshake {
 mod tests {
     use super::super::tests::{every_message, paths};
     use super::*;
+    use crate::config::Wakeup;
+    use crate::wire::ShardIdentity;
 
     const FILE_V2: [u8; 7] = [0, 0, 0, 32, 0x77, 0x58, 2];
 
+    /// A client that offers no features, and has created its memory if that comes first.
     fn client(version: ProtocolVersion, kind: MemoryKind) -> ClientHandshake {
-        ClientHandshake::new(version, kind, paths()).unwrap()
+        let none = Features::default();
+        let mut client = ClientHandshake::new(version, kind, none, paths()).unwrap();
+        client.memory_created();
+        client
+    }
+
+    fn answer(response: &NegotiationResponse) -> Message {
+        Message::Negotiation(response.encode().into())
     }
 
     fn receive(
@@ -213,6 +302,8 @@ mod tests {
     fn step(client: &ClientHandshake) -> String {
         match client.step() {
             ClientStep::Send(bytes) => format!("send type {} version {}", bytes[7], bytes[6]),
+            ClientStep::CreateMemory(agreement) => format!("create for {:?}", agreement.version),
+            ClientStep::Established(agreement) => format!("Established({:?})", agreement.version),
             other => format!("{other:?}"),
         }
     }
@@ -222,7 +313,7 @@ mod tests {
 
     /// A client in every state, by name.
     fn in_every_state() -> Vec<(String, ClientHandshake, Allowed)> {
-        use MessageType::{AckReadyRecvFd, AckShareMemory, ExchangeMetadata};
+        use MessageType::{AckReadyRecvFd, AckShareMemory, ExchangeMetadata, Negotiation};
         let v3_or_more = |low: u8| (low..=255).map(|v| (v, ExchangeMetadata)).collect::<Vec<_>>();
         let mut all = Vec::new();
         let mut note = |client: &ClientHandshake, allowed: Allowed| {
@@ -264,6 +355,23 @@ mod tests {
         receive(&mut memfd, 3, &Message::AckShareMemory).unwrap();
         note(&memfd, vec![]);
 
+        let none = Features::default();
+        let fresh = ClientHandshake::new(ProtocolVersion::V3, MemoryKind::File, none, paths());
+        note(&fresh.unwrap(), vec![]);
+        let mut v4 = client(ProtocolVersion::V4, MemoryKind::File);
+        note(&v4, vec![]);
+        v4.sent();
+        note(&v4, vec![(0, Negotiation)]);
+        let selected = answer(&NegotiationResponse::selecting(none, None));
+        receive(&mut v4, 0, &selected).unwrap();
+        note(&v4, vec![]);
+        v4.memory_created();
+        note(&v4, vec![]);
+        v4.sent();
+        note(&v4, vec![(0, AckShareMemory)]);
+        receive(&mut v4, 0, &Message::AckShareMemory).unwrap();
+        note(&v4, vec![]);
+
         let names: Vec<_> = all.iter().map(|(name, ..)| name.as_str()).collect();
         assert_eq!(
             names,
@@ -283,6 +391,13 @@ mod tests {
                 "Memfd SendDescriptors",
                 "Memfd AwaitMessage(\"AckShareMemory\")",
                 "Memfd Established(V3)",
+                "File create for V3",
+                "File send type 10 version 0",
+                "File AwaitMessage(\"Negotiation\")",
+                "File create for V4",
+                "File send type 0 version 0",
+                "File AwaitMessage(\"AckShareMemory\")",
+                "File Established(V4)",
             ]
         );
         all
@@ -303,13 +418,14 @@ mod tests {
                 // Not even the whole rest of an honest handshake brings it back.
                 for (header, message) in every_message() {
                     client.sent();
+                    client.memory_created();
                     assert_eq!(client.receive(&header, &message), Err(error.clone()));
                     assert_eq!(client.step(), ClientStep::AwaitMessage(NOTHING_AFTER_FAILURE));
                 }
             }
         }
-        // 15 states, 273 messages each; allowed are 254 + 253 announcements and 3 others.
-        assert_eq!(refused, 15 * 273 - 254 - 253 - 3);
+        // 22 states, 283 messages each; allowed are 254 + 253 announcements and 5 others.
+        assert_eq!(refused, 22 * 283 - 254 - 253 - 5);
     }
 
     #[test]
@@ -364,7 +480,7 @@ mod tests {
         let message = Message::decode(&header, payload);
         assert_eq!(message, Ok(Message::ShareMemoryByFilePath(paths())));
         client.sent();
-        assert_eq!(client.step(), ClientStep::Established(ProtocolVersion::V2));
+        assert_eq!(client.step(), ClientStep::Established(&Agreement::plain(ProtocolVersion::V2)));
     }
 
     #[test]
@@ -372,20 +488,97 @@ mod tests {
         for (name, mut client, _) in in_every_state() {
             let before = client.state.clone();
             let sends = matches!(client.step(), ClientStep::Send(_) | ClientStep::SendDescriptors);
+            let creates = matches!(client.step(), ClientStep::CreateMemory(_));
+            let mut after = client.clone();
+            after.memory_created();
+            assert_eq!(after.state != before, creates, "{name}");
             client.sent();
             assert_eq!(client.state != before, sends, "{name}");
         }
     }
 
     #[test]
+    fn what_is_agreed_on_is_what_the_server_selected() {
+        let millisecond = Some(std::time::Duration::from_millis(1));
+        let all = Features { polling: millisecond, eventfd: true, single_popper_lists: true };
+        let agreed = |offered, response: &NegotiationResponse| {
+            let (version, kind) = (ProtocolVersion::V4, MemoryKind::Memfd);
+            let mut client = ClientHandshake::new(version, kind, offered, paths()).unwrap();
+            client.sent();
+            receive(&mut client, 0, &answer(response))?;
+            let ClientStep::CreateMemory(&agreement) = client.step() else { panic!("{client:?}") };
+            client.memory_created();
+            client.sent();
+            receive(&mut client, 0, &Message::AckReadyRecvFd)?;
+            client.sent();
+            receive(&mut client, 0, &Message::AckShareMemory)?;
+            assert_eq!(client.step(), ClientStep::Established(&agreement));
+            assert_eq!(agreement.version, version);
+            Ok((agreement.wakeup, agreement.single_popper_lists, agreement.shard))
+        };
+        let shard = Some(ShardIdentity { index: 1, count: 2 });
+        let none = Features::default();
+        let select = NegotiationResponse::selecting;
+        assert_eq!(agreed(all, &select(none, shard)), Ok((Wakeup::Socket, false, shard)));
+        let eventfd = Features { eventfd: true, ..none };
+        assert_eq!(agreed(all, &select(eventfd, None)), Ok((Wakeup::EventFd, false, None)));
+        let lists = Features { single_popper_lists: true, ..none };
+        assert_eq!(agreed(all, &select(lists, None)), Ok((Wakeup::Socket, true, None)));
+        // Polling goes before eventfd, and at the server's interval, if a timer can keep it.
+        for (granted, kept) in [(70, 70), (1, 50), (u64::MAX, 1_000_000)] {
+            let polling = Some(std::time::Duration::from_micros(granted));
+            let response = select(Features { polling, ..all }, None);
+            let kept = Wakeup::Polling(std::time::Duration::from_micros(kept));
+            assert_eq!(agreed(all, &response), Ok((kept, true, None)));
+        }
+        for (features, name) in [
+            (eventfd, "eventfd_wakeup"),
+            (lists, "single_popper_lists"),
+            (Features { polling: millisecond, ..none }, "event_queue_polling"),
+        ] {
+            let refused = agreed(none, &select(features, None));
+            assert_eq!(refused, Err(HandshakeError::NotOffered(name)));
+        }
+        let old = NegotiationResponse::Selected { protocol: 3, features: none, shard: None };
+        assert_eq!(agreed(none, &old), Err(HandshakeError::VersionNotOffered(3)));
+        let refusal = NegotiationResponse::refusal("CODE", "words");
+        assert_eq!(
+            agreed(none, &refusal),
+            Err(HandshakeError::Refused { code: "CODE".into(), message: "words".into() })
+        );
+    }
+
+    #[test]
+    fn only_before_an_answer_is_there_a_way_back() {
+        for (name, client, _) in in_every_state() {
+            let is_unanswered = name.contains("type 10") || name.contains("\"Negotiation\"");
+            assert_eq!(client.may_fall_back(), is_unanswered, "{name}");
+        }
+        let mut refused = client(ProtocolVersion::V4, MemoryKind::File);
+        refused.sent();
+        receive(&mut refused, 0, &answer(&NegotiationResponse::refusal("", ""))).unwrap_err();
+        assert!(!refused.may_fall_back());
+        let mut garbled = client(ProtocolVersion::V4, MemoryKind::File);
+        garbled.sent();
+        let garbage = Message::Negotiation("{}".into());
+        let error = receive(&mut garbled, 0, &garbage).unwrap_err();
+        assert!(matches!(error, HandshakeError::Negotiation(_)), "{error}");
+        assert!(!garbled.may_fall_back());
+    }
+
+    #[test]
     fn what_cannot_be_offered_is_refused_at_the_start() {
-        let memfd = ClientHandshake::new(ProtocolVersion::V2, MemoryKind::Memfd, paths());
+        let none = Features::default();
+        let memfd = ClientHandshake::new(ProtocolVersion::V2, MemoryKind::Memfd, none, paths());
         assert!(matches!(memfd, Err(Error::Config(ConfigError::MemfdNeedsVersion3))));
+        let eventfd = Features { eventfd: true, ..none };
+        let file = ClientHandshake::new(ProtocolVersion::V4, MemoryKind::File, eventfd, paths());
+        assert!(matches!(file, Err(Error::Config(ConfigError::EventFdNeedsMemfd))));
         let long = std::path::PathBuf::from("/".repeat(4096));
         for kind in [MemoryKind::File, MemoryKind::Memfd] {
             for (queue, buffer) in [("/q".into(), long.clone()), (long.clone(), "/b".into())] {
                 let paths = MemoryPaths { queue, buffer };
-                let refused = ClientHandshake::new(ProtocolVersion::V3, kind, paths);
+                let refused = ClientHandshake::new(ProtocolVersion::V3, kind, none, paths);
                 assert!(matches!(
                     refused,
                     Err(Error::Config(ConfigError::PathPrefix(path))) if path == long

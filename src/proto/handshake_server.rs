@@ -1,26 +1,70 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The server's side of the handshakes of versions 2 and 3 (WIRE chapter 2; spec chapter 4).
+//! The server's side of the handshakes of versions 2 to 4 (WIRE chapter 2; spec chapter 4).
 //!
 //! Invariants: see the parent module. The client's first message decides between the versions, as
-//! it does in shmipc-go. An acknowledgement goes out only after both memories are mapped.
+//! it does in shmipc-go and in the crate `shmipc`. An acknowledgement goes out only after both
+//! memories are mapped. A feature is selected only if it was offered and this side has it.
 //!
 //! Trust: none in the client's messages. Paths are passed on as they came; whether they may be
 //! opened is for the driver to decide.
 
 use std::mem;
 
-use super::{NOT_YET, NOTHING_AFTER_FAILURE, NOTHING_MORE, require_version};
+use super::{Agreement, NOT_YET, NOTHING_AFTER_FAILURE, NOTHING_MORE, require_version};
+use crate::config::Wakeup;
 use crate::error::HandshakeError;
-use crate::wire::{HEADER_LEN, Header, MemoryPaths, Message, MessageType, ProtocolVersion};
+use crate::wire::negotiation::{JSON_PARSE_ERROR, VERSION_NOT_SUPPORTED};
+use crate::wire::{
+    Features, HEADER_LEN, Header, MemoryPaths, Message, MessageType, NegotiationRequest,
+    NegotiationResponse, ProtocolVersion, ShardIdentity,
+};
 
-const VERSION: ProtocolVersion = ProtocolVersion::V3;
-/// The three messages that a server of version 3 sends.
-const EXCHANGE: [u8; HEADER_LEN] = reply(MessageType::ExchangeMetadata);
-const READY: [u8; HEADER_LEN] = reply(MessageType::AckReadyRecvFd);
-const ACK: [u8; HEADER_LEN] = reply(MessageType::AckShareMemory);
+/// The message that a server of version 3 answers an opening with.
+const EXCHANGE: [u8; HEADER_LEN] =
+    Header::bare(ProtocolVersion::V3.as_u8(), MessageType::ExchangeMetadata).encode();
+/// The other messages without a payload, for the byte of version 3 and that of version 4.
+const READY: [[u8; HEADER_LEN]; 2] = replies(MessageType::AckReadyRecvFd);
+const ACK: [[u8; HEADER_LEN]; 2] = replies(MessageType::AckShareMemory);
 
-const fn reply(message: MessageType) -> [u8; HEADER_LEN] {
-    Header::bare(VERSION.as_u8(), message).encode()
+const fn replies(message: MessageType) -> [[u8; HEADER_LEN]; 2] {
+    let (v3, v4) = (ProtocolVersion::V3.message_byte(), ProtocolVersion::V4.message_byte());
+    [Header::bare(v3, message).encode(), Header::bare(v4, message).encode()]
+}
+
+/// The one of two replies that fits the version.
+fn reply<'a>(replies: &'a [[u8; HEADER_LEN]; 2], agreement: &Agreement) -> &'a [u8] {
+    &replies[usize::from(agreement.version == ProtocolVersion::V4)]
+}
+
+/// How many descriptors of memories there are, and how many of eventfds.
+const MEMORIES: usize = 2;
+const EVENT_FDS: usize = 2;
+
+/// What this side can do on a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Abilities {
+    /// The highest version.
+    pub(crate) highest: ProtocolVersion,
+    /// Whether the connection carries descriptors.
+    pub(crate) has_descriptors: bool,
+    /// Whether each side may have lists for itself.
+    pub(crate) single_popper_lists: bool,
+    /// Which shard this is.
+    pub(crate) shard: Option<ShardIdentity>,
+}
+
+impl Abilities {
+    /// The features of those offered that the session gets: one kind of wake-up at most.
+    fn select(&self, offered: Features) -> Features {
+        let granted = Wakeup::SHORTEST_INTERVAL..=Wakeup::LONGEST_INTERVAL;
+        let polling =
+            offered.polling.map(|interval| interval.clamp(*granted.start(), *granted.end()));
+        Features {
+            polling,
+            eventfd: polling.is_none() && offered.eventfd && self.has_descriptors,
+            single_popper_lists: offered.single_popper_lists && self.single_popper_lists,
+        }
+    }
 }
 
 /// What the driver has to do next.
@@ -30,29 +74,37 @@ pub(crate) enum ServerStep<'a> {
     AwaitMessage(&'static str),
     /// Send these bytes, then call [`ServerHandshake::sent`].
     Send(&'a [u8]),
-    /// Receive one byte with two descriptors, buffer first, then call
+    /// Receive one byte with so many descriptors, buffer first, then the queue, then the eventfd
+    /// that the client writes and the one that the server writes; then call
     /// [`ServerHandshake::descriptors_received`].
-    ReceiveDescriptors,
+    ReceiveDescriptors(usize),
     /// Open and map the files of these paths, then call [`ServerHandshake::mapped`].
-    MapFiles(&'a MemoryPaths),
+    MapFiles(&'a Agreement, &'a MemoryPaths),
     /// Map the descriptors received; the paths are only names. Then call
     /// [`ServerHandshake::mapped`].
-    MapDescriptors(&'a MemoryPaths),
-    /// Done: the session speaks this version.
-    Established(ProtocolVersion),
+    MapDescriptors(&'a Agreement, &'a MemoryPaths),
+    /// Done: the session is one of this kind.
+    Established(&'a Agreement),
+    /// Over: the client has been told.
+    Refused(&'a HandshakeError),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
     AwaitOpening,
     SendExchange,
-    AwaitAnnouncement,
-    SendReady(MemoryPaths),
-    ReceiveDescriptors(MemoryPaths),
-    MapDescriptors(MemoryPaths),
-    MapFiles(ProtocolVersion, MemoryPaths),
-    SendAck,
-    Established(ProtocolVersion),
+    /// The whole message.
+    SendSelection(Vec<u8>, Agreement),
+    /// The whole message, and why.
+    SendRefusal(Vec<u8>, HandshakeError),
+    Refused(HandshakeError),
+    AwaitAnnouncement(Agreement),
+    SendReady(Agreement, MemoryPaths),
+    ReceiveDescriptors(Agreement, MemoryPaths),
+    MapDescriptors(Agreement, MemoryPaths),
+    MapFiles(Agreement, MemoryPaths),
+    SendAck(Agreement),
+    Established(Agreement),
     Failed(HandshakeError),
 }
 
@@ -60,16 +112,23 @@ impl State {
     /// Which message is due, in words.
     fn due(&self) -> &'static str {
         match self {
-            Self::AwaitOpening => "ExchangeMetadata, or ShareMemoryByFilePath of version 2",
-            Self::AwaitAnnouncement => "ShareMemoryByFilePath or ShareMemoryByMemfd",
+            Self::AwaitOpening => {
+                "ExchangeMetadata, Negotiation, or ShareMemoryByFilePath of version 2"
+            }
+            Self::AwaitAnnouncement(agreement) if agreement.wakeup == Wakeup::EventFd => {
+                "ShareMemoryByMemfd, since eventfds are to come"
+            }
+            Self::AwaitAnnouncement(_) => "ShareMemoryByFilePath or ShareMemoryByMemfd",
             Self::SendExchange
-            | Self::SendReady(_)
-            | Self::ReceiveDescriptors(_)
-            | Self::MapDescriptors(_)
+            | Self::SendSelection(..)
+            | Self::SendRefusal(..)
+            | Self::SendReady(..)
+            | Self::ReceiveDescriptors(..)
+            | Self::MapDescriptors(..)
             | Self::MapFiles(..)
-            | Self::SendAck => NOT_YET,
+            | Self::SendAck(_) => NOT_YET,
             Self::Established(_) => NOTHING_MORE,
-            Self::Failed(_) => NOTHING_AFTER_FAILURE,
+            Self::Refused(_) | Self::Failed(_) => NOTHING_AFTER_FAILURE,
         }
     }
 }
@@ -78,25 +137,33 @@ impl State {
 #[derive(Debug, Clone)]
 pub(crate) struct ServerHandshake {
     state: State,
+    abilities: Abilities,
 }
 
 impl ServerHandshake {
     /// A handshake of which nothing has happened yet.
-    pub(crate) fn new() -> Self {
-        Self { state: State::AwaitOpening }
+    pub(crate) fn new(abilities: Abilities) -> Self {
+        Self { state: State::AwaitOpening, abilities }
     }
 
     /// What the driver has to do next.
     pub(crate) fn step(&self) -> ServerStep<'_> {
         match &self.state {
             State::SendExchange => ServerStep::Send(&EXCHANGE),
-            State::SendReady(_) => ServerStep::Send(&READY),
-            State::SendAck => ServerStep::Send(&ACK),
-            State::ReceiveDescriptors(_) => ServerStep::ReceiveDescriptors,
-            State::MapDescriptors(paths) => ServerStep::MapDescriptors(paths),
-            State::MapFiles(_, paths) => ServerStep::MapFiles(paths),
-            State::Established(version) => ServerStep::Established(*version),
-            state @ (State::AwaitOpening | State::AwaitAnnouncement | State::Failed(_)) => {
+            State::SendSelection(message, _) | State::SendRefusal(message, _) => {
+                ServerStep::Send(message)
+            }
+            State::SendReady(agreement, _) => ServerStep::Send(reply(&READY, agreement)),
+            State::SendAck(agreement) => ServerStep::Send(reply(&ACK, agreement)),
+            State::ReceiveDescriptors(agreement, _) => {
+                let has_event_fds = agreement.wakeup == Wakeup::EventFd;
+                ServerStep::ReceiveDescriptors(MEMORIES + if has_event_fds { EVENT_FDS } else { 0 })
+            }
+            State::MapDescriptors(agreement, paths) => ServerStep::MapDescriptors(agreement, paths),
+            State::MapFiles(agreement, paths) => ServerStep::MapFiles(agreement, paths),
+            State::Established(agreement) => ServerStep::Established(agreement),
+            State::Refused(error) => ServerStep::Refused(error),
+            state @ (State::AwaitOpening | State::AwaitAnnouncement(_) | State::Failed(_)) => {
                 ServerStep::AwaitMessage(state.due())
             }
         }
@@ -107,9 +174,11 @@ impl ServerHandshake {
     /// Without effect when nothing was to be sent.
     pub(crate) fn sent(&mut self) {
         self.advance(|state| match state {
-            State::SendExchange => State::AwaitAnnouncement,
-            State::SendReady(paths) => State::ReceiveDescriptors(paths),
-            State::SendAck => State::Established(VERSION),
+            State::SendExchange => State::AwaitAnnouncement(Agreement::plain(ProtocolVersion::V3)),
+            State::SendSelection(_, agreement) => State::AwaitAnnouncement(agreement),
+            State::SendRefusal(_, error) => State::Refused(error),
+            State::SendReady(agreement, paths) => State::ReceiveDescriptors(agreement, paths),
+            State::SendAck(agreement) => State::Established(agreement),
             other => other,
         });
     }
@@ -119,7 +188,7 @@ impl ServerHandshake {
     /// Without effect when none were due.
     pub(crate) fn descriptors_received(&mut self) {
         self.advance(|state| match state {
-            State::ReceiveDescriptors(paths) => State::MapDescriptors(paths),
+            State::ReceiveDescriptors(agreement, paths) => State::MapDescriptors(agreement, paths),
             other => other,
         });
     }
@@ -129,9 +198,13 @@ impl ServerHandshake {
     /// Without effect when none were to be mapped.
     pub(crate) fn mapped(&mut self) {
         self.advance(|state| match state {
-            // Version 2 has no acknowledgement: its client is using the queues already.
-            State::MapFiles(ProtocolVersion::V2, _) => State::Established(ProtocolVersion::V2),
-            State::MapFiles(..) | State::MapDescriptors(_) => State::SendAck,
+            State::MapFiles(agreement, _) | State::MapDescriptors(agreement, _) => {
+                // Version 2 has no acknowledgement: its client is using the queues already.
+                match agreement.version {
+                    ProtocolVersion::V2 => State::Established(agreement),
+                    ProtocolVersion::V3 | ProtocolVersion::V4 => State::SendAck(agreement),
+                }
+            }
             other => other,
         });
     }
@@ -160,30 +233,76 @@ impl ServerHandshake {
     /// The state after a message.
     fn after(&self, version: u8, message: &Message) -> Result<State, HandshakeError> {
         match (&self.state, message) {
-            (State::AwaitOpening, Message::ExchangeMetadata) if version >= VERSION.as_u8() => {
+            (State::AwaitOpening, _) => self.after_opening(version, message),
+            (&State::AwaitAnnouncement(agreement), Message::ShareMemoryByFilePath(paths))
+                if agreement.wakeup != Wakeup::EventFd =>
+            {
+                require_version(agreement.version, version, message)?;
+                Ok(State::MapFiles(agreement, paths.clone()))
+            }
+            (&State::AwaitAnnouncement(agreement), Message::ShareMemoryByMemfd(paths)) => {
+                require_version(agreement.version, version, message)?;
+                Ok(State::SendReady(agreement, paths.clone()))
+            }
+            (State::Failed(error) | State::Refused(error), _) => Err(error.clone()),
+            (state, _) => Err(unexpected(state, message)),
+        }
+    }
+
+    /// The state after the first message.
+    fn after_opening(&self, version: u8, message: &Message) -> Result<State, HandshakeError> {
+        let (v2, v3, v4) = (ProtocolVersion::V2, ProtocolVersion::V3, ProtocolVersion::V4);
+        let highest = self.abilities.highest;
+        match message {
+            Message::ExchangeMetadata if version >= v3.as_u8() && highest >= v3 => {
                 Ok(State::SendExchange)
             }
-            (State::AwaitOpening, Message::ExchangeMetadata) => {
-                Err(HandshakeError::NoCommonVersion { peer: version, needed: VERSION.as_u8() })
+            // With a peer that could do more, it is this side that cannot.
+            Message::ExchangeMetadata => {
+                let needed = v3.as_u8().min(highest.as_u8());
+                Err(HandshakeError::NoCommonVersion { peer: version, needed })
             }
-            (State::AwaitOpening, Message::ShareMemoryByFilePath(paths))
-                if version == ProtocolVersion::V2.as_u8() =>
-            {
-                Ok(State::MapFiles(ProtocolVersion::V2, paths.clone()))
+            Message::ShareMemoryByFilePath(paths) if version == v2.message_byte() => {
+                Ok(State::MapFiles(Agreement::plain(v2), paths.clone()))
             }
-            (State::AwaitAnnouncement, Message::ShareMemoryByFilePath(paths)) => {
-                require_version(VERSION, version, message)?;
-                Ok(State::MapFiles(VERSION, paths.clone()))
+            Message::Negotiation(json) if highest >= v4 => Ok(self.negotiate(json)),
+            // As one that does not know the message: the client may fall back.
+            Message::Negotiation(_) => {
+                Err(HandshakeError::NoCommonVersion { peer: v4.as_u8(), needed: highest.as_u8() })
             }
-            (State::AwaitAnnouncement, Message::ShareMemoryByMemfd(paths)) => {
-                require_version(VERSION, version, message)?;
-                Ok(State::SendReady(paths.clone()))
+            _ => Err(unexpected(&self.state, message)),
+        }
+    }
+
+    /// The state after the client has said what it can do.
+    fn negotiate(&self, json: &[u8]) -> State {
+        let answer = |response: NegotiationResponse| {
+            let message = Message::Negotiation(response.encode().into());
+            let mut bytes = Vec::new();
+            let version = ProtocolVersion::V4.message_byte();
+            message.encode(version, &mut bytes).expect("an answer is short");
+            bytes
+        };
+        match NegotiationRequest::decode(json) {
+            Ok(request) if request.offers_version_4 => {
+                let features = self.abilities.select(request.features);
+                let shard = self.abilities.shard;
+                State::SendSelection(
+                    answer(NegotiationResponse::selecting(features, shard)),
+                    Agreement::negotiated(features, shard),
+                )
             }
-            (State::Failed(error), _) => Err(error.clone()),
-            (state, _) => Err(HandshakeError::Unexpected {
-                got: message.message_type().name(),
-                expected: state.due(),
-            }),
+            Ok(_) => State::SendRefusal(
+                answer(NegotiationResponse::refusal(
+                    VERSION_NOT_SUPPORTED,
+                    "this server negotiates version 4 only",
+                )),
+                HandshakeError::Version4NotOffered,
+            ),
+            Err(error) => State::SendRefusal(
+                answer(NegotiationResponse::refusal(JSON_PARSE_ERROR, &error.to_string())),
+                HandshakeError::Negotiation(error),
+            ),
         }
     }
 
@@ -193,10 +312,29 @@ impl ServerHandshake {
     }
 }
 
+fn unexpected(state: &State, message: &Message) -> HandshakeError {
+    HandshakeError::Unexpected { got: message.message_type().name(), expected: state.due() }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::tests::{every_message, paths};
     use super::*;
+
+    const ALL: Abilities = Abilities {
+        highest: ProtocolVersion::V4,
+        has_descriptors: true,
+        single_popper_lists: true,
+        shard: None,
+    };
+
+    fn fresh() -> ServerHandshake {
+        ServerHandshake::new(ALL)
+    }
+
+    fn request(features: Features) -> Message {
+        Message::Negotiation(NegotiationRequest::offering(features).encode().into())
+    }
 
     fn receive(
         server: &mut ServerHandshake,
@@ -213,8 +351,9 @@ mod tests {
         match server.step() {
             ServerStep::Send(bytes) => format!("send type {} version {}", bytes[7], bytes[6]),
             ServerStep::AwaitMessage(_) => "await".into(),
-            ServerStep::MapFiles(p) => format!("map files {}", *p == paths()),
-            ServerStep::MapDescriptors(p) => format!("map descriptors {}", *p == paths()),
+            ServerStep::MapFiles(_, p) => format!("map files {}", *p == paths()),
+            ServerStep::MapDescriptors(_, p) => format!("map descriptors {}", *p == paths()),
+            ServerStep::Established(agreement) => format!("Established({:?})", agreement.version),
             other => format!("{other:?}"),
         }
     }
@@ -224,23 +363,26 @@ mod tests {
 
     /// A server in every state, by name.
     fn in_every_state() -> Vec<(String, ServerHandshake, Allowed)> {
-        use MessageType::{ExchangeMetadata, ShareMemoryByFilePath, ShareMemoryByMemfd};
+        use MessageType::{
+            ExchangeMetadata, Negotiation, ShareMemoryByFilePath, ShareMemoryByMemfd,
+        };
         let mut all = Vec::new();
         let mut note = |server: &ServerHandshake, allowed: Allowed| {
             all.push((step(server), server.clone(), allowed));
         };
         let file = Message::ShareMemoryByFilePath(paths());
 
-        let mut v2 = ServerHandshake::new();
+        let mut v2 = fresh();
         let mut openings = vec![(2, ShareMemoryByFilePath)];
         openings.extend((3..=255).map(|version| (version, ExchangeMetadata)));
+        openings.push((0, Negotiation));
         note(&v2, openings);
         receive(&mut v2, 2, &file).unwrap();
         note(&v2, vec![]);
         v2.mapped();
         note(&v2, vec![]);
 
-        let mut v3 = ServerHandshake::new();
+        let mut v3 = fresh();
         receive(&mut v3, 3, &Message::ExchangeMetadata).unwrap();
         note(&v3, vec![]);
         v3.sent();
@@ -265,6 +407,25 @@ mod tests {
         v3.sent();
         note(&v3, vec![]);
 
+        let mut v4 = fresh();
+        receive(&mut v4, 0, &request(Features::default())).unwrap();
+        note(&v4, vec![]);
+        v4.sent();
+        note(&v4, vec![(0, ShareMemoryByFilePath), (0, ShareMemoryByMemfd)]);
+        let mut by_file = v4.clone();
+        receive(&mut by_file, 0, &file).unwrap();
+        note(&by_file, vec![]);
+        by_file.mapped();
+        note(&by_file, vec![]);
+        by_file.sent();
+        note(&by_file, vec![]);
+        receive(&mut v4, 0, &Message::ShareMemoryByMemfd(paths())).unwrap();
+        note(&v4, vec![]);
+
+        let mut refused = fresh();
+        receive(&mut refused, 0, &Message::Negotiation("[]".into())).unwrap();
+        note(&refused, vec![]);
+
         let names: Vec<_> = all.iter().map(|(name, ..)| name.as_str()).collect();
         assert_eq!(
             names,
@@ -278,10 +439,17 @@ mod tests {
                 "send type 6 version 3",
                 "Established(V3)",
                 "send type 7 version 3",
-                "ReceiveDescriptors",
+                "ReceiveDescriptors(2)",
                 "map descriptors true",
                 "send type 6 version 3",
                 "Established(V3)",
+                "send type 10 version 0",
+                "await",
+                "map files true",
+                "send type 6 version 0",
+                "Established(V4)",
+                "send type 7 version 0",
+                "send type 10 version 0",
             ]
         );
         all
@@ -309,8 +477,8 @@ mod tests {
                 }
             }
         }
-        // 13 states, 273 messages each; allowed are 254 openings and 2 announcements.
-        assert_eq!(refused, 13 * 273 - 254 - 2);
+        // 20 states, 283 messages each; allowed are 255 openings and 4 announcements.
+        assert_eq!(refused, 20 * 283 - 255 - 4);
     }
 
     #[test]
@@ -320,8 +488,8 @@ mod tests {
         let error = |server: &ServerHandshake, version, message| {
             receive(&mut server.clone(), version, message).unwrap_err()
         };
-        let mut server = ServerHandshake::new();
-        let expected = "ExchangeMetadata, or ShareMemoryByFilePath of version 2";
+        let mut server = fresh();
+        let expected = "ExchangeMetadata, Negotiation, or ShareMemoryByFilePath of version 2";
         assert_eq!(
             error(&server, 2, &Message::ExchangeMetadata),
             HandshakeError::NoCommonVersion { peer: 2, needed: 3 }
@@ -368,10 +536,134 @@ mod tests {
             );
             let expected = (
                 matches!(server.step(), ServerStep::Send(_)),
-                matches!(server.step(), ServerStep::ReceiveDescriptors),
-                matches!(server.step(), ServerStep::MapFiles(_) | ServerStep::MapDescriptors(_)),
+                matches!(server.step(), ServerStep::ReceiveDescriptors(_)),
+                matches!(server.step(), ServerStep::MapFiles(..) | ServerStep::MapDescriptors(..)),
             );
             assert_eq!(got, expected, "{name}");
         }
+    }
+
+    /// What a server with these abilities says to a request, and agrees on.
+    fn negotiate(
+        abilities: Abilities,
+        request: &Message,
+    ) -> (NegotiationResponse, ServerHandshake) {
+        let mut server = ServerHandshake::new(abilities);
+        receive(&mut server, 0, request).unwrap();
+        let ServerStep::Send(bytes) = server.step() else { panic!("{server:?}") };
+        let header = Header::decode(bytes.first_chunk().unwrap()).unwrap();
+        assert_eq!((header.version, header.message), (0, MessageType::Negotiation));
+        assert_eq!(header.length as usize, bytes.len());
+        let response = NegotiationResponse::decode(&bytes[HEADER_LEN..], Features::default());
+        server.sent();
+        (response.unwrap(), server)
+    }
+
+    #[test]
+    fn what_is_offered_is_selected_if_this_side_has_it() {
+        use std::time::Duration;
+        let polling = |micros| Some(Duration::from_micros(micros));
+        let all = Features { polling: polling(70), eventfd: true, single_popper_lists: true };
+        let two = Features { polling: None, ..all };
+        let none = Features::default();
+        let shard = Some(ShardIdentity { index: 1, count: 2 });
+        let table = [
+            (ALL, none, none, Wakeup::Socket),
+            (ALL, two, two, Wakeup::EventFd),
+            // Of two kinds of wake-up the first.
+            (ALL, all, Features { eventfd: false, ..all }, Wakeup::Polling(all.polling.unwrap())),
+            (
+                ALL,
+                Features { polling: polling(1), ..none },
+                Features { polling: polling(50), ..none },
+                Wakeup::Polling(Duration::from_micros(50)),
+            ),
+            (
+                ALL,
+                Features { polling: polling(u64::MAX), ..none },
+                Features { polling: polling(1_000_000), ..none },
+                Wakeup::Polling(Duration::from_secs(1)),
+            ),
+            (
+                Abilities { has_descriptors: false, ..ALL },
+                two,
+                Features { eventfd: false, ..two },
+                Wakeup::Socket,
+            ),
+            (
+                Abilities { single_popper_lists: false, ..ALL },
+                two,
+                Features { single_popper_lists: false, ..two },
+                Wakeup::EventFd,
+            ),
+        ];
+        for (abilities, offered, selected, wakeup) in table {
+            let abilities = Abilities { shard, ..abilities };
+            let (response, mut server) = negotiate(abilities, &request(offered));
+            assert_eq!(response, NegotiationResponse::selecting(selected, shard));
+            receive(&mut server, 0, &Message::ShareMemoryByMemfd(paths())).unwrap();
+            server.sent();
+            let descriptors = if wakeup == Wakeup::EventFd { 4 } else { 2 };
+            assert_eq!(server.step(), ServerStep::ReceiveDescriptors(descriptors));
+            server.descriptors_received();
+            server.mapped();
+            server.sent();
+            let single_popper_lists = selected.single_popper_lists;
+            let version = ProtocolVersion::V4;
+            let agreement = Agreement { version, wakeup, single_popper_lists, shard };
+            assert_eq!(server.step(), ServerStep::Established(&agreement));
+        }
+    }
+
+    #[test]
+    fn eventfds_come_with_memfds_only() {
+        let eventfd = Features { eventfd: true, ..Features::default() };
+        let (_, mut server) = negotiate(ALL, &request(eventfd));
+        let file = Message::ShareMemoryByFilePath(paths());
+        let error = receive(&mut server, 0, &file).unwrap_err();
+        let expected = "ShareMemoryByMemfd, since eventfds are to come";
+        let got = "ShareMemoryByFilePath";
+        assert_eq!(error, HandshakeError::Unexpected { got, expected });
+    }
+
+    #[test]
+    fn who_is_refused_is_told_why() {
+        let none = NegotiationRequest { offers_version_4: false, features: Features::default() };
+        for (json, code) in [
+            (none.encode(), VERSION_NOT_SUPPORTED),
+            (b"{".to_vec(), JSON_PARSE_ERROR),
+            (b"{\"supports_protocols\":[4]}".to_vec(), JSON_PARSE_ERROR),
+            (b"[[[[[[[[[[[[[[[[[[[[".to_vec(), JSON_PARSE_ERROR),
+        ] {
+            let (response, server) = negotiate(ALL, &Message::Negotiation(json.into()));
+            assert!(
+                matches!(&response, NegotiationResponse::Refused { code: c, .. } if c == code),
+                "{response:?}"
+            );
+            let ServerStep::Refused(error) = server.step() else { panic!("{server:?}") };
+            let is_named = match code {
+                VERSION_NOT_SUPPORTED => *error == HandshakeError::Version4NotOffered,
+                _ => matches!(error, HandshakeError::Negotiation(_)),
+            };
+            assert!(is_named, "{error:?}");
+        }
+    }
+
+    #[test]
+    fn a_server_of_an_older_version_does_not_know_the_newer_ones() {
+        let of = |highest| ServerHandshake::new(Abilities { highest, ..ALL });
+        let v3 = of(ProtocolVersion::V3);
+        let opening = request(Features::default());
+        assert_eq!(
+            receive(&mut v3.clone(), 0, &opening),
+            Err(HandshakeError::NoCommonVersion { peer: 4, needed: 3 })
+        );
+        receive(&mut v3.clone(), 3, &Message::ExchangeMetadata).unwrap();
+        let mut v2 = of(ProtocolVersion::V2);
+        assert_eq!(
+            receive(&mut v2.clone(), 3, &Message::ExchangeMetadata),
+            Err(HandshakeError::NoCommonVersion { peer: 3, needed: 2 })
+        );
+        receive(&mut v2, 2, &Message::ShareMemoryByFilePath(paths())).unwrap();
     }
 }

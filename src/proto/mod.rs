@@ -19,8 +19,42 @@ pub(crate) mod session;
 pub(crate) mod stream;
 pub(crate) mod window;
 
+use crate::config::Wakeup;
 use crate::error::HandshakeError;
-use crate::wire::{Message, ProtocolVersion};
+use crate::wire::{Features, Message, ProtocolVersion, ShardIdentity};
+
+/// What the two sides of a session have agreed on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Agreement {
+    pub(crate) version: ProtocolVersion,
+    pub(crate) wakeup: Wakeup,
+    /// Whether each side has buffer lists for itself.
+    pub(crate) single_popper_lists: bool,
+    /// Which shard the server is, if it said so.
+    pub(crate) shard: Option<ShardIdentity>,
+}
+
+impl Agreement {
+    /// A session of a version that has no features.
+    pub(crate) const fn plain(version: ProtocolVersion) -> Self {
+        Self { version, wakeup: Wakeup::Socket, single_popper_lists: false, shard: None }
+    }
+
+    /// A session of version 4 with these features.
+    fn negotiated(features: Features, shard: Option<ShardIdentity>) -> Self {
+        let wakeup = match features.polling {
+            // A server that grants another interval than it was asked for looks that often itself;
+            // this side looks as often as a timer can.
+            Some(interval) => {
+                Wakeup::Polling(interval.clamp(Wakeup::SHORTEST_INTERVAL, Wakeup::LONGEST_INTERVAL))
+            }
+            None if features.eventfd => Wakeup::EventFd,
+            None => Wakeup::Socket,
+        };
+        let single_popper_lists = features.single_popper_lists;
+        Self { version: ProtocolVersion::V4, wakeup, single_popper_lists, shard }
+    }
+}
 
 /// What is due when nothing is any more.
 const NOTHING_MORE: &str = "nothing more of the handshake";
@@ -35,13 +69,13 @@ fn require_version(
     version: u8,
     message: &Message,
 ) -> Result<(), HandshakeError> {
-    if version == agreed.as_u8() {
+    if version == agreed.message_byte() {
         Ok(())
     } else {
         Err(HandshakeError::VersionChanged {
             message: message.message_type().name(),
             got: version,
-            agreed: agreed.as_u8(),
+            agreed: agreed.message_byte(),
         })
     }
 }
@@ -51,7 +85,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::handshake_client::{ClientHandshake, ClientStep};
-    use super::handshake_server::{ServerHandshake, ServerStep};
+    use super::handshake_server::{Abilities, ServerHandshake, ServerStep};
     use super::*;
     use crate::wire::{Deframer, Header, MemoryKind, MemoryPaths, MessageType};
 
@@ -61,7 +95,8 @@ mod tests {
 
     /// One message of every type with every version that its header can carry.
     pub(super) fn every_message() -> Vec<(Header, Message)> {
-        let message = |kind| match kind {
+        let message = |kind| {
+            match kind {
             MessageType::ShareMemoryByFilePath => Message::ShareMemoryByFilePath(paths()),
             MessageType::SyncEvent => Message::SyncEvent,
             MessageType::StreamClose => Message::StreamClose { stream_id: 2 },
@@ -74,10 +109,15 @@ mod tests {
             MessageType::AckReadyRecvFd => Message::AckReadyRecvFd,
             MessageType::HotRestart => Message::HotRestart { epoch: 7 },
             MessageType::HotRestartAck => Message::HotRestartAck { epoch: 7 },
+            // Both a request and an answer.
+            MessageType::Negotiation => Message::Negotiation(Bytes::from_static(
+                br#"{"supports_protocols":[4],"selected_protocol":4,"sdk_name":"","sdk_version":""}"#,
+            )),
+        }
         };
         let mut messages = Vec::new();
         for kind in MessageType::ALL {
-            for version in 1..=u8::MAX {
+            for version in 0..=u8::MAX {
                 let mut bytes = Vec::new();
                 if message(kind).encode(version, &mut bytes).is_ok() {
                     let header = Header::decode(bytes.first_chunk().unwrap()).unwrap();
@@ -85,8 +125,17 @@ mod tests {
                 }
             }
         }
-        assert_eq!(messages.len(), 9 * 2 + 255);
+        assert_eq!(messages.len(), 9 * 3 + 255 + 1);
         messages
+    }
+
+    fn server() -> ServerHandshake {
+        ServerHandshake::new(Abilities {
+            highest: ProtocolVersion::HIGHEST,
+            has_descriptors: true,
+            single_popper_lists: true,
+            shard: None,
+        })
     }
 
     /// What went over the connection of two handshakes, and what was done besides.
@@ -104,7 +153,7 @@ mod tests {
     fn run(
         client: &mut ClientHandshake,
         server: &mut ServerHandshake,
-    ) -> (Transcript, ProtocolVersion, ProtocolVersion) {
+    ) -> (Transcript, Agreement, Agreement) {
         let mut transcript = Transcript::default();
         let (mut to_client, mut to_server) = (Deframer::new(10_000), Deframer::new(10_000));
         let put = |deframer: &mut Deframer, bytes: &[u8]| {
@@ -114,6 +163,7 @@ mod tests {
         for _ in 0..20 {
             let mut established = (None, None);
             match client.step() {
+                ClientStep::CreateMemory(_) => client.memory_created(),
                 ClientStep::Send(bytes) => {
                     transcript.client_sent.extend_from_slice(bytes);
                     put(&mut to_server, bytes);
@@ -128,7 +178,7 @@ mod tests {
                         client.receive(&header, &message).unwrap();
                     }
                 }
-                ClientStep::Established(version) => established.0 = Some(version),
+                ClientStep::Established(agreement) => established.0 = Some(*agreement),
             }
             match server.step() {
                 ServerStep::Send(bytes) => {
@@ -136,17 +186,17 @@ mod tests {
                     put(&mut to_client, bytes);
                     server.sent();
                 }
-                ServerStep::ReceiveDescriptors => {
+                ServerStep::ReceiveDescriptors(_) => {
                     if transcript.descriptors_received < transcript.descriptors_sent {
                         transcript.descriptors_received += 1;
                         server.descriptors_received();
                     }
                 }
-                ServerStep::MapFiles(paths) => {
+                ServerStep::MapFiles(_, paths) => {
                     transcript.mapped_files.push(paths.clone());
                     server.mapped();
                 }
-                ServerStep::MapDescriptors(paths) => {
+                ServerStep::MapDescriptors(_, paths) => {
                     transcript.mapped_descriptors.push(paths.clone());
                     server.mapped();
                 }
@@ -155,7 +205,8 @@ mod tests {
                         server.receive(&header, &message).unwrap();
                     }
                 }
-                ServerStep::Established(version) => established.1 = Some(version),
+                ServerStep::Established(agreement) => established.1 = Some(*agreement),
+                ServerStep::Refused(error) => panic!("{error}"),
             }
             if let (Some(client), Some(server)) = established {
                 assert!(to_client.is_empty() && to_server.is_empty());
@@ -167,12 +218,14 @@ mod tests {
 
     #[test]
     fn every_client_comes_to_terms_with_the_server() {
-        use ProtocolVersion::{V2, V3};
+        use ProtocolVersion::{V2, V3, V4};
         // Version, memory, what the client sends, what the server sends, whether descriptors go.
-        let table: [(_, _, &[u8], &[u8], usize); 3] = [
+        let table: [(_, _, &[u8], &[u8], usize); 5] = [
             (V2, MemoryKind::File, &[0], &[], 0),
             (V3, MemoryKind::File, &[4, 0], &[4, 6], 0),
             (V3, MemoryKind::Memfd, &[4, 5], &[4, 7, 6], 1),
+            (V4, MemoryKind::File, &[10, 0], &[10, 6], 0),
+            (V4, MemoryKind::Memfd, &[10, 5], &[10, 7, 6], 1),
         ];
         let types = |bytes: &[u8], version: ProtocolVersion| {
             let mut deframer = Deframer::new(10_000);
@@ -180,17 +233,19 @@ mod tests {
             deframer.commit(bytes.len());
             let mut types = Vec::new();
             while let Some((header, message)) = deframer.next_message().unwrap() {
-                assert_eq!(header.version, version.as_u8());
+                assert_eq!(header.version, version.message_byte());
                 types.push(message.message_type().as_u8());
             }
             assert!(deframer.is_empty());
             types
         };
         for (version, kind, client_sends, server_sends, descriptors) in table {
-            let mut client = ClientHandshake::new(version, kind, paths()).unwrap();
-            let mut server = ServerHandshake::new();
-            let (transcript, client, server) = run(&mut client, &mut server);
-            assert_eq!((client, server), (version, version));
+            let features = Features { single_popper_lists: true, ..Features::default() };
+            let mut client = ClientHandshake::new(version, kind, features, paths()).unwrap();
+            let (transcript, client, server) = run(&mut client, &mut server());
+            assert_eq!(client, server);
+            assert_eq!(client.version, version);
+            assert_eq!(client.single_popper_lists, version == V4);
             assert_eq!(types(&transcript.client_sent, version), client_sends);
             assert_eq!(types(&transcript.server_sent, version), server_sends);
             assert_eq!(transcript.descriptors_sent, descriptors);
@@ -239,8 +294,9 @@ mod tests {
             ),
         ];
         for ((version, kind, paths), (c2s, c2s_len), (s2c, s2c_len)) in table {
-            let mut client = ClientHandshake::new(version, kind, paths).unwrap();
-            let (transcript, ..) = run(&mut client, &mut ServerHandshake::new());
+            let none = Features::default();
+            let mut client = ClientHandshake::new(version, kind, none, paths).unwrap();
+            let (transcript, ..) = run(&mut client, &mut server());
             assert_eq!(transcript.client_sent, &c2s[..c2s_len]);
             assert_eq!(transcript.server_sent, &s2c[..s2c_len]);
         }

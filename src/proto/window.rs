@@ -41,6 +41,11 @@ impl SendWindow {
         self.sent.get()
     }
 
+    /// Whether something has gone over the socket.
+    pub(crate) fn has_used_socket(&self) -> bool {
+        self.socket_until.get() > 0
+    }
+
     /// Counts bytes that went over the socket.
     pub(crate) fn note_sent_over_socket(&self, size: u64) {
         self.note_sent(size);

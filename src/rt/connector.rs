@@ -12,8 +12,8 @@ use super::poller::Poller;
 use super::session::Session;
 use super::socket::Socket;
 use super::socket_path::{is_socket, shard_path, socket_identity};
-use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::config::{Config, ProtocolVersion};
+use crate::error::{Error, HandshakeError, Result};
 use crate::shm::access::PeerTrust;
 
 /// Connects to servers. Each session has its own shared memory.
@@ -65,7 +65,7 @@ impl Connector {
     /// than [configured](crate::ConfigBuilder::handshake_timeout).
     pub async fn connect(&self, path: impl AsRef<Path>) -> Result<Session> {
         let path = path.as_ref();
-        self.session(Socket::connect_unix(path)).await
+        self.session(async || Socket::connect_unix(path).await).await
     }
 
     /// Connects to shard `index` of the server at `path`: to `PATH.<index>`, where a
@@ -76,14 +76,29 @@ impl Connector {
     ///
     /// # Errors
     ///
-    /// As [`connect`](Self::connect), and [`Error::NoSuchShard`].
+    /// As [`connect`](Self::connect), and [`Error::NoSuchShard`]; in version 4
+    /// [`HandshakeError::OtherShard`] when a server says that it is another one.
     pub async fn connect_shard(&self, path: impl AsRef<Path>, index: usize) -> Result<Session> {
         let path = path.as_ref();
         let count = Self::shard_count(path)?;
         if index >= count {
             return Err(Error::NoSuchShard { index, count });
         }
-        self.connect(door_of(path, index)).await
+        self.connect_door(path, index).await
+    }
+
+    /// Connects to the door of shard `index`, of which it is known that it is there.
+    pub(super) async fn connect_door(&self, path: &Path, index: usize) -> Result<Session> {
+        let door = door_of(path, index);
+        let session = self.connect(&door).await?;
+        match session.shard() {
+            // Behind the door that all share is whoever it is dealt to.
+            Some(shard) if shard.index as usize != index && door != path => {
+                let (index, count, expected) = (shard.index, shard.count, index);
+                Err(HandshakeError::OtherShard { index, count, expected }.into())
+            }
+            _ => Ok(session),
+        }
     }
 
     /// How many shards the server at `path` has: as many as there are doors beside it, or one.
@@ -103,18 +118,29 @@ impl Connector {
     ///
     /// As [`connect`](Self::connect).
     pub async fn connect_tcp(&self, address: SocketAddr) -> Result<Session> {
-        self.session(Socket::connect_tcp(address)).await
+        self.session(async || Socket::connect_tcp(address).await).await
     }
 
     pub(super) fn config(&self) -> &Config {
         &self.config
     }
 
-    async fn session(&self, socket: impl Future<Output = Result<Socket>>) -> Result<Session> {
+    async fn session(&self, open: impl AsyncFn() -> Result<Socket>) -> Result<Session> {
         let config = &self.config;
         // Started before the handshake, it is ready behind it.
         Poller::current();
-        let connect = async { handshake::connect(socket.await?, config).await };
+        let connect = async {
+            match handshake::connect(open().await?, config, config.protocol).await {
+                Ok(established) => Ok(established),
+                Err(failed) if failed.may_fall_back && config.falls_back => {
+                    tracing::debug!(error = %failed.error, "no version 4, trying version 3");
+                    let version = ProtocolVersion::V3;
+                    let again = handshake::connect(open().await?, config, version).await;
+                    again.map_err(|failed| failed.error)
+                }
+                Err(failed) => Err(failed.error),
+            }
+        };
         let established = within(config, connect).await?;
         Ok(Session::start(established, config, self.trust))
     }

@@ -126,7 +126,8 @@ impl SessionInner {
     /// Gives a peer that has not said what it knows a moment to do so, once. A server says it when
     /// it maps the memory, which a client of version 2 does not wait for.
     pub(super) async fn give_time_to_say(self: &Rc<Self>) {
-        let is_unanswered = (self.role, self.version) == (Role::Client, ProtocolVersion::V2);
+        let is_unanswered =
+            (self.role, self.agreement.version) == (Role::Client, ProtocolVersion::V2);
         if !is_unanswered || self.credit.had_time.get() {
             return;
         }

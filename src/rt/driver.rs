@@ -77,6 +77,7 @@ impl SessionInner {
         if self.inbox.is_hung_up.get() || (is_paused && self.socket().is_hung_up()) {
             self.hang_up();
         }
+        self.send_kept_closes();
         self.send_kept_credit();
         self.wake_waiting(now);
         let sent = self.lanes.must_look.get();
@@ -112,7 +113,7 @@ impl SessionInner {
         let somebody_waits = !lanes.queue_waiting.is_empty() || !lanes.pool_waiting.is_empty();
         // While the socket is not read, nobody would hear a SyncEvent, or the end of what came.
         let is_paused = self.has_too_much_unread() || !self.inbox.closing.borrow().is_empty();
-        if somebody_waits || is_paused || self.credit.has_kept() {
+        if somebody_waits || is_paused || self.credit.has_kept() || self.has_kept_closes() {
             return Stay::Waiting;
         }
         let result = self.lanes.consumer.borrow_mut().try_sleep();

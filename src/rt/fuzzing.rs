@@ -3,6 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::rc::Rc;
@@ -12,15 +13,17 @@ use futures_lite::future::yield_now;
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use glommio::LocalExecutor;
 
+use super::doorbell::{Doorbell, create_event_fds};
 use super::handshake::{Established, SessionMemory};
 use super::peer::PeerCredentials;
 use super::session::Session;
 use super::socket::Socket;
 use super::stream::Stream;
 use super::tasks::TaskSet;
-use crate::config::{Config, ProtocolVersion, Spin};
+use crate::config::{Config, ProtocolVersion, Spin, Wakeup};
 use crate::error::Error;
 use crate::fuzzing::{BUFFER_LEN, CLASSES, Input, QUEUE_CAPACITY, poke};
+use crate::proto::Agreement;
 use crate::proto::session::Role;
 use crate::shm::chain::Chain;
 use crate::shm::manager::BufferManager;
@@ -58,12 +61,21 @@ struct Peer {
     producer: Producer<Region>,
     consumer: Consumer<Region>,
     held: Vec<Chain<Region>>,
+    /// What its messages carry.
+    version: u8,
+    /// What it rings at, if not by the socket; and what it is rung at.
+    eventfds: Option<(OwnedFd, OwnedFd)>,
 }
 
 async fn run(data: Vec<u8>) {
     let mut input = Input(&data);
     let first = input.byte().unwrap_or(0);
-    let (mut peer, established) = pair(if first & 1 == 0 { Role::Server } else { Role::Client });
+    let role = if first & 1 == 0 { Role::Server } else { Role::Client };
+    let version = if first & 8 == 0 { ProtocolVersion::V3 } else { ProtocolVersion::V4 };
+    let has_eventfds = first & 24 == 24;
+    let wakeup = if has_eventfds { Wakeup::EventFd } else { Wakeup::Socket };
+    let agreement = Agreement { version, wakeup, ..Agreement::plain(version) };
+    let (mut peer, established) = pair(role, agreement);
     let config = CONFIGS.with(|configs| Rc::clone(&configs[usize::from(first >> 1 & 1)]));
     let session = Session::start(established, &config, None);
     let manager = Rc::clone(&session.inner().lanes.manager);
@@ -146,8 +158,8 @@ async fn bytes(mut stream: Stream) -> Result<(), Error> {
 }
 
 /// Both sides of a session whose handshake is done.
-fn pair(role: Role) -> (Peer, Established) {
-    let layout = QueueLayout::for_version(ProtocolVersion::V3);
+fn pair(role: Role, agreement: Agreement) -> (Peer, Established) {
+    let layout = QueueLayout::for_version(agreement.version);
     let (buffer, buffer_fd) = Region::create_memfd(Path::new("fuzz"), BUFFER_LEN).expect("memory");
     let queue_len = queue::queues_len(QUEUE_CAPACITY);
     let (queues, queue_fd) = Region::create_memfd(Path::new("fuzz"), queue_len).expect("memory");
@@ -164,12 +176,33 @@ fn pair(role: Role) -> (Peer, Established) {
     let (ours, theirs) = if role == Role::Client { (client, server) } else { (server, client) };
     let (_, _, manager, producer, consumer) = ours;
     let memory = SessionMemory { producer, consumer, manager, files: Vec::new(), admitted: None };
-    let (version, peer) = (ProtocolVersion::V3, PeerCredentials::default());
-    let socket_here = Socket::connected(socket.into());
-    let established = Established { role, peer, socket: socket_here, version, memory };
+    let peer = PeerCredentials::default();
+    let (doorbell, eventfds) = match agreement.wakeup {
+        Wakeup::EventFd => {
+            let [near, far] = create_event_fds().expect("eventfds");
+            let own = |fd: &OwnedFd| fd.try_clone().expect("a descriptor");
+            let doorbell = Doorbell::event_fds(own(&near), own(&far)).expect("eventfds");
+            (doorbell, Some((far, near)))
+        }
+        _ => (Doorbell::Socket, None),
+    };
+    let socket = Socket::connected(socket.into());
+    let established = Established { role, peer, socket, agreement, memory, doorbell };
+    let version = agreement.version.message_byte();
     let (buffer, queues, manager, producer, consumer) = theirs;
-    let (sent, held) = (0, Vec::new());
-    (Peer { socket: other, sent, buffer, queues, manager, producer, consumer, held }, established)
+    let peer = Peer {
+        socket: other,
+        sent: 0,
+        buffer,
+        queues,
+        manager,
+        producer,
+        consumer,
+        held: Vec::new(),
+        version,
+        eventfds,
+    };
+    (peer, established)
 }
 
 impl Peer {
@@ -186,7 +219,15 @@ impl Peer {
         if let Ok(true) = self.producer.push(event) {
             self.producer.publish();
         }
-        self.send(&sync_event(3));
+        self.ring();
+    }
+
+    fn ring(&mut self) {
+        match &self.eventfds {
+            // More than it takes, at times.
+            Some((far, _)) => drop(nix::unistd::write(far.as_fd(), &(1u64 << 61).to_ne_bytes())),
+            None => self.send(&sync_event(self.version)),
+        }
     }
 
     fn act(&mut self, action: u8, input: &mut Input<'_>) {
@@ -211,7 +252,7 @@ impl Peer {
             5 => {
                 let data = input.bytes(usize::from(action) * 4);
                 let status = u32::from(input.byte().unwrap_or(0) % 4);
-                self.send(&fallback_header(3, stream_id, status, data.len() as u32));
+                self.send(&fallback_header(self.version, stream_id, status, data.len() as u32));
                 self.send(data);
             }
             6 => {
@@ -229,7 +270,8 @@ impl Peer {
                 self.consumer.publish();
                 self.held.truncate(usize::from(action / 12));
             }
-            _ => self.send(&sync_event(3)),
+            8 if action > 240 => self.send(&sync_event(self.version)),
+            _ => self.ring(),
         }
     }
 }

@@ -15,22 +15,26 @@ use nix::errno::Errno;
 
 use super::admission::{Admission, Admitted};
 use super::credit::show_extension;
+use super::doorbell::{Doorbell, create_event_fds};
 use super::peer::PeerCredentials;
 use super::socket::{Received, Socket};
-use crate::config::{Config, MemoryKind, ProtocolVersion};
+use crate::config::{Config, MemoryKind, ProtocolVersion, Wakeup};
 use crate::error::{Error, HandshakeError, MemoryError};
+use crate::proto::Agreement;
 use crate::proto::handshake_client::{ClientHandshake, ClientStep};
-use crate::proto::handshake_server::{ServerHandshake, ServerStep};
+use crate::proto::handshake_server::{Abilities, ServerHandshake, ServerStep};
 use crate::proto::session::Role;
 use crate::shm::leftovers;
 use crate::shm::manager::BufferManager;
 use crate::shm::queue::{self, Consumer, Producer};
 use crate::shm::region::{NewFile, Region, SharedFile};
 use crate::wire::layout::QueueLayout;
-use crate::wire::{Deframer, Header, MemoryPaths, Message};
+use crate::wire::{
+    Deframer, Features, Header, MAX_NEGOTIATION_LEN, MemoryPaths, Message, ShardIdentity,
+};
 
-/// The most bytes that a message of a handshake has: two paths of 4095 bytes and their lengths.
-const HANDSHAKE_MESSAGE_LEN: u32 = 8 + 2 * (2 + 4095);
+/// The most bytes that a message of a handshake has: more than two paths of 4095 bytes.
+const HANDSHAKE_MESSAGE_LEN: u32 = 8 + MAX_NEGOTIATION_LEN;
 
 /// How much memory of a file is set aside before other tasks get their turn: a quarter of a
 /// millisecond's work.
@@ -41,8 +45,16 @@ pub(super) struct Established {
     pub(super) role: Role,
     pub(super) peer: PeerCredentials,
     pub(super) socket: Socket,
-    pub(super) version: ProtocolVersion,
+    pub(super) agreement: Agreement,
     pub(super) memory: SessionMemory,
+    pub(super) doorbell: Doorbell,
+}
+
+/// Why a client's handshake failed.
+pub(super) struct ConnectError {
+    pub(super) error: Error,
+    /// Whether it was in the way of a server that does not know version 4.
+    pub(super) may_fall_back: bool,
 }
 
 /// Both memories of a session, from one side.
@@ -56,40 +68,88 @@ pub(super) struct SessionMemory {
     pub(super) admitted: Option<Admitted>,
 }
 
-/// The client's side. The caller bounds the time.
-pub(super) async fn connect(socket: Socket, config: &Config) -> Result<Established, Error> {
-    let peer = socket.peer()?;
-    peer.check(&config.allowed_peers)?;
+/// The client's side, opening with this version. The caller bounds the time.
+pub(super) async fn connect(
+    socket: Socket,
+    config: &Config,
+    version: ProtocolVersion,
+) -> Result<Established, ConnectError> {
+    let fixed = |error| ConnectError { error, may_fall_back: false };
+    let peer = socket.peer().map_err(fixed)?;
+    peer.check(&config.allowed_peers).map_err(|error| fixed(error.into()))?;
     if socket.is_tcp() && config.memory == MemoryKind::Memfd {
-        return Err(HandshakeError::DescriptorsOverTcp.into());
+        return Err(fixed(HandshakeError::DescriptorsOverTcp.into()));
     }
     let paths = new_paths(&config.path_prefix);
-    let (mut memory, descriptors) = create_memory(&paths, config).await?;
-    let mut handshake = ClientHandshake::new(config.protocol, config.memory, paths)?;
-    let mut inbox = Inbox::new();
-    let version = loop {
-        match handshake.step() {
-            ClientStep::Send(bytes) => {
-                send_all(&socket, bytes).await?;
-                handshake.sent();
-            }
-            ClientStep::SendDescriptors => {
-                let [buffer, queue] = descriptors.as_ref().expect("memfd memory has descriptors");
-                send_descriptors(&socket, buffer, queue).await?;
-                handshake.sent();
-            }
-            ClientStep::AwaitMessage(due) => {
-                let (header, message) = inbox.receive(&socket, due).await?;
-                handshake.receive(&header, &message)?;
-            }
-            ClientStep::Established(version) => break version,
+    let features = offered_features(config);
+    let mut handshake =
+        ClientHandshake::new(version, config.memory, features, paths.clone()).map_err(fixed)?;
+    let (agreement, created) = match drive_client(&mut handshake, &socket, &paths, config).await {
+        Ok(established) => established,
+        Err(error) => {
+            let may_fall_back = handshake.may_fall_back() && is_end_of_connection(&error);
+            return Err(ConnectError { error, may_fall_back });
         }
     };
-    if version == ProtocolVersion::V3 {
+    let Created { mut memory, doorbell, .. } = created;
+    if agreement.version != ProtocolVersion::V2 {
         // The server has mapped them; without their names nothing is left behind, come what may.
         memory.files.clear();
     }
-    Ok(Established { role: Role::Client, peer, socket, version, memory })
+    Ok(Established { role: Role::Client, peer, socket, agreement, memory, doorbell })
+}
+
+fn offered_features(config: &Config) -> Features {
+    Features {
+        polling: match config.wakeup {
+            Wakeup::Polling(interval) => Some(interval),
+            _ => None,
+        },
+        eventfd: config.wakeup == Wakeup::EventFd,
+        single_popper_lists: config.offers_single_popper_lists(),
+    }
+}
+
+/// Whether the peer ended the connection, rather than to say something.
+fn is_end_of_connection(error: &Error) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
+    matches!(error, Error::Handshake(HandshakeError::Closed { .. }))
+        || matches!(error, Error::Os { .. } if matches!(error.kind(), BrokenPipe | ConnectionReset))
+}
+
+async fn drive_client(
+    handshake: &mut ClientHandshake,
+    socket: &Socket,
+    paths: &MemoryPaths,
+    config: &Config,
+) -> Result<(Agreement, Created), Error> {
+    let mut inbox = Inbox::new();
+    let mut created = None;
+    loop {
+        match handshake.step() {
+            ClientStep::CreateMemory(agreement) => {
+                created = Some(create_memory(paths, config, agreement).await?);
+                handshake.memory_created();
+            }
+            ClientStep::Send(bytes) => {
+                send_all(socket, bytes).await?;
+                handshake.sent();
+            }
+            ClientStep::SendDescriptors => {
+                let created = created.as_ref().expect("memory is created before it is announced");
+                send_descriptors(socket, &created.descriptors).await?;
+                handshake.sent();
+            }
+            ClientStep::AwaitMessage(due) => {
+                let (header, message) = inbox.receive(socket, due).await?;
+                handshake.receive(&header, &message)?;
+            }
+            ClientStep::Established(&agreement) => {
+                let created = created.expect("no handshake ends without memory");
+                return Ok((agreement, created));
+            }
+        }
+    }
 }
 
 /// The server's side, with a peer that may be spoken to. The caller bounds the time.
@@ -98,12 +158,18 @@ pub(super) async fn accept(
     peer: PeerCredentials,
     config: &Config,
     admission: &Rc<Admission>,
+    shard: Option<ShardIdentity>,
 ) -> Result<Established, Error> {
-    let mut handshake = ServerHandshake::new();
+    let mut handshake = ServerHandshake::new(Abilities {
+        highest: config.accepted_protocol,
+        has_descriptors: !socket.is_tcp(),
+        single_popper_lists: config.single_popper_lists,
+        shard,
+    });
     let mut inbox = Inbox::new();
-    let mut descriptors = None;
-    let mut memory = None;
-    let version = loop {
+    let mut descriptors = Vec::new();
+    let mut mapped = None;
+    let agreement = loop {
         match handshake.step() {
             ServerStep::AwaitMessage(due) => {
                 let (header, message) = inbox.receive(&socket, due).await?;
@@ -116,28 +182,39 @@ pub(super) async fn accept(
                 send_all(&socket, bytes).await?;
                 handshake.sent();
             }
-            ServerStep::ReceiveDescriptors => {
-                descriptors = Some(inbox.receive_descriptors(&socket).await?);
+            ServerStep::ReceiveDescriptors(count) => {
+                descriptors = inbox.receive_descriptors(&socket, count).await?;
                 handshake.descriptors_received();
             }
-            ServerStep::MapDescriptors(_) => {
-                let [buffer, queue] = descriptors.take().expect("received a step before");
-                memory = Some(map_descriptors(buffer, queue, config, admission)?);
+            ServerStep::MapDescriptors(agreement, _) => {
+                let descriptors = std::mem::take(&mut descriptors);
+                mapped = Some(map_descriptors(descriptors, agreement, config, admission)?);
                 handshake.mapped();
             }
-            ServerStep::MapFiles(paths) => {
-                memory = Some(map_files(paths, peer, config, admission)?);
+            ServerStep::MapFiles(agreement, paths) => {
+                let memory = map_files(paths, peer, agreement, config, admission)?;
+                let doorbell = without_descriptors(agreement);
+                mapped = Some((memory, doorbell));
                 handshake.mapped();
             }
-            ServerStep::Established(version) => break version,
+            ServerStep::Refused(error) => return Err(error.clone().into()),
+            ServerStep::Established(&agreement) => break agreement,
         }
     };
-    let memory = memory.expect("no handshake ends without memory");
+    let (memory, doorbell) = mapped.expect("no handshake ends without memory");
     // What was found in memory that went away meanwhile is not worth much.
     if memory.manager.is_lost() || memory.consumer.is_lost() {
         return Err(MemoryError::Lost.into());
     }
-    Ok(Established { role: Role::Server, peer, socket, version, memory })
+    Ok(Established { role: Role::Server, peer, socket, agreement, memory, doorbell })
+}
+
+/// The doorbell of a session that has no eventfds.
+fn without_descriptors(agreement: &Agreement) -> Doorbell {
+    match agreement.wakeup {
+        Wakeup::Polling(interval) => Doorbell::Polling(interval),
+        Wakeup::Socket | Wakeup::EventFd => Doorbell::Socket,
+    }
 }
 
 /// What has arrived and is not yet a whole message.
@@ -180,8 +257,12 @@ impl Inbox {
         }
     }
 
-    /// The descriptors of the buffer memory and of the queue memory, in this order.
-    async fn receive_descriptors(&mut self, socket: &Socket) -> Result<[OwnedFd; 2], Error> {
+    /// So many descriptors: of the buffer memory, of the queue memory, and then of eventfds.
+    async fn receive_descriptors(
+        &mut self,
+        socket: &Socket,
+        expected: usize,
+    ) -> Result<Vec<OwnedFd>, Error> {
         if !self.deframer.is_empty() {
             return Err(HandshakeError::StrayBytes.into());
         }
@@ -192,10 +273,11 @@ impl Inbox {
                 .map_err(|error| Error::os("receive descriptors", error))?;
             match received {
                 Received::Bytes(_) => {
-                    return <[OwnedFd; 2]>::try_from(descriptors).map_err(|descriptors| {
-                        let got = descriptors.len();
-                        HandshakeError::Descriptors { got, expected: 2 }.into()
-                    });
+                    let got = descriptors.len();
+                    if got != expected {
+                        return Err(HandshakeError::Descriptors { got, expected }.into());
+                    }
+                    return Ok(descriptors);
                 }
                 Received::Nothing => socket.readable().await?,
                 Received::End => {
@@ -221,11 +303,12 @@ async fn send_all(socket: &Socket, mut bytes: &[u8]) -> Result<(), Error> {
     Ok(())
 }
 
-async fn send_descriptors(socket: &Socket, buffer: &OwnedFd, queue: &OwnedFd) -> Result<(), Error> {
+async fn send_descriptors(socket: &Socket, descriptors: &[OwnedFd]) -> Result<(), Error> {
+    let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
     // The peer has read all that was sent before and answered it, so there is room, unless it fills
     // our side with nonsense; then the handshake's time runs out.
     while !socket
-        .try_send_descriptors(&[buffer.as_fd(), queue.as_fd()])
+        .try_send_descriptors(&descriptors)
         .map_err(|error| Error::os("send descriptors", error))?
     {
         glommio::timer::sleep(std::time::Duration::from_millis(1)).await;
@@ -249,23 +332,30 @@ fn new_paths(prefix: &Path) -> MemoryPaths {
     MemoryPaths { queue: name("queue"), buffer: name("buffer") }
 }
 
-type Descriptors = Option<[OwnedFd; 2]>;
+/// What a client has made for a session.
+struct Created {
+    memory: SessionMemory,
+    doorbell: Doorbell,
+    /// What goes to the server: of memfd memory.
+    descriptors: Vec<OwnedFd>,
+}
 
 async fn create_memory(
     paths: &MemoryPaths,
     config: &Config,
-) -> Result<(SessionMemory, Descriptors), Error> {
+    agreement: &Agreement,
+) -> Result<Created, Error> {
     let queue_len = queue::queues_len(config.queue_capacity);
     let buffer_len = config.buffer_size as usize;
     if config.checks_memory {
         config.footprint(1, 1, 1).check_shared_memory()?;
     }
     let mut files = Vec::new();
-    let (buffer, queue, descriptors) = match config.memory {
+    let (buffer, queue, mut descriptors) = match config.memory {
         MemoryKind::Memfd => {
             let (buffer, buffer_fd) = Region::create_memfd(&paths.buffer, buffer_len)?;
             let (queue, queue_fd) = Region::create_memfd(&paths.queue, queue_len)?;
-            (buffer, queue, Some([buffer_fd, queue_fd]))
+            (buffer, queue, vec![buffer_fd, queue_fd])
         }
         MemoryKind::File => {
             leftovers::remove_once(&config.path_prefix);
@@ -277,14 +367,25 @@ async fn create_memory(
                 }
                 files.push(file.into_entry());
             }
-            (buffer, queue, None)
+            (buffer, queue, Vec::new())
         }
+    };
+    let doorbell = if agreement.wakeup == Wakeup::EventFd {
+        let event_fds = create_event_fds()?;
+        let duplicate =
+            |fd: &OwnedFd| fd.try_clone().map_err(|error| Error::os("duplicate an eventfd", error));
+        let doorbell = Doorbell::event_fds(duplicate(&event_fds[0])?, duplicate(&event_fds[1])?)?;
+        descriptors.extend(event_fds);
+        doorbell
+    } else {
+        without_descriptors(agreement)
     };
     let manager = BufferManager::create(&Rc::new(buffer), &config.slice_classes)?;
     show_extension(&manager, config, Role::Client);
-    let layout = QueueLayout::for_version(config.protocol);
+    let layout = QueueLayout::for_version(agreement.version);
     let (producer, consumer) = queue::create(&Rc::new(queue), config.queue_capacity, layout);
-    Ok((SessionMemory { producer, consumer, manager, files, admitted: None }, descriptors))
+    let memory = SessionMemory { producer, consumer, manager, files, admitted: None };
+    Ok(Created { memory, doorbell, descriptors })
 }
 
 /// Has the memory of a file set aside. What was free a moment ago, others may have been promised,
@@ -306,21 +407,31 @@ async fn reserve(file: &NewFile, len: usize, config: &Config) -> Result<(), Erro
 }
 
 fn map_descriptors(
-    buffer: OwnedFd,
-    queue: OwnedFd,
+    descriptors: Vec<OwnedFd>,
+    agreement: &Agreement,
     config: &Config,
     admission: &Rc<Admission>,
-) -> Result<SessionMemory, Error> {
+) -> Result<(SessionMemory, Doorbell), Error> {
+    let mut descriptors = descriptors.into_iter();
+    let (Some(buffer), Some(queue)) = (descriptors.next(), descriptors.next()) else {
+        unreachable!("as many as were expected came");
+    };
+    // The first one the client writes.
+    let doorbell = match (descriptors.next(), descriptors.next()) {
+        (Some(ours), Some(theirs)) => Doorbell::event_fds(theirs, ours)?,
+        _ => without_descriptors(agreement),
+    };
     let admitted = admission.session()?;
     let limit = config.limits.mapped_bytes;
     let buffer = Region::map_descriptor(buffer, "buffer", limit)?;
     let queue = Region::map_descriptor(queue, "queue", limit)?;
-    map_memory(buffer, queue, config, admitted)
+    Ok((map_memory(buffer, queue, agreement, config, admitted)?, doorbell))
 }
 
 fn map_files(
     paths: &MemoryPaths,
     peer: PeerCredentials,
+    agreement: &Agreement,
     config: &Config,
     admission: &Rc<Admission>,
 ) -> Result<SessionMemory, Error> {
@@ -329,7 +440,7 @@ fn map_files(
     let directory = config.path_prefix.parent().unwrap_or(Path::new("/"));
     let queue = Region::map_file(directory, &paths.queue, "queue", limit, peer.uid)?;
     let buffer = Region::map_file(directory, &paths.buffer, "buffer", limit, peer.uid)?;
-    let mut memory = map_memory(buffer, queue, config, admitted)?;
+    let mut memory = map_memory(buffer, queue, agreement, config, admitted)?;
     // Only now: a file that turned out to be something else is not this session's to remove.
     memory.files = vec![SharedFile::new(&paths.queue), SharedFile::new(&paths.buffer)];
     Ok(memory)
@@ -338,14 +449,14 @@ fn map_files(
 fn map_memory(
     buffer: Region,
     queue: Region,
+    agreement: &Agreement,
     config: &Config,
     admitted: Admitted,
 ) -> Result<SessionMemory, Error> {
     // Before this side keeps books on it.
     admitted.count_mapped(buffer.len() as u64)?;
     admitted.count_mapped(queue.len() as u64)?;
-    // Versions 2 and 3 have the same layout.
-    let layout = QueueLayout::for_version(ProtocolVersion::V3);
+    let layout = QueueLayout::for_version(agreement.version);
     let (producer, consumer) = queue::map(&Rc::new(queue), layout)?;
     let manager = BufferManager::map(&Rc::new(buffer))?;
     show_extension(&manager, config, Role::Server);

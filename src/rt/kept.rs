@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use super::backoff::Backoff;
-use super::connector::{Connector, door_of};
+use super::connector::Connector;
 use super::session::Session;
 use super::stream::Stream;
 use super::wakers::WakerList;
@@ -254,7 +254,7 @@ impl Kept {
     }
 
     async fn connect(&self, connector: &Connector, path: &Path) -> Result<Session> {
-        connector.connect(door_of(path, self.shard)).await
+        connector.connect_door(path, self.shard).await
     }
 }
 

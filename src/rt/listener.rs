@@ -34,6 +34,7 @@ use crate::config::Config;
 use crate::error::{Error, HandshakeError, Result};
 use crate::shm::access::PeerTrust;
 use crate::shm::leftovers;
+use crate::wire::ShardIdentity;
 
 /// How long accepting pauses when the process has no descriptor left for another connection.
 const OUT_OF_DESCRIPTORS_PAUSE: Duration = Duration::from_millis(20);
@@ -120,6 +121,8 @@ struct Shared {
     on_refused: RefCell<Option<OnRefused>>,
     authorize: RefCell<Option<Authorize>>,
     trust: Cell<Option<u64>>,
+    /// Which shard of a server this is.
+    shard: Cell<Option<ShardIdentity>>,
 }
 
 /// A session whose handshake is done, and what was handed over with its connection.
@@ -203,6 +206,7 @@ impl Listener {
             on_refused: RefCell::default(),
             authorize: RefCell::default(),
             trust: Cell::new(None),
+            shard: Cell::new(None),
         });
         // Started before the first handshake, it is ready behind it.
         Poller::current();
@@ -239,6 +243,12 @@ impl Listener {
 
     pub(super) fn trust_as(self, promise: Option<u64>) -> Self {
         self.shared.trust.set(promise);
+        self
+    }
+
+    /// Says to clients of version 4 which shard this is.
+    pub(super) fn as_shard(self, shard: ShardIdentity) -> Self {
+        self.shared.shard.set(Some(shard));
         self
     }
 
@@ -380,11 +390,13 @@ async fn shake_hands(
     shared: Weak<Shared>,
     place: PlaceTaken,
 ) {
-    let parts = |shared: Rc<Shared>| (Rc::clone(&shared.config), Rc::clone(&shared.admission));
-    let Some((config, admission)) = shared.upgrade().map(parts) else {
+    let parts = |shared: Rc<Shared>| {
+        (Rc::clone(&shared.config), Rc::clone(&shared.admission), shared.shard.get())
+    };
+    let Some((config, admission, shard)) = shared.upgrade().map(parts) else {
         return;
     };
-    let handshake = handshake::accept(connection, peer, &config, &admission);
+    let handshake = handshake::accept(connection, peer, &config, &admission, shard);
     let result = place.shake(within(&config, handshake)).await;
     // The listener may have gone meanwhile; then nobody wants the session.
     let Some(shared) = shared.upgrade() else {

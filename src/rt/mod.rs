@@ -7,7 +7,9 @@
 //! - [`socket`]: a connected socket: readiness, sending without waiting, descriptors.
 //! - [`handshake`]: drives the state machines of `proto` over a socket.
 //! - [`session`]: a session's state; [`driver`]: its turns; [`receiving`]: what arrives;
-//!   [`sending`]: what is sent; [`outbox`]: what waits for the socket.
+//!   [`sending`]: what is sent; [`outbox`]: what waits for the socket; [`overtaking`]: what must not
+//!   go over it yet.
+//! - [`doorbell`]: how a peer is woken otherwise than by the socket.
 //! - [`poller`]: the one task per core that polls the queues of active sessions.
 //! - [`watch`]: a look at all sessions from time to time, for peers that have stopped.
 //! - [`spin`]: for how long they are looked at before they sleep.
@@ -34,6 +36,7 @@ mod credit;
 mod deadline;
 mod dealer;
 mod door_lock;
+mod doorbell;
 mod drain;
 mod driver;
 #[cfg(any(test, fuzzing))]
@@ -43,6 +46,7 @@ mod kept;
 mod listener;
 mod loan;
 mod outbox;
+mod overtaking;
 mod own_core;
 mod peer;
 mod poller;

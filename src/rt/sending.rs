@@ -4,6 +4,7 @@
 use std::io;
 use std::rc::Rc;
 
+use super::doorbell::Doorbell;
 use super::outbox;
 use super::session::SessionInner;
 use super::stream::{Half, Halves, StreamInner};
@@ -56,11 +57,15 @@ impl SessionInner {
         let must_ring = {
             let mut producer = self.lanes.producer.borrow_mut();
             producer.publish();
-            producer.must_ring()
+            // A peer that looks from time to time is never woken.
+            !matches!(self.doorbell(), Doorbell::Polling(_)) && producer.must_ring()
         };
         if must_ring {
             self.counters.sync_events_sent.add(1);
-            self.send_message(&sync_event(self.version_byte()));
+            match self.doorbell() {
+                Doorbell::EventFds { theirs, .. } => self.ring_event_fd(theirs),
+                _ => self.send_message(&sync_event(self.version_byte())),
+            }
         }
     }
 
@@ -68,7 +73,7 @@ impl SessionInner {
     /// may want to know what this side knows.
     pub(super) fn show_up(self: &Rc<Self>) {
         if self.role == Role::Server
-            && self.version == ProtocolVersion::V2
+            && self.agreement.version == ProtocolVersion::V2
             && self.credit.is_known()
         {
             self.send_message(&sync_event(self.version_byte()));
@@ -120,6 +125,9 @@ impl SessionInner {
         if let OnClose::Tell(path) = on_close {
             // A stream on which nothing was sent is one that the peer never heard of.
             if stream.is_known_to_peer() {
+                // One that was about to use the socket may still have something in the queue.
+                let has_used = stream.sending.has_used_socket();
+                let path = if has_used || self.orders_paths() { path } else { Path::SharedMemory };
                 self.tell_closed(stream.id(), path);
             }
         }
@@ -184,6 +192,9 @@ impl SessionInner {
     }
 
     pub(super) fn tell_closed(self: &Rc<Self>, stream_id: u32, path: Path) {
+        if path == Path::SharedMemory && !self.orders_paths() {
+            return self.tell_closed_by_queue(stream_id);
+        }
         if path == Path::SharedMemory {
             let status = EventState::Closed.to_status();
             match self.send_event(Event { stream_id, offset: 0, status }) {

@@ -25,6 +25,7 @@ use super::socket::Socket;
 use super::socket_path::SocketPath;
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::wire::ShardIdentity;
 
 pub(super) type OnRefused = Arc<dyn Fn(usize, &Error) + Send + Sync>;
 
@@ -217,7 +218,10 @@ impl Core {
         let index = place.index;
         let shard = Shard::new(place, Arc::clone(&common.links[index]));
         wreck.borrow_mut().shard = Some(shard.clone());
-        let mut listener = Listener::at(door, config).trust_as(trust);
+        let count = common.links.len();
+        // A process has not that many threads.
+        let identity = ShardIdentity { index: index as u32, count: count as u32 };
+        let mut listener = Listener::at(door, config).trust_as(trust).as_shard(identity);
         let refusing = shard.clone();
         listener.on_refused(move |error| {
             refusing.note_refused();

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use super::admission::Admitted;
 use super::credit::Credit;
+use super::doorbell::Doorbell;
 use super::handshake::{Established, SessionMemory};
 use super::outbox::Outbox;
 use super::own_core::counting_foreign_wakes;
@@ -28,19 +29,20 @@ use super::spin::{After, SpinBudgets};
 use super::stream::{Stream, StreamInner};
 use super::wakers::WakerList;
 use super::watch::Movement;
-use crate::config::{Config, ProtocolVersion};
+use crate::config::{Config, ProtocolVersion, Wakeup};
 use crate::error::{Error, MemoryError, Result};
+use crate::proto::Agreement;
 use crate::proto::session::{Role, StreamTable};
 use crate::shm::manager::BufferManager;
 use crate::shm::queue::{Consumer, Producer};
 use crate::shm::region::{Region, SharedFile};
 use crate::stats::{Counters, PoolUsage, SessionStats};
-use crate::wire::Deframer;
+use crate::wire::{Deframer, ShardIdentity};
 
 /// Everything that both handles and tasks of a session share.
 pub(super) struct SessionInner {
     pub(super) role: Role,
-    pub(super) version: ProtocolVersion,
+    pub(super) agreement: Agreement,
     pub(super) config: Rc<Config>,
     pub(super) lanes: Lanes,
     pub(super) streams: RefCell<StreamTable<Rc<StreamInner>>>,
@@ -53,6 +55,7 @@ pub(super) struct SessionInner {
     pub(super) movement: Movement,
     peer: PeerCredentials,
     socket: Socket,
+    doorbell: Doorbell,
     outbox: Outbox,
     ending: Ending,
     _admitted: Option<Admitted>,
@@ -67,6 +70,8 @@ pub(super) struct Lanes {
     pub(super) queue_waiting: WakerList,
     /// Tasks that wait for free slices.
     pub(super) pool_waiting: WakerList,
+    /// Streams whose close waits for room in the send queue.
+    pub(super) kept_closes: RefCell<VecDeque<u32>>,
     /// Whether something was published since the peer's working flag was last looked at.
     pub(super) must_look: Cell<bool>,
 }
@@ -203,6 +208,10 @@ impl SessionInner {
         &self.outbox
     }
 
+    pub(super) fn doorbell(&self) -> &Doorbell {
+        &self.doorbell
+    }
+
     /// Why the session is over, if it is.
     pub(super) fn ended(&self) -> Option<Error> {
         self.ending.error.borrow().clone()
@@ -263,7 +272,16 @@ impl SessionInner {
 
     /// The version byte of this session's messages.
     pub(super) fn version_byte(&self) -> u8 {
-        self.version.as_u8()
+        self.agreement.version.message_byte()
+    }
+
+    /// Waits until the session is over.
+    pub(super) fn poll_ended(&self, context: &Context<'_>) -> Poll<Error> {
+        if let Some(error) = self.ended() {
+            return Poll::Ready(error);
+        }
+        self.ending.waiting.register(context, None);
+        Poll::Pending
     }
 
     fn poll_accept(&self, context: &Context<'_>) -> Poll<Result<Rc<StreamInner>>> {
@@ -357,12 +375,12 @@ pub struct Session {
 impl Session {
     /// Starts the session: from here on it reacts to the peer.
     pub(super) fn start(established: Established, config: &Rc<Config>, trust: Option<u64>) -> Self {
-        let Established { role, peer, socket, version, memory } = established;
+        let Established { role, peer, socket, agreement, memory, doorbell } = established;
         let SessionMemory { producer, consumer, manager, files, admitted } = memory;
         let credit = Credit::new(&manager, config, role);
         let inner = Rc::new(SessionInner {
             role,
-            version,
+            agreement,
             config: Rc::clone(config),
             lanes: Lanes {
                 producer: RefCell::new(producer),
@@ -370,6 +388,7 @@ impl Session {
                 manager,
                 queue_waiting: WakerList::default(),
                 pool_waiting: WakerList::default(),
+                kept_closes: RefCell::default(),
                 must_look: Cell::new(false),
             },
             streams: RefCell::new(StreamTable::new(role, config.limits.streams)),
@@ -398,6 +417,7 @@ impl Session {
             movement: Movement::default(),
             peer,
             socket,
+            doorbell,
             outbox: Outbox::default(),
             ending: Ending { files: RefCell::new(files), ..Ending::default() },
             _admitted: admitted,
@@ -414,6 +434,7 @@ impl Session {
         let foreign_wakes = Arc::clone(&inner.counters.cross_core_wakes);
         let reading = receiving::read_socket(Rc::clone(&inner));
         inner.poller.spawn(counting_foreign_wakes(reading, foreign_wakes));
+        inner.listen_at_doorbell();
         inner.poller.watch(&inner);
         // Events may be there already: a client of version 2 does not wait for an answer.
         inner.activate();
@@ -463,14 +484,7 @@ impl Session {
     /// Waits until the session is over and says why. Cancel-safe.
     pub async fn closed(&self) -> Error {
         let inner = self.inner();
-        poll_fn(|context| match inner.ended() {
-            Some(error) => Poll::Ready(error),
-            None => {
-                inner.ending.waiting.register(context, None);
-                Poll::Pending
-            }
-        })
-        .await
+        poll_fn(|context| inner.poll_ended(context)).await
     }
 
     /// Why the session is over, if it is.
@@ -493,7 +507,46 @@ impl Session {
 
     /// The protocol version that both sides agreed on.
     pub fn protocol(&self) -> ProtocolVersion {
-        self.inner().version
+        self.inner().agreement.version
+    }
+
+    /// How the sides wake each other.
+    pub fn wakeup(&self) -> Wakeup {
+        self.inner().agreement.wakeup
+    }
+
+    /// Whether each side takes slices from lists that are its own
+    /// (see [`single_popper_lists`](crate::ConfigBuilder::single_popper_lists)).
+    pub fn has_single_popper_lists(&self) -> bool {
+        self.inner().agreement.single_popper_lists
+    }
+
+    /// Which shard of its server the session is with, and how many there are, if the server has
+    /// said so: a [`Server`](crate::Server) does, in version 4.
+    ///
+    /// ```
+    /// use shmipc_glommio::{Config, Connector, Cores, ProtocolVersion, Server, Session};
+    ///
+    /// # let path = std::env::temp_dir().join(format!("shmipc-doc-shard-{}", std::process::id()));
+    /// # let path = path.to_str().unwrap();
+    /// let server = Server::builder(path).cores(Cores::Count(1)).start(|_shard| async {
+    ///     Ok::<_, shmipc_glommio::Error>(|session: Session| async move {
+    ///         session.closed().await;
+    ///         Ok::<_, shmipc_glommio::Error>(())
+    ///     })
+    /// })?;
+    /// # let path = path.to_owned();
+    /// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+    /// let config = Config::builder().protocol(ProtocolVersion::V4).build()?;
+    /// let session = Connector::new(config).connect(&path).await?;
+    /// let shard = session.shard().expect("a `Server` says so");
+    /// assert_eq!((shard.index, shard.count), (0, 1));
+    /// # shmipc_glommio::Result::<()>::Ok(()) }).unwrap().join().unwrap().unwrap();
+    /// # server.stop(std::time::Duration::from_secs(5))?;
+    /// # shmipc_glommio::Result::<()>::Ok(())
+    /// ```
+    pub fn shard(&self) -> Option<ShardIdentity> {
+        self.inner().agreement.shard
     }
 
     /// Who is at the other end.

@@ -13,6 +13,7 @@ use futures_lite::AsyncWrite;
 
 use super::deadline::Deadline;
 use super::loan::{Loan, Message};
+use super::overtaking::Overtaking;
 use super::session::{SessionGuard, SessionInner};
 use super::stream::{Half, StreamInner};
 use crate::error::{Error, Result};
@@ -60,11 +61,18 @@ pub struct WriteHalf {
     /// Until when the present write waits for free slices, before it leaves shared memory.
     pool_deadline: Option<Instant>,
     deadline: Deadline,
+    overtaking: Overtaking,
 }
 
 impl WriteHalf {
     pub(super) fn new(session: Rc<SessionGuard>, inner: Rc<StreamInner>) -> Self {
-        Self { session, inner, pool_deadline: None, deadline: Deadline::default() }
+        Self {
+            session,
+            inner,
+            pool_deadline: None,
+            deadline: Deadline::default(),
+            overtaking: Overtaking::default(),
+        }
     }
 
     #[inline]
@@ -361,6 +369,12 @@ impl WriteHalf {
         if session.outbox().is_full() {
             session.outbox().waiting().register(context, None);
             return self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed));
+        }
+        match session.poll_overtaking(&mut self.overtaking, context) {
+            Poll::Ready(result) => result?,
+            Poll::Pending => {
+                return self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed));
+            }
         }
         // Everything that was published before must be seen before; the peer drains its queue when
         // the message comes.

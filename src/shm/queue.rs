@@ -236,6 +236,26 @@ impl<M: Memory> Producer<M> {
             && memory.compare_exchange_u32(flag, 0, 1).is_ok()
     }
 
+    /// How many events the peer has been shown, ever.
+    pub(crate) fn published(&self) -> i64 {
+        self.published
+    }
+
+    /// Says that there is something to drain, to a peer that nobody wakes.
+    pub(crate) fn mark_working(&self) {
+        // It says so itself when it has drained: the argument of the module's page, without a bell.
+        let _ = self.ring.memory.compare_exchange_u32(self.ring.flag, 0, 1);
+    }
+
+    /// Whether the peer is done with the first `count` events: it has taken the next one, or has
+    /// drained all and said so, in answer to what was marked when they were published.
+    pub(crate) fn is_handled(&mut self, count: i64) -> Result<bool, MemoryError> {
+        let (head, _) = self.in_flight()?;
+        // Acquire, pairs with the peer's store of 0 behind a drained queue.
+        let is_drained = || self.ring.memory.load_u32(self.ring.flag, Ordering::Acquire) == 0;
+        Ok(head > count || (head == count && is_drained()))
+    }
+
     /// The peer's head of this moment, and how many published events it has not taken yet.
     pub(crate) fn in_flight(&mut self) -> Result<(i64, u32), MemoryError> {
         let head = self.ring.memory.load_i64(self.ring.head);

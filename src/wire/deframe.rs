@@ -211,7 +211,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::wire::message::tests::any_message;
+    use crate::wire::message::tests::{any_message, version_of};
     use crate::wire::{fallback_header, sync_event};
 
     const LIMIT: u32 = 4 << 20;
@@ -456,6 +456,11 @@ mod tests {
             ),
         ) {
             let mut bytes = Vec::new();
+            let with_version = |(message, version): (Message, u8)| {
+                let version = version_of(message.message_type(), version);
+                (message, version)
+            };
+            let messages: Vec<_> = messages.into_iter().map(with_version).collect();
             for (message, version) in &messages {
                 message.encode(*version, &mut bytes).unwrap();
             }
@@ -488,7 +493,7 @@ mod tests {
             let mut got = Vec::new();
             let mut bytes = Vec::new();
             for message in &messages {
-                message.encode(3, &mut bytes).unwrap();
+                message.encode(version_of(message.message_type(), 3), &mut bytes).unwrap();
             }
             for byte in bytes {
                 prop_assert_eq!(deframer.next_message(), Ok(None));
@@ -530,7 +535,7 @@ mod tests {
         ) {
             let mut bytes = Vec::new();
             for message in &messages {
-                message.encode(3, &mut bytes).unwrap();
+                message.encode(version_of(message.message_type(), 3), &mut bytes).unwrap();
             }
             for (index, byte) in changes {
                 let at = index.index(bytes.len());

@@ -22,6 +22,9 @@ pub const MAGIC: u16 = 0x7758;
 /// One more than the longest path that Linux takes; it counts the NUL that messages do not carry.
 pub(crate) const PATH_MAX: usize = 4096;
 
+/// The longest JSON that a Negotiation carries here, in bytes. Peers in the field send some 200.
+pub const MAX_NEGOTIATION_LEN: u32 = 16 << 10;
+
 /// Length of a header where arithmetic with the length field needs it.
 pub(super) const HEADER_LEN_U32: u32 = HEADER_LEN as u32;
 
@@ -32,16 +35,11 @@ pub const FALLBACK_HEADER_LEN: usize = 16;
 const SHARE_MEMORY_LEN: RangeInclusive<u32> =
     HEADER_LEN_U32 + 4..=HEADER_LEN_U32 + 4 + 2 * PATH_MAX as u32;
 
-impl TryFrom<u8> for ProtocolVersion {
-    type Error = WireError;
-
-    fn try_from(version: u8) -> Result<Self, WireError> {
-        match version {
-            2 => Ok(Self::V2),
-            3 => Ok(Self::V3),
-            other => Err(WireError::Version(other)),
-        }
-    }
+/// Whether a message that announces nothing can have this version byte.
+const fn is_message_byte(version: u8) -> bool {
+    version == ProtocolVersion::V4.message_byte()
+        || version == ProtocolVersion::V3.message_byte()
+        || version == ProtocolVersion::V2.message_byte()
 }
 
 /// What kind of message follows a header. The names are the spec's.
@@ -52,7 +50,7 @@ impl TryFrom<u8> for ProtocolVersion {
 ///
 /// assert_eq!(MessageType::from_u8(3), Ok(MessageType::FallbackData));
 /// assert_eq!(MessageType::FallbackData.as_u8(), 3);
-/// assert_eq!(MessageType::from_u8(10), Err(WireError::Type(10)));
+/// assert_eq!(MessageType::from_u8(11), Err(WireError::Type(11)));
 /// ```
 #[repr(u8)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -78,11 +76,17 @@ pub enum MessageType {
     HotRestart = 8,
     /// The client has moved to the new server.
     HotRestartAck = 9,
+    /// What both sides can do, in JSON. Version 4 only.
+    Negotiation = 10,
 }
+
+/// The shortest and the longest negotiation: an empty object, and the limit.
+const NEGOTIATION_LEN: RangeInclusive<u32> =
+    HEADER_LEN_U32 + 2..=HEADER_LEN_U32 + MAX_NEGOTIATION_LEN;
 
 impl MessageType {
     /// Every type, in the order of their numbers.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::ShareMemoryByFilePath,
         Self::SyncEvent,
         Self::StreamClose,
@@ -93,12 +97,13 @@ impl MessageType {
         Self::AckReadyRecvFd,
         Self::HotRestart,
         Self::HotRestartAck,
+        Self::Negotiation,
     ];
 
     /// The type that a header's last byte names.
     ///
     /// # Errors
-    /// [`WireError::Type`] when it names none that versions 2 and 3 have.
+    /// [`WireError::Type`] when it names none that versions 2 to 4 have.
     pub fn from_u8(byte: u8) -> Result<Self, WireError> {
         Self::ALL.get(usize::from(byte)).copied().ok_or(WireError::Type(byte))
     }
@@ -121,6 +126,7 @@ impl MessageType {
             Self::AckReadyRecvFd => "AckReadyRecvFd",
             Self::HotRestart => "HotRestart",
             Self::HotRestartAck => "HotRestartAck",
+            Self::Negotiation => "Negotiation",
         }
     }
 
@@ -137,12 +143,14 @@ impl MessageType {
             Self::ShareMemoryByFilePath | Self::ShareMemoryByMemfd => {
                 (SHARE_MEMORY_LEN, "12 to 8204")
             }
+            Self::Negotiation => (NEGOTIATION_LEN, "10 to 16392"),
         }
     }
 }
 
 const _: () = {
     assert!(*SHARE_MEMORY_LEN.start() == 12 && *SHARE_MEMORY_LEN.end() == 8204);
+    assert!(*NEGOTIATION_LEN.start() == 10 && *NEGOTIATION_LEN.end() == 16392);
     let mut number = 0;
     while number < MessageType::ALL.len() {
         assert!(MessageType::ALL[number] as usize == number);
@@ -165,7 +173,8 @@ const _: () = {
 pub struct Header {
     /// Length of the whole message in bytes, these eight included.
     pub length: u32,
-    /// The protocol version; in an ExchangeMetadata the highest that the sender knows.
+    /// The [version byte](ProtocolVersion::message_byte); in an ExchangeMetadata the highest version
+    /// that the sender knows.
     pub version: u8,
     /// What follows.
     pub message: MessageType,
@@ -195,11 +204,6 @@ impl Header {
         if magic != MAGIC {
             return Err(WireError::Magic(magic));
         }
-        // Before the type: a version 4 peer opens with version 0 and a type unknown here, and that
-        // it speaks another version is the more helpful thing to say.
-        if version == 0 {
-            return Err(WireError::Version(version));
-        }
         let length = u32::from_be_bytes([l0, l1, l2, l3]);
         let header = Self { length, version, message: MessageType::from_u8(message)? };
         header.check()?;
@@ -208,10 +212,14 @@ impl Header {
 
     /// Whether version and length are possible for this type of message.
     pub(super) fn check(&self) -> Result<(), WireError> {
-        // A peer announces its highest version here, and that may be one of the future.
-        let announces = self.message == MessageType::ExchangeMetadata && self.version != 0;
-        if !announces {
-            ProtocolVersion::try_from(self.version)?;
+        let can_be = match self.message {
+            // A peer announces its highest version here, and that may be one of the future.
+            MessageType::ExchangeMetadata => self.version != 0,
+            MessageType::Negotiation => self.version == ProtocolVersion::V4.message_byte(),
+            _ => is_message_byte(self.version),
+        };
+        if !can_be {
+            return Err(WireError::Version(self.version));
         }
         let (lengths, expected) = self.message.lengths();
         if lengths.contains(&self.length) {
@@ -250,13 +258,14 @@ mod tests {
     }
 
     #[test]
-    fn only_an_announcement_may_carry_a_version_other_than_two_and_three() {
-        for message in 0..10 {
+    fn only_an_announcement_may_carry_a_version_other_than_that_of_messages() {
+        for message in 0..11 {
             let length = *MessageType::from_u8(message).unwrap().lengths().0.start();
             for version in 0..=u8::MAX {
                 let allowed = match message {
                     4 => version >= 1,
-                    _ => version == 2 || version == 3,
+                    10 => version == 0,
+                    _ => [0, 2, 3].contains(&version),
                 };
                 let expected = if allowed { Ok(()) } else { Err(WireError::Version(version)) };
                 let decoded = Header::decode(&bytes(length, version, message));
@@ -267,17 +276,15 @@ mod tests {
 
     #[test]
     fn an_unknown_type_is_refused() {
-        for message in 10..=u8::MAX {
+        for message in 11..=u8::MAX {
             assert_eq!(Header::decode(&bytes(16, 3, message)), Err(WireError::Type(message)));
         }
-        // What a version 4 client opens with.
-        assert_eq!(Header::decode(&bytes(100, 0, 10)), Err(WireError::Version(0)));
     }
 
     #[test]
     fn a_length_that_the_type_cannot_have_is_refused() {
         // Type, shortest, longest, straight from WIRE chapter 1.
-        let table = [
+        let table: [(u8, u32, u32); 11] = [
             (0, 12, 8204),
             (1, 8, 8),
             (2, 12, 12),
@@ -288,16 +295,18 @@ mod tests {
             (7, 8, 8),
             (8, 16, 16),
             (9, 16, 16),
+            (10, 10, 16392),
         ];
         for (message, shortest, longest) in table {
+            let version = if message == 10 { 0 } else { 3 };
             for length in [shortest, longest] {
-                let header = Header::decode(&bytes(length, 3, message)).unwrap();
+                let header = Header::decode(&bytes(length, version, message)).unwrap();
                 assert_eq!((header.length, header.message.as_u8()), (length, message));
             }
             for length in [0, 7, shortest - 1, longest.wrapping_add(1)] {
                 assert!(
                     matches!(
-                        Header::decode(&bytes(length, 3, message)),
+                        Header::decode(&bytes(length, version, message)),
                         Err(WireError::Length { length: l, .. }) if l == length
                     ),
                     "type {message} length {length}"
@@ -310,18 +319,6 @@ mod tests {
     fn a_name_is_that_of_the_variant() {
         for message in MessageType::ALL {
             assert_eq!(message.name(), format!("{message:?}"));
-        }
-    }
-
-    #[test]
-    fn versions_are_two_and_three() {
-        for version in 0..=u8::MAX {
-            let parsed = ProtocolVersion::try_from(version);
-            assert_eq!(parsed.is_ok(), version == 2 || version == 3);
-            if let Ok(parsed) = parsed {
-                assert_eq!(parsed.as_u8(), version);
-                assert!(parsed <= ProtocolVersion::HIGHEST);
-            }
         }
     }
 

@@ -76,7 +76,7 @@ const CACHE_LINE: u64 = 64;
 pub enum QueueLayout {
     /// Versions 2 and 3 on x86-64: head and tail are misaligned, at 4 and 12.
     PackedX86,
-    /// Everywhere else: head and tail are aligned, at 8 and 16.
+    /// Version 4, and everywhere else: head and tail are aligned, at 8 and 16.
     Aligned,
 }
 
@@ -91,6 +91,7 @@ impl QueueLayout {
                     Self::Aligned
                 }
             }
+            ProtocolVersion::V4 => Self::Aligned,
         }
     }
 

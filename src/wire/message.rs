@@ -15,7 +15,8 @@ use std::path::{Path, PathBuf};
 use bytes::{Buf, Bytes};
 
 use super::header::{
-    FALLBACK_HEADER_LEN, HEADER_LEN, HEADER_LEN_U32, Header, MessageType, PATH_MAX,
+    FALLBACK_HEADER_LEN, HEADER_LEN, HEADER_LEN_U32, Header, MAX_NEGOTIATION_LEN, MessageType,
+    PATH_MAX,
 };
 use crate::error::WireError;
 
@@ -135,6 +136,10 @@ pub enum Message {
         /// The epoch of the HotRestart that this answers.
         epoch: u64,
     },
+    /// What both sides can do, version 4's opening and the answer to it: JSON, for
+    /// [`NegotiationRequest`](super::NegotiationRequest) and
+    /// [`NegotiationResponse`](super::NegotiationResponse) to read.
+    Negotiation(Bytes),
 }
 
 impl Message {
@@ -151,6 +156,7 @@ impl Message {
             Self::AckReadyRecvFd => MessageType::AckReadyRecvFd,
             Self::HotRestart { .. } => MessageType::HotRestart,
             Self::HotRestartAck { .. } => MessageType::HotRestartAck,
+            Self::Negotiation(_) => MessageType::Negotiation,
         }
     }
 
@@ -188,6 +194,7 @@ impl Message {
             MessageType::HotRestartAck => {
                 Self::HotRestartAck { epoch: u64::from_be_bytes(exactly(header, payload)?) }
             }
+            MessageType::Negotiation => Self::Negotiation(Bytes::copy_from_slice(payload)),
             MessageType::SyncEvent => bare(header, payload, Self::SyncEvent)?,
             MessageType::ExchangeMetadata => bare(header, payload, Self::ExchangeMetadata)?,
             MessageType::AckShareMemory => bare(header, payload, Self::AckShareMemory)?,
@@ -203,13 +210,14 @@ impl Message {
 
     /// Appends the message, header included, to `out`.
     ///
-    /// `version` goes into the header: the agreed version or, for ExchangeMetadata, the sender's
-    /// highest.
+    /// `version` goes into the header: the [byte](super::ProtocolVersion::message_byte) of the
+    /// agreed version or, for ExchangeMetadata, the sender's highest.
     ///
     /// # Errors
     /// What could not be decoded again is refused, and then `out` is as it was: a path that is
     /// empty, holds a NUL or is longer than 4095 bytes, more than [`MAX_FALLBACK_DATA`] bytes of
-    /// data, and a version that this message cannot carry.
+    /// data, a negotiation that is empty or longer than 16 KiB, and a version that this message
+    /// cannot carry.
     pub fn encode(&self, version: u8, out: &mut Vec<u8>) -> Result<(), WireError> {
         let message = self.message_type();
         let payload_len = match self {
@@ -226,6 +234,8 @@ impl Message {
                 paths.check(message)?;
                 paths.encoded_len()
             }
+            // More is the same to the header's check, which refuses it.
+            Self::Negotiation(json) => json.len().min(MAX_NEGOTIATION_LEN as usize + 1),
         };
         let length = u32::try_from(HEADER_LEN + payload_len).unwrap_or(u32::MAX);
         let header = Header { length, version, message };
@@ -245,6 +255,7 @@ impl Message {
                 out.extend_from_slice(&status.to_be_bytes());
                 out.extend_from_slice(data);
             }
+            Self::Negotiation(json) => out.extend_from_slice(json),
             Self::SyncEvent
             | Self::ExchangeMetadata
             | Self::AckShareMemory
@@ -385,6 +396,11 @@ pub(crate) mod tests {
         Message::decode(&header(length, message), Bytes::copy_from_slice(payload))
     }
 
+    /// The version byte that a message of a kind can go with, among others.
+    pub(crate) fn version_of(message: MessageType, version: u8) -> u8 {
+        if message == MessageType::Negotiation { 0 } else { version }
+    }
+
     /// Any message that can go on the wire; paths need not be UTF-8.
     pub(crate) fn any_message(max_data: usize) -> impl Strategy<Value = Message> {
         let path = || {
@@ -405,6 +421,8 @@ pub(crate) mod tests {
             any::<u32>().prop_map(|stream_id| Message::StreamClose { stream_id }),
             any::<u64>().prop_map(|epoch| Message::HotRestart { epoch }),
             any::<u64>().prop_map(|epoch| Message::HotRestartAck { epoch }),
+            prop::collection::vec(any::<u8>(), 2..300)
+                .prop_map(|json| Message::Negotiation(json.into())),
             (any::<u32>(), any::<u32>(), data).prop_map(|(stream_id, status, data)| {
                 Message::FallbackData { stream_id, status, data: data.into() }
             }),
@@ -494,6 +512,8 @@ pub(crate) mod tests {
                 MessageType::StreamClose => payload == 4,
                 MessageType::HotRestart | MessageType::HotRestartAck => payload == 8,
                 MessageType::FallbackData => payload >= 8,
+                // Whether it is one, is found when it is read. Headers have their own limit.
+                MessageType::Negotiation => true,
                 // Zeros are two empty paths, and those are refused at any length.
                 MessageType::ShareMemoryByFilePath | MessageType::ShareMemoryByMemfd => false,
                 _ => payload == 0,
@@ -520,8 +540,13 @@ pub(crate) mod tests {
             let message = Message::ShareMemoryByFilePath(paths(queue, buffer));
             assert!(matches!(message.encode(3, &mut out), Err(WireError::Path { .. })));
         }
-        assert_eq!(Message::SyncEvent.encode(0, &mut out), Err(WireError::Version(0)));
+        assert_eq!(Message::SyncEvent.encode(1, &mut out), Err(WireError::Version(1)));
         assert_eq!(Message::SyncEvent.encode(4, &mut out), Err(WireError::Version(4)));
+        for (json, version) in [(1, 0), (MAX_NEGOTIATION_LEN as usize + 1, 0), (1 << 20, 0), (2, 3)]
+        {
+            let message = Message::Negotiation(vec![b' '; json].into());
+            assert!(message.encode(version, &mut out).is_err(), "{json} {version}");
+        }
         assert_eq!(Message::ExchangeMetadata.encode(0, &mut out), Err(WireError::Version(0)));
         assert_eq!(out, b"before");
         Message::ExchangeMetadata.encode(4, &mut out).unwrap();
@@ -546,6 +571,7 @@ pub(crate) mod tests {
             message in any_message(300),
             version in 2u8..=3,
         ) {
+            let version = version_of(message.message_type(), version);
             let mut bytes = Vec::new();
             message.encode(version, &mut bytes).unwrap();
             let header = Header::decode(bytes.first_chunk().unwrap()).unwrap();
@@ -576,7 +602,7 @@ pub(crate) mod tests {
 
         #[test]
         fn what_decodes_encodes_to_the_same_bytes(
-            message in 0u8..10,
+            message in 0u8..11,
             payload in prop_oneof![
                 prop::collection::vec(any::<u8>(), 0..24),
                 prop::collection::vec(0u8..4, 0..24),
@@ -585,8 +611,11 @@ pub(crate) mod tests {
             let message = MessageType::from_u8(message).unwrap();
             if let Ok(decoded) = decode(message, &payload) {
                 let mut bytes = Vec::new();
-                decoded.encode(3, &mut bytes).unwrap();
-                prop_assert_eq!(&bytes[8..], &payload[..]);
+                // An empty negotiation has no header that announces it.
+                let version = version_of(message, 3);
+                if decoded.encode(version, &mut bytes).is_ok() || payload.len() > 1 {
+                    prop_assert_eq!(&bytes[8..], &payload[..]);
+                }
             }
         }
     }

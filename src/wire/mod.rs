@@ -6,6 +6,7 @@
 //! - [`deframe`]: messages out of a byte stream that arrives in arbitrary pieces.
 //! - [`event`]: the elements of an IO queue.
 //! - [`extension`]: what two sides of this crate do beyond versions 2 and 3.
+//! - [`negotiation`]: what two sides of version 4 tell each other first.
 //! - [`layout`]: where things stand in the shared memory, and snapshots of its headers.
 //!
 //! Invariants: whatever these modules encode they also decode to the same value, and nothing that
@@ -19,12 +20,15 @@ pub mod extension;
 pub mod header;
 pub mod layout;
 pub mod message;
+pub mod negotiation;
 
 pub use deframe::Deframer;
 pub use event::{EVENT_LEN, Event, EventState};
 pub use extension::Extension;
-pub use header::{HEADER_LEN, Header, MAGIC, MessageType};
+pub use header::{HEADER_LEN, Header, MAGIC, MAX_NEGOTIATION_LEN, MessageType};
 pub use layout::{BufferManagerHeader, ListHeader, QueueHeader, QueueLayout, SliceHeader};
+pub use negotiation::{Features, NegotiationRequest, NegotiationResponse, ShardIdentity};
+
 pub use message::{MemoryPaths, Message, fallback_header, sync_event};
 
 pub use crate::config::{MemoryKind, ProtocolVersion};

@@ -19,6 +19,7 @@ use shmipc::session::{SessionManager, SessionManagerConfig};
 use shmipc::stream::Stream;
 use shmipc::transport::{DefaultUnixConnect, DefaultUnixListen};
 use shmipc::{Error, Listener};
+use shmipc_glommio::Wakeup;
 
 use super::payload::{Way, check, payload};
 
@@ -52,8 +53,11 @@ pub(crate) enum Role {
 pub(crate) struct Order {
     pub(crate) role: Role,
     pub(crate) address: String,
-    /// Whether the memory is files (version 2), if the peer makes it.
+    /// Whether the memory is files, if the peer makes it.
     pub(crate) is_file: bool,
+    /// How it asks to be woken in version 4, if it opens with that: otherwise with version 2 for
+    /// files, and with version 3 for memfds.
+    pub(crate) version_4: Option<Wakeup>,
     pub(crate) prefix: String,
     pub(crate) pool: u32,
     pub(crate) plan: Plan,
@@ -67,6 +71,12 @@ impl Order {
             format!("{:?}", self.role),
             self.address.clone(),
             self.is_file.to_string(),
+            match self.version_4 {
+                None => "old".into(),
+                Some(Wakeup::EventFd) => "eventfd".into(),
+                Some(Wakeup::Polling(interval)) => interval.as_micros().to_string(),
+                Some(_) => "socket".into(),
+            },
             self.prefix.clone(),
             self.pool.to_string(),
             plan.streams.to_string(),
@@ -87,6 +97,12 @@ impl Order {
             },
             address: field(),
             is_file: field() == "true",
+            version_4: match field().as_str() {
+                "old" => None,
+                "eventfd" => Some(Wakeup::EventFd),
+                "socket" => Some(Wakeup::Socket),
+                micros => Some(Wakeup::Polling(Duration::from_micros(micros.parse().unwrap()))),
+            },
             prefix: field(),
             pool: field().parse().unwrap(),
             plan: Plan {
@@ -196,7 +212,12 @@ fn config(order: &Order) -> Config {
     config.initialize_timeout = Duration::from_secs(10);
     config.mem_map_type =
         if order.is_file { MemMapType::MemMapTypeDevShmFile } else { MemMapType::MemMapTypeMemFd };
-    config
+    match order.version_4 {
+        None => config,
+        Some(Wakeup::EventFd) => config.with_v4_eventfd(),
+        Some(Wakeup::Polling(interval)) => config.with_v4_event_queue_polling(interval),
+        Some(_) => config.with_v4(),
+    }
 }
 
 fn address(order: &Order) -> SocketAddr {

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! How a session's peer is woken, and how this side hears that it is to wake up, apart from the
+//! socket: eventfds, and looking at the queue from time to time (version 4, WIRE chapter 2).
+//!
+//! # An eventfd whose other owner is not to be trusted
+//!
+//! Both sides have the same open file, so the peer can make it blocking and count it up to its
+//! limit at any time. A write would then wait, and the whole core with it; no flag of `write`, and no
+//! look before it, prevents that for good. The kernel itself counts up eventfds without ever waiting
+//! when something completes that they are registered for. So each session has a small io_uring of
+//! its own with the peer's eventfd registered, and to ring is to have nothing done by it: one system
+//! call, which costs as much as the write.
+//!
+//! Reading is done by glommio's io_uring. It waits without holding anybody up, unless the file is
+//! non-blocking: then the read fails at once, and the flag is taken off. The peer only writes to it,
+//! and an honest one never comes near the limit at which a write would wait.
+//!
+//! `unsafe` here: descriptors that change owners, and the submission of an operation that refers to
+//! no memory.
+
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::pin::pin;
+use std::rc::Rc;
+use std::time::Duration;
+
+use futures_lite::future::{or, yield_now};
+use glommio::io::BufferedFile;
+use io_uring::{IoUring, opcode};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::session::SessionInner;
+use crate::error::{Error, HandshakeError};
+
+/// How `/proc` shows an eventfd.
+const KIND: &str = "anon_inode:[eventfd]";
+
+/// How long a peer is left alone that makes the file non-blocking again.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// What a side reads, besides the socket, to be woken; and what it does to wake the peer.
+pub(super) enum Doorbell {
+    /// The socket alone, by SyncEvents.
+    Socket,
+    /// An eventfd each way.
+    EventFds {
+        /// Rings at the peer's.
+        theirs: Bell,
+        /// What the peer rings at, until somebody listens.
+        ours: Cell<Option<OwnedFd>>,
+    },
+    /// Nobody wakes anybody. Each side looks at its queue at this interval.
+    Polling(Duration),
+}
+
+impl Doorbell {
+    /// Takes over the eventfd that the peer reads, and the one that this side reads.
+    pub(super) fn event_fds(theirs: OwnedFd, ours: OwnedFd) -> Result<Self, Error> {
+        for fd in [&theirs, &ours] {
+            let kind = kind_of(fd.as_fd())?;
+            if kind != KIND {
+                return Err(HandshakeError::NotAnEventFd(kind).into());
+            }
+        }
+        let theirs = Bell::at(&theirs).map_err(|error| Error::os("set up an eventfd", error))?;
+        Ok(Self::EventFds { theirs, ours: Cell::new(Some(ours)) })
+    }
+}
+
+fn kind_of(fd: BorrowedFd<'_>) -> Result<String, Error> {
+    std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        .map(|target| target.to_string_lossy().into_owned())
+        .map_err(|error| Error::os("look at a descriptor", error))
+}
+
+/// The eventfds of a session, as its client makes them: the one that it writes, and the one that
+/// the server writes.
+///
+/// Not blocking for who reads in other implementations: they read until nothing is left.
+pub(super) fn create_event_fds() -> Result<[OwnedFd; 2], Error> {
+    let create = || {
+        EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map(OwnedFd::from)
+            .map_err(|errno| Error::os("create an eventfd", errno))
+    };
+    Ok([create()?, create()?])
+}
+
+/// Counts up an eventfd without ever waiting.
+pub(super) struct Bell {
+    /// Has the eventfd registered.
+    ring: RefCell<IoUring>,
+}
+
+impl Bell {
+    /// Does not keep the descriptor: the kernel has the file.
+    fn at(fd: &OwnedFd) -> io::Result<Self> {
+        let ring = IoUring::new(1)?;
+        ring.submitter().register_eventfd(fd.as_raw_fd())?;
+        Ok(Self { ring: RefCell::new(ring) })
+    }
+
+    fn ring(&self) -> io::Result<()> {
+        let mut ring = self.ring.borrow_mut();
+        let nothing = opcode::Nop::new().build();
+        // SAFETY: the operation refers to no memory and to no descriptor.
+        let pushed = unsafe { ring.submission().push(&nothing) };
+        // It is full only while the call below fails: then that is what there is to say.
+        let _ = pushed;
+        ring.submit()?;
+        // It is done at once. What completed needs to be taken, so that there is room.
+        ring.completion().for_each(drop);
+        Ok(())
+    }
+}
+
+impl SessionInner {
+    /// Wakes the peer, which sleeps.
+    pub(super) fn ring_event_fd(&self, bell: &Bell) {
+        match bell.ring() {
+            Ok(()) => {}
+            // Signals come: the operation is still there for the next try.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => self.ring_event_fd(bell),
+            Err(error) => self.fail(Error::os("ring at an eventfd", error)),
+        }
+    }
+
+    /// Starts what the session needs besides its socket to hear of the peer.
+    pub(super) fn listen_at_doorbell(self: &Rc<Self>) {
+        match self.doorbell() {
+            Doorbell::Socket => {}
+            Doorbell::EventFds { ours, .. } => {
+                if let Some(ours) = ours.take() {
+                    self.poller.spawn(read_event_fd(Rc::clone(self), ours));
+                }
+            }
+            &Doorbell::Polling(interval) => {
+                self.poller.spawn(look_at_intervals(Rc::clone(self), interval));
+            }
+        }
+    }
+
+    async fn is_over_at_last(&self) {
+        poll_fn(|context| self.poll_ended(context)).await;
+    }
+}
+
+/// The end of an eventfd that this side reads.
+struct Heard {
+    file: BufferedFile,
+}
+
+impl Heard {
+    fn new(fd: OwnedFd) -> Self {
+        // SAFETY: `into_raw_fd` gave up the ownership that the file takes over.
+        Self { file: unsafe { BufferedFile::from_raw_fd(fd.into_raw_fd()) } }
+    }
+
+    /// Waits until the peer rings. Cancel-safe: who comes back looks at the queue first.
+    async fn wait(&self) -> Result<(), Error> {
+        loop {
+            let error = match self.file.read_at(0, size_of::<u64>()).await {
+                Ok(_) => return Ok(()),
+                Err(error) => io::Error::from(error),
+            };
+            match error.raw_os_error().map(Errno::from_raw) {
+                Some(Errno::EINTR) => {}
+                Some(Errno::EAGAIN) => {
+                    self.make_blocking()?;
+                    glommio::timer::sleep(PAUSE).await;
+                }
+                _ => return Err(Error::os("wait for an eventfd", error)),
+            }
+        }
+    }
+
+    fn make_blocking(&self) -> Result<(), Error> {
+        // SAFETY: the descriptor is the file's, which lives as long as the borrow.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.file.as_raw_fd()) };
+        fcntl(fd, FcntlArg::F_SETFL(OFlag::empty()))
+            .map(drop)
+            .map_err(|errno| Error::os("set up an eventfd", errno))
+    }
+}
+
+/// Reads the eventfd for as long as the session lives.
+async fn read_event_fd(session: Rc<SessionInner>, fd: OwnedFd) {
+    let heard = Heard::new(fd);
+    if let Err(error) = heard.make_blocking() {
+        return session.fail(error);
+    }
+    let reading = async {
+        loop {
+            if let Err(error) = heard.wait().await {
+                return session.fail(error);
+            }
+            session.counters.sync_events_received.add(1);
+            session.look_for_extension();
+            session.activate();
+            // A peer that never stops ringing must not keep the core.
+            yield_now().await;
+        }
+    };
+    or(session.is_over_at_last(), reading).await;
+    let Heard { file } = heard;
+    // Not at the next look at io_uring, when that may be: descriptors are counted by others.
+    let _ = file.close().await;
+}
+
+/// Looks at the queue of a session that sleeps, for as long as it lives.
+async fn look_at_intervals(session: Rc<SessionInner>, interval: Duration) {
+    let mut over = pin!(session.is_over_at_last());
+    while !session.is_over() {
+        let due = async {
+            glommio::timer::sleep(interval).await;
+        };
+        or(&mut over, due).await;
+        if !session.activity.is_active.get() && !session.is_over() && session.has_events() {
+            session.activate();
+        }
+    }
+}
