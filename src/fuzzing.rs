@@ -17,6 +17,7 @@ use crate::shm::chain::Chain;
 use crate::shm::manager::BufferManager;
 use crate::shm::queue;
 use crate::shm::region::Region;
+use crate::shm::setup::ListSets;
 use crate::wire::layout::QueueLayout;
 use crate::wire::{Deframer, Event, Header, MemoryPaths, Message};
 
@@ -186,7 +187,7 @@ pub fn memories(data: &[u8]) {
     let layout = QueueLayout::for_version(ProtocolVersion::V3);
     let buffer = Rc::new(Region::heap(BUFFER_LEN));
     let queues = Rc::new(Region::heap(queue::queues_len(QUEUE_CAPACITY)));
-    drop(BufferManager::create(&buffer, &CLASSES).expect("there is room"));
+    drop(BufferManager::create(&buffer, &CLASSES, ListSets::Shared).expect("there is room"));
     drop(queue::create(&queues, QUEUE_CAPACITY, layout));
     if !is_honest {
         for _ in 0..input.byte().unwrap_or(0) {
@@ -194,7 +195,7 @@ pub fn memories(data: &[u8]) {
         }
     }
     let (Ok(manager), Ok((mut producer, mut consumer))) =
-        (BufferManager::map(&buffer), queue::map(&queues, layout))
+        (BufferManager::map(&buffer, ListSets::Shared), queue::map(&queues, layout))
     else {
         return;
     };

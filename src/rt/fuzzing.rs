@@ -26,6 +26,7 @@ use crate::shm::chain::Chain;
 use crate::shm::manager::BufferManager;
 use crate::shm::queue::{self, Consumer, Producer};
 use crate::shm::region::Region;
+use crate::shm::setup::ListSets;
 use crate::wire::layout::QueueLayout;
 use crate::wire::{Event, fallback_header, sync_event};
 
@@ -154,9 +155,10 @@ fn pair(role: Role) -> (Peer, Established) {
     let map = |fd| Rc::new(Region::map_descriptor(fd, "memory", 1 << 20).expect("a memfd"));
     let (other_buffer, other_queues) = (map(buffer_fd), map(queue_fd));
     let (buffer, queues) = (Rc::new(buffer), Rc::new(queues));
-    let manager = BufferManager::create(&buffer, &CLASSES).expect("there is room");
+    let manager =
+        BufferManager::create(&buffer, &CLASSES, ListSets::Shared).expect("there is room");
     let (producer, consumer) = queue::create(&queues, QUEUE_CAPACITY, layout);
-    let other_manager = BufferManager::map(&other_buffer).expect("honest");
+    let other_manager = BufferManager::map(&other_buffer, ListSets::Shared).expect("honest");
     let (other_producer, other_consumer) = queue::map(&other_queues, layout).expect("honest");
     let (socket, other) = UnixStream::pair().expect("a pair");
     let client = (buffer, queues, manager, producer, consumer);

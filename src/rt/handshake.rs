@@ -26,6 +26,7 @@ use crate::shm::leftovers;
 use crate::shm::manager::BufferManager;
 use crate::shm::queue::{self, Consumer, Producer};
 use crate::shm::region::{NewFile, Region, SharedFile};
+use crate::shm::setup::ListSets;
 use crate::wire::layout::QueueLayout;
 use crate::wire::{Deframer, Header, MemoryPaths, Message};
 
@@ -280,7 +281,7 @@ async fn create_memory(
             (buffer, queue, None)
         }
     };
-    let manager = BufferManager::create(&Rc::new(buffer), &config.slice_classes)?;
+    let manager = BufferManager::create(&Rc::new(buffer), &config.slice_classes, ListSets::Shared)?;
     show_extension(&manager, config, Role::Client);
     let layout = QueueLayout::for_version(config.protocol);
     let (producer, consumer) = queue::create(&Rc::new(queue), config.queue_capacity, layout);
@@ -347,7 +348,7 @@ fn map_memory(
     // Versions 2 and 3 have the same layout.
     let layout = QueueLayout::for_version(ProtocolVersion::V3);
     let (producer, consumer) = queue::map(&Rc::new(queue), layout)?;
-    let manager = BufferManager::map(&Rc::new(buffer))?;
+    let manager = BufferManager::map(&Rc::new(buffer), ListSets::Shared)?;
     show_extension(&manager, config, Role::Server);
     let (files, admitted) = (Vec::new(), Some(admitted));
     Ok(SessionMemory { producer, consumer, manager, files, admitted })

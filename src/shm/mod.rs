@@ -8,9 +8,10 @@
 //!
 //! - [`access`]: loads, stores and copies by offset, the one place with pointers to shared memory.
 //! - [`region`]: memory that is created or mapped, and its descriptors and files.
-//! - [`queue`]: the two IO queues. - [`list`]: the lists of free slices.
+//! - [`queue`]: the two IO queues. - [`list`]: the lists of free slices. - [`popper`]: the one side
+//!   that takes from a list, where the sides have agreed on that.
 //! - [`manager`]: all lists of one memory, by way of the [`ledger`] of slices that this side holds
-//!   and of a [`magazine`] for each list; [`setup`] lays a memory out, or checks one.
+//!   and of a [`magazine`] for each size ([`classes`]); [`setup`] lays a memory out, or checks one.
 //! - [`chain`]: slices that belong together, as owned values that give themselves back;
 //!   [`chain_queue`]: several of them; [`views`]: references into them.
 //!
@@ -21,6 +22,7 @@
 pub(crate) mod access;
 pub(crate) mod chain;
 pub(crate) mod chain_queue;
+mod classes;
 pub(crate) mod fault;
 mod ledger;
 pub(crate) mod leftovers;
@@ -29,7 +31,8 @@ mod magazine;
 pub(crate) mod manager;
 #[cfg(test)]
 mod models;
+mod popper;
 pub(crate) mod queue;
 pub(crate) mod region;
-mod setup;
+pub(crate) mod setup;
 pub(crate) mod views;

@@ -20,6 +20,7 @@ use super::chain::Chain;
 use super::list::BufferList;
 use super::manager::BufferManager;
 use super::queue::{self, Consumer, Producer};
+use super::setup::ListSets;
 use crate::config::SliceClass;
 use crate::error::MemoryError;
 use crate::wire::Event;
@@ -387,8 +388,9 @@ fn payload_is_whole_when_it_arrives_and_slices_come_back() {
     check(2, || {
         let len = 8 + list_len(SLICES as u32, 4) as usize;
         let memory = Rc::new(Modelled::new(len.next_multiple_of(4), &[]));
-        let ours = BufferManager::create(&memory, &[SliceClass::new(4, 100)]).unwrap();
-        let theirs = BufferManager::map(&memory).unwrap();
+        let ours =
+            BufferManager::create(&memory, &[SliceClass::new(4, 100)], ListSets::Shared).unwrap();
+        let theirs = BufferManager::map(&memory, ListSets::Shared).unwrap();
         let ((mut producer, _), (_, mut consumer)) = ends(4);
         let bell = Rc::new(Bell::default());
         let heard = Rc::clone(&bell);
