@@ -398,8 +398,8 @@ impl BufferList {
         let old = memory.swap_u32(tail_at, self.relative(last), Ordering::AcqRel);
         let old = self.slice(self.checked_place("list tail", old)?);
         memory.store_u32(old + SLICE_NEXT_OFFSET, self.relative(first), Ordering::Relaxed);
-        // Release, pairs with the acquire load of the flag in `has_next`. From here on the slice may
-        // be taken, and this side does not touch it any more.
+        // Release, pairs with the acquire load of the flag in `has_next`. From here on the slice
+        // may be taken, and this side does not touch it any more.
         memory.store_u8(old + SLICE_FLAGS_OFFSET, FLAG_HAS_NEXT, Ordering::Release);
         // At most the capacity, since this side holds that many.
         self.add_to_size(memory, places.len() as u32);
