@@ -17,6 +17,7 @@ use crate::shm::chain::Chain;
 use crate::shm::manager::BufferManager;
 use crate::shm::queue;
 use crate::shm::region::Region;
+use crate::shm::setup::{ListSets, Side};
 use crate::wire::layout::QueueLayout;
 use crate::wire::{Deframer, Event, Features, Header, MemoryPaths, Message, ShardIdentity};
 
@@ -211,11 +212,13 @@ pub(crate) const QUEUE_CAPACITY: u32 = 16;
 /// walk ends, and all slices that were taken come back.
 pub fn memories(data: &[u8]) {
     let mut input = Input(data);
-    let is_honest = input.byte().unwrap_or(0) % 4 != 0;
+    let first = input.byte().unwrap_or(0);
+    let is_honest = first % 4 != 0;
+    let sets = |side| if first & 16 == 0 { ListSets::Shared } else { ListSets::OnePerSide(side) };
     let layout = QueueLayout::for_version(ProtocolVersion::V3);
     let buffer = Rc::new(Region::heap(BUFFER_LEN));
     let queues = Rc::new(Region::heap(queue::queues_len(QUEUE_CAPACITY)));
-    drop(BufferManager::create(&buffer, &CLASSES).expect("there is room"));
+    drop(BufferManager::create(&buffer, &CLASSES, sets(Side::Client)).expect("there is room"));
     drop(queue::create(&queues, QUEUE_CAPACITY, layout));
     if !is_honest {
         for _ in 0..input.byte().unwrap_or(0) {
@@ -223,7 +226,7 @@ pub fn memories(data: &[u8]) {
         }
     }
     let (Ok(manager), Ok((mut producer, mut consumer))) =
-        (BufferManager::map(&buffer), queue::map(&queues, layout))
+        (BufferManager::map(&buffer, sets(Side::Server)), queue::map(&queues, layout))
     else {
         return;
     };

@@ -93,7 +93,7 @@ pub use rt::{
 pub use shm::access::PeerTrust;
 pub use shm::fault::disable_sigbus_guard;
 pub use shm::leftovers::remove_leftovers;
-pub use shm::manager::SliceUsage;
+pub use shm::manager::{ListOwner, SliceUsage};
 pub use stats::{PoolUsage, SessionStats};
 pub use wire::ShardIdentity;
 

@@ -101,7 +101,8 @@ pub struct SessionStats {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PoolUsage {
-    /// One entry per list, smallest slices first.
+    /// One entry per list, smallest slices first. Where each side has lists of its own, all of the
+    /// client's come before all of the server's.
     pub lists: Vec<SliceUsage>,
     /// Slices that received or half-written messages of this side hold.
     pub held: u32,

@@ -14,7 +14,7 @@ use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use glommio::LocalExecutor;
 
 use super::doorbell::{Doorbell, create_event_fds};
-use super::handshake::{Established, SessionMemory};
+use super::handshake::{Established, SessionMemory, list_sets};
 use super::peer::PeerCredentials;
 use super::session::Session;
 use super::socket::Socket;
@@ -29,6 +29,7 @@ use crate::shm::chain::Chain;
 use crate::shm::manager::BufferManager;
 use crate::shm::queue::{self, Consumer, Producer};
 use crate::shm::region::Region;
+use crate::shm::setup::Side;
 use crate::wire::layout::QueueLayout;
 use crate::wire::{Event, fallback_header, sync_event};
 
@@ -74,7 +75,8 @@ async fn run(data: Vec<u8>) {
     let version = if first & 8 == 0 { ProtocolVersion::V3 } else { ProtocolVersion::V4 };
     let has_eventfds = first & 24 == 24;
     let wakeup = if has_eventfds { Wakeup::EventFd } else { Wakeup::Socket };
-    let agreement = Agreement { version, wakeup, ..Agreement::plain(version) };
+    let single_popper_lists = version == ProtocolVersion::V4;
+    let agreement = Agreement { wakeup, single_popper_lists, ..Agreement::plain(version) };
     let (mut peer, established) = pair(role, agreement);
     let config = CONFIGS.with(|configs| Rc::clone(&configs[usize::from(first >> 1 & 1)]));
     let session = Session::start(established, &config, None);
@@ -166,9 +168,11 @@ fn pair(role: Role, agreement: Agreement) -> (Peer, Established) {
     let map = |fd| Rc::new(Region::map_descriptor(fd, "memory", 1 << 20).expect("a memfd"));
     let (other_buffer, other_queues) = (map(buffer_fd), map(queue_fd));
     let (buffer, queues) = (Rc::new(buffer), Rc::new(queues));
-    let manager = BufferManager::create(&buffer, &CLASSES).expect("there is room");
+    let manager = BufferManager::create(&buffer, &CLASSES, list_sets(&agreement, Side::Client))
+        .expect("there is room");
     let (producer, consumer) = queue::create(&queues, QUEUE_CAPACITY, layout);
-    let other_manager = BufferManager::map(&other_buffer).expect("honest");
+    let other_manager =
+        BufferManager::map(&other_buffer, list_sets(&agreement, Side::Server)).expect("honest");
     let (other_producer, other_consumer) = queue::map(&other_queues, layout).expect("honest");
     let (socket, other) = UnixStream::pair().expect("a pair");
     let client = (buffer, queues, manager, producer, consumer);

@@ -28,6 +28,7 @@ use crate::shm::leftovers;
 use crate::shm::manager::BufferManager;
 use crate::shm::queue::{self, Consumer, Producer};
 use crate::shm::region::{NewFile, Region, SharedFile};
+use crate::shm::setup::{ListSets, Side};
 use crate::wire::layout::QueueLayout;
 use crate::wire::{
     Deframer, Features, Header, MAX_NEGOTIATION_LEN, MemoryPaths, Message, ShardIdentity,
@@ -332,6 +333,11 @@ fn new_paths(prefix: &Path) -> MemoryPaths {
     MemoryPaths { queue: name("queue"), buffer: name("buffer") }
 }
 
+/// Whose the buffer lists are, seen from this side.
+pub(super) fn list_sets(agreement: &Agreement, side: Side) -> ListSets {
+    if agreement.single_popper_lists { ListSets::OnePerSide(side) } else { ListSets::Shared }
+}
+
 /// What a client has made for a session.
 struct Created {
     memory: SessionMemory,
@@ -380,7 +386,11 @@ async fn create_memory(
     } else {
         without_descriptors(agreement)
     };
-    let manager = BufferManager::create(&Rc::new(buffer), &config.slice_classes)?;
+    let manager = BufferManager::create(
+        &Rc::new(buffer),
+        &config.slice_classes,
+        list_sets(agreement, Side::Client),
+    )?;
     show_extension(&manager, config, Role::Client);
     let layout = QueueLayout::for_version(agreement.version);
     let (producer, consumer) = queue::create(&Rc::new(queue), config.queue_capacity, layout);
@@ -458,7 +468,7 @@ fn map_memory(
     admitted.count_mapped(queue.len() as u64)?;
     let layout = QueueLayout::for_version(agreement.version);
     let (producer, consumer) = queue::map(&Rc::new(queue), layout)?;
-    let manager = BufferManager::map(&Rc::new(buffer))?;
+    let manager = BufferManager::map(&Rc::new(buffer), list_sets(agreement, Side::Server))?;
     show_extension(&manager, config, Role::Server);
     let (files, admitted) = (Vec::new(), Some(admitted));
     Ok(SessionMemory { producer, consumer, manager, files, admitted })

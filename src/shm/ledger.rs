@@ -30,16 +30,19 @@ pub(super) struct Entry {
     pub(super) len: Cell<u32>,
     /// How many bytes the slice can hold.
     pub(super) capacity: u32,
+    /// Which of the sizes that is, so that a freed slice finds its magazine without a search.
+    pub(super) class: u8,
 }
 
 impl Entry {
-    pub(super) const fn of_capacity(capacity: u32) -> Self {
+    pub(super) const fn new(class: u8, capacity: u32) -> Self {
         Self {
             offset: Cell::new(0),
             next: Cell::new(NO_SLICE),
             start: Cell::new(0),
             len: Cell::new(0),
             capacity,
+            class,
         }
     }
 
@@ -58,10 +61,22 @@ impl Entry {
     }
 }
 
+/// Who takes slices from a list. Both sides give back to all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ListOwner {
+    /// Both sides.
+    Shared,
+    /// This side alone: the sides have agreed on a set of lists for each of them.
+    Own,
+    /// The peer alone.
+    Peer,
+}
+
 /// How many slices of one list are free, and how many there are.
 ///
 /// ```
-/// use shmipc_glommio::SliceUsage;
+/// use shmipc_glommio::{ListOwner, SliceUsage};
 ///
 /// fn bytes_in_use(usage: &SliceUsage) -> u64 {
 ///     let free = i64::from(usage.free) + i64::from(usage.magazine);
@@ -70,16 +85,20 @@ impl Entry {
 ///     used as u64 * u64::from(usage.slice_capacity)
 /// }
 ///
-/// let usage = SliceUsage { slice_capacity: 4076, free: 90, magazine: 8, total: 100 };
+/// let owner = ListOwner::Shared;
+/// let usage = SliceUsage { owner, slice_capacity: 4076, free: 90, magazine: 8, total: 100 };
 /// assert_eq!(bytes_in_use(&usage), 2 * 4076);
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SliceUsage {
+    /// Who takes slices from the list.
+    pub owner: ListOwner,
     /// Bytes of payload in each slice.
     pub slice_capacity: u32,
-    /// Slices in the list's free chain, by the list's own count, which the peer can write.
+    /// Slices in the list's free chain, by the list's own count, which the peer can write. While
+    /// slices are on their way it may be off by them, and below zero.
     pub free: i32,
-    /// Slices in this side's magazine, free too.
+    /// Slices of the list in this side's magazine, free too.
     pub magazine: u32,
     /// All slices of the list.
     pub total: u32,

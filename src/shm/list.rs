@@ -13,7 +13,8 @@
 //! slice is the head again, moves the head to where its links pointed *then* (ABA). After the swap
 //! the links are read again: slices that went through the other side's hands have other links, and
 //! the list is reported broken. The manager's ledger catches the rest as far as it can be caught: a
-//! slice that this side still holds can never be taken again.
+//! slice that this side still holds can never be taken again. Between two sides of this crate no
+//! list has two takers, if they have agreed on that: see [`popper`](super::popper).
 //!
 //! Whom it trusts: nobody. Where the list stands and how large its slices are is private. Every
 //! offset read from shared memory is checked against the grid of slices before it is followed;
@@ -62,6 +63,10 @@ impl Batch {
 
     pub(crate) fn places(&self) -> &[u32] {
         &self.places[..self.len]
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.len == 0
     }
 }
 
@@ -125,15 +130,26 @@ impl BufferList {
             return Err(too_small(needed));
         }
         let list = Self { header, capacity, slice_capacity };
-        let head = memory.load_u32(header + LIST_HEAD_OFFSET, Ordering::Acquire);
+        list.head(memory)?;
         let tail = memory.load_u32(header + LIST_TAIL_OFFSET, Ordering::Acquire);
-        if list.place(head).is_none() {
-            return field("list head", head, "no slice starts there");
-        }
-        if list.place(tail).is_none() {
-            return field("list tail", tail, "no slice starts there");
-        }
+        list.checked_place("list tail", tail)?;
         Ok(list)
+    }
+
+    /// Where the list says that its first free slice stands, from the end of its header. A slice
+    /// does start there.
+    pub(super) fn head<M: Memory>(&self, memory: &M) -> Result<u32, MemoryError> {
+        // Acquire, pairs with the compare-and-swap of another taker.
+        let head = memory.load_u32(self.header + LIST_HEAD_OFFSET, Ordering::Acquire);
+        self.checked_place("list head", head)?;
+        Ok(head)
+    }
+
+    /// Says where the first free slice stands, when only this side takes from the list.
+    pub(super) fn show_head<M: Memory>(&self, memory: &M, head: u32) {
+        // Relaxed: it pairs with nothing. The one side that takes slices does not read it back, and
+        // whoever looks at the list when all is quiet has been told so by other means.
+        memory.store_u32(self.header + LIST_HEAD_OFFSET, head, Ordering::Relaxed);
     }
 
     pub(crate) fn capacity(&self) -> u32 {
@@ -181,7 +197,11 @@ impl BufferList {
     }
 
     #[inline]
-    fn checked_place(&self, what: &'static str, relative: u32) -> Result<u32, MemoryError> {
+    pub(super) fn checked_place(
+        &self,
+        what: &'static str,
+        relative: u32,
+    ) -> Result<u32, MemoryError> {
         self.place(relative).ok_or(MemoryError::Field {
             what,
             value: u64::from(relative),
@@ -195,7 +215,7 @@ impl BufferList {
         memory.load_u32(self.header + LIST_SIZE_OFFSET, Ordering::Acquire).cast_signed()
     }
 
-    fn add_to_size<M: Memory>(&self, memory: &M, count: u32) -> i32 {
+    pub(super) fn add_to_size<M: Memory>(&self, memory: &M, count: u32) -> i32 {
         // Acquire and release: `size` counts slices whose links are written before it grows (in
         // `give`) and taken after it shrank (in `take`).
         memory.fetch_add_u32(self.header + LIST_SIZE_OFFSET, count, Ordering::AcqRel).cast_signed()
@@ -267,9 +287,10 @@ impl BufferList {
         Ok(Batch::EMPTY)
     }
 
-    /// Follows up to `want` links from `head`. Gives the slices on the way, and where the last link
-    /// leads. All of it is true only if the head has not moved meanwhile.
-    fn walk<M: Memory>(
+    /// Follows up to `want` links from `head`, [`MAX_BATCH`] at the most. Gives the slices on the
+    /// way, and where the last link leads. All of it is true only if the head has not moved
+    /// meanwhile.
+    pub(super) fn walk<M: Memory>(
         &self,
         memory: &M,
         head: u32,
@@ -278,19 +299,40 @@ impl BufferList {
         let mut batch = Batch::EMPTY;
         let mut relative = head;
         let mut place = self.checked_place("list head", head)?;
-        while batch.len < want {
-            let slice = self.slice(place);
-            // Acquire, pairs with the release store of the flag in `give`: `next` is written.
-            let flags = memory.load_u8(slice + SLICE_FLAGS_OFFSET, Ordering::Acquire);
-            if flags & FLAG_HAS_NEXT == 0 {
-                break;
-            }
+        while batch.len < want.min(MAX_BATCH) && self.has_next(memory, place) {
             batch.places[batch.len] = place;
             batch.len += 1;
-            relative = memory.load_u32(slice + SLICE_NEXT_OFFSET, Ordering::Acquire);
+            let next_at = self.slice(place) + SLICE_NEXT_OFFSET;
+            relative = memory.load_u32(next_at, Ordering::Acquire);
             place = self.checked_place("link of a free slice", relative)?;
         }
         Ok((batch, relative))
+    }
+
+    /// Whether another free slice is linked behind this one.
+    #[inline]
+    pub(super) fn has_next<M: Memory>(&self, memory: &M, place: u32) -> bool {
+        // Acquire, pairs with the release store of the flag in `give`: `next` is written.
+        let flags = memory.load_u8(self.slice(place) + SLICE_FLAGS_OFFSET, Ordering::Acquire);
+        flags & FLAG_HAS_NEXT != 0
+    }
+
+    /// Checks that the header of a slice is one of this list.
+    #[inline]
+    pub(super) fn check_capacity<M: Memory>(
+        &self,
+        memory: &M,
+        place: u32,
+    ) -> Result<(), MemoryError> {
+        let slice = self.slice(place);
+        // Relaxed: no list changes it after it was laid out.
+        let capacity = memory.load_u32(slice + SLICE_CAPACITY_OFFSET, Ordering::Relaxed);
+        if capacity == self.slice_capacity {
+            return Ok(());
+        }
+        // An offset always fits: the whole memory is below 4 GiB.
+        let (offset, limit) = (slice as u32, self.slice_capacity);
+        Err(MemoryError::SliceHeader { offset, what: "capacity", value: capacity, limit })
     }
 
     /// Checks that the links of the batch are still those that were walked, and that the headers
@@ -313,16 +355,13 @@ impl BufferList {
             };
             let next = memory.load_u32(slice + SLICE_NEXT_OFFSET, Ordering::Acquire);
             let flags = memory.load_u8(slice + SLICE_FLAGS_OFFSET, Ordering::Acquire);
-            let capacity = memory.load_u32(slice + SLICE_CAPACITY_OFFSET, Ordering::Relaxed);
             if flags & FLAG_HAS_NEXT == 0 {
                 return poison("flags of a free slice", u32::from(flags), 1);
             }
             if next != expected {
                 return poison("next of a free slice", next, expected);
             }
-            if capacity != self.slice_capacity {
-                return poison("capacity", capacity, self.slice_capacity);
-            }
+            self.check_capacity(memory, place)?;
         }
         Ok(())
     }
@@ -359,7 +398,8 @@ impl BufferList {
         let old = memory.swap_u32(tail_at, self.relative(last), Ordering::AcqRel);
         let old = self.slice(self.checked_place("list tail", old)?);
         memory.store_u32(old + SLICE_NEXT_OFFSET, self.relative(first), Ordering::Relaxed);
-        // Release, pairs with the acquire load of the flag in `take`.
+        // Release, pairs with the acquire load of the flag in `has_next`. From here on the slice
+        // may be taken, and this side does not touch it any more.
         memory.store_u8(old + SLICE_FLAGS_OFFSET, FLAG_HAS_NEXT, Ordering::Release);
         // At most the capacity, since this side holds that many.
         self.add_to_size(memory, places.len() as u32);

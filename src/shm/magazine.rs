@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A short private stack of free slices.
+//! A short private stack of free slices of one size.
 //!
 //! What was freed last is taken first, while its lines are still near; what lies at the bottom is
-//! the coldest and goes back to the shared list first. Private memory of one core: nothing here is
+//! the coldest and goes back to its shared list first. Private memory of one core: nothing here is
 //! seen by the peer.
 
 use std::cell::Cell;
 
 use super::manager::SliceId;
 
-/// Up to so many free slices of one list.
+/// Up to so many free slices of one size, whichever lists they stand in.
 pub(super) struct Magazine {
     slices: Box<[Cell<SliceId>]>,
     len: Cell<usize>,
@@ -53,6 +53,11 @@ impl Magazine {
         Some(self.slices[len].get())
     }
 
+    /// All of them, the coldest first.
+    pub(super) fn iter(&self) -> impl Iterator<Item = SliceId> {
+        self.slices[..self.len()].iter().map(Cell::get)
+    }
+
     /// Takes the coldest slices, as many as there are and `to` has room for. Gives how many.
     pub(super) fn take_coldest(&self, to: &mut [SliceId]) -> usize {
         let len = self.len.get();
@@ -78,6 +83,7 @@ mod tests {
         assert_eq!((magazine.limit(), magazine.pop()), (4, None));
         (1..=5).for_each(|id| magazine.push(id));
         assert_eq!(magazine.len(), 5);
+        assert!(magazine.iter().eq(1..=5));
         let mut cold = [0; 3];
         assert_eq!(magazine.take_coldest(&mut cold), 3);
         assert_eq!(cold, [1, 2, 3]);

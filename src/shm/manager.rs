@@ -13,10 +13,20 @@
 //!
 //! # Magazines
 //!
-//! A short private stack per list. Freed slices go there first and are the first to be taken
+//! A short private stack per size. Freed slices go there first and are the first to be taken
 //! again, while their lines are still near; the shared list is visited in batches. A magazine
 //! holds at most an eighth of its list, so it cannot starve the peer. While a session [rests] they
 //! are empty: nobody would come back to give their slices to the peer.
+//!
+//! # A set of lists for each side
+//!
+//! When both sides are of this crate and have agreed on it, every size has two lists, and a side
+//! takes from its own alone, as [`popper`](super::popper) says. The magazine of a size holds slices
+//! of both: the slice in which a request came is still the one that the reply goes out in,
+//! whichever list it stands in. What overflows goes back to the lists that it stands in. The bound
+//! is an eighth of the shorter list. So an idle side keeps at most an eighth of the peer's set from
+//! it; everything else that the peer misses is in messages that are read by one of the two, or wait
+//! to be.
 //!
 //! [rests]: BufferManager::set_resting
 
@@ -26,42 +36,25 @@ use std::sync::atomic::Ordering;
 
 use super::access::{Memory, PeerTrust};
 use super::chain::{Chain, ChainState, Parcel};
+use super::classes::{Class, Classes};
 use super::ledger::Entry;
-pub use super::ledger::SliceUsage;
+pub use super::ledger::{ListOwner, SliceUsage};
 pub(super) use super::ledger::{NO_SLICE, SliceId};
-use super::list::{BufferList, MAX_BATCH};
-use super::magazine::Magazine;
+use super::list::MAX_BATCH;
 use super::region::Region;
-use super::setup::{create_lists, map_lists};
+use super::setup::{ListSets, Lists, create_lists, map_lists};
 use crate::config::SliceClass;
 use crate::error::MemoryError;
 use crate::wire::Extension;
 use crate::wire::layout::{FLAG_HAS_NEXT, FLAG_IN_USE, SLICE_SIZE_OFFSET};
 
-/// The most slices that this side keeps a ledger for: 80 MiB of ledger.
-const MAX_SLICES: u64 = 4 << 20;
 /// The most chains whose memory is kept for the chains to come.
 const MAX_CHAIN_STATES: u32 = 4096;
-/// The most slices in a magazine.
-const MAX_MAGAZINE: usize = 2 * MAX_BATCH;
-
-struct Class {
-    list: BufferList,
-    /// Offset of the first byte behind the list. Fits: the whole memory does.
-    end: u32,
-    /// The ledger index of the list's first slice.
-    first: SliceId,
-    /// The ledger index behind that of its last slice.
-    behind: SliceId,
-    /// The private stack, the hottest slice last.
-    magazine: Magazine,
-}
 
 /// The buffer memory of one session, as one side sees it.
 pub(crate) struct BufferManager<M = Region> {
     memory: Rc<M>,
-    /// Smallest slices first.
-    classes: Vec<Class>,
+    classes: Classes,
     ledger: Box<[Entry]>,
     /// Kept for the chains to come, so that none of them allocates.
     chain_states: Cell<Option<Box<ChainState>>>,
@@ -80,40 +73,25 @@ pub(crate) struct BufferManager<M = Region> {
 
 impl<M: Memory> BufferManager<M> {
     /// Lays out the memory: every class gets its share of what the headers leave.
-    pub(crate) fn create(memory: &Rc<M>, classes: &[SliceClass]) -> Result<Rc<Self>, MemoryError> {
-        Self::with_lists(memory, &create_lists(&**memory, classes)?)
+    pub(crate) fn create(
+        memory: &Rc<M>,
+        classes: &[SliceClass],
+        sets: ListSets,
+    ) -> Result<Rc<Self>, MemoryError> {
+        Self::with_lists(memory, &create_lists(&**memory, classes, sets)?)
     }
 
     /// Checks a memory that the peer laid out.
-    pub(crate) fn map(memory: &Rc<M>) -> Result<Rc<Self>, MemoryError> {
-        Self::with_lists(memory, &map_lists(&**memory)?)
+    pub(crate) fn map(memory: &Rc<M>, sets: ListSets) -> Result<Rc<Self>, MemoryError> {
+        Self::with_lists(memory, &map_lists(&**memory, sets)?)
     }
 
-    fn with_lists(memory: &Rc<M>, lists: &[BufferList]) -> Result<Rc<Self>, MemoryError> {
-        let total: u64 = lists.iter().map(|list| u64::from(list.capacity())).sum();
-        if total > MAX_SLICES {
-            return Err(MemoryError::Field {
-                what: "number of slices",
-                value: total,
-                problem: "more than 4 194 304",
-            });
-        }
-        let mut first = 0;
-        let mut classes = Vec::with_capacity(lists.len());
-        let mut ledger = Vec::with_capacity(total as usize);
-        for &list in lists {
-            let entries = (0..list.capacity()).map(|_| Entry::of_capacity(list.slice_capacity()));
-            ledger.extend(entries);
-            let magazine = Magazine::new((list.capacity() as usize / 8).min(MAX_MAGAZINE));
-            let behind = first + list.capacity();
-            let end = list.end() as u32;
-            classes.push(Class { list, end, first, behind, magazine });
-            first = behind;
-        }
+    fn with_lists(memory: &Rc<M>, lists: &Lists) -> Result<Rc<Self>, MemoryError> {
+        let (classes, ledger) = Classes::new(&**memory, lists)?;
         Ok(Rc::new(Self {
             memory: Rc::clone(memory),
             classes,
-            ledger: ledger.into_boxed_slice(),
+            ledger,
             chain_states: Cell::new(None),
             kept_chain_states: Cell::new(0),
             trust: Cell::new(None),
@@ -208,15 +186,10 @@ impl<M: Memory> BufferManager<M> {
         self.held.get()
     }
 
-    /// The state of every list, smallest slices first.
+    /// The state of every list, smallest slices first; the client's before the server's, if each
+    /// side has its own.
     pub(crate) fn usage(&self) -> Vec<SliceUsage> {
-        let usage = |class: &Class| SliceUsage {
-            slice_capacity: class.list.slice_capacity(),
-            free: class.list.free(&*self.memory),
-            magazine: class.magazine.len() as u32,
-            total: class.list.capacity(),
-        };
-        self.classes.iter().map(usage).collect()
+        self.classes.usage(&*self.memory)
     }
 
     /// A writable chain that holds `len` bytes, or as much of it as there is when `partial`.
@@ -255,7 +228,7 @@ impl<M: Memory> BufferManager<M> {
         let mut missing = len;
         let mut has_slices = false;
         for class in self.classes.iter().rev() {
-            let capacity = class.list.slice_capacity() as usize;
+            let capacity = class.slice_capacity as usize;
             while missing > 0 {
                 // The last bytes go into a slice of their size.
                 let last = if missing < capacity { self.take_one_slice(missing)? } else { None };
@@ -297,8 +270,8 @@ impl<M: Memory> BufferManager<M> {
 
     #[inline]
     fn take_one_slice(&self, len: usize) -> Result<Option<SliceId>, MemoryError> {
-        for class in &self.classes {
-            if class.list.slice_capacity() as usize >= len
+        for class in self.classes.iter() {
+            if class.slice_capacity as usize >= len
                 && let Some(id) = self.take_from(class)?
             {
                 return Ok(Some(id));
@@ -309,9 +282,7 @@ impl<M: Memory> BufferManager<M> {
 
     /// Whether an allocation of `len` bytes has any chance now, without taking anything.
     pub(crate) fn might_allocate(&self) -> bool {
-        self.classes
-            .iter()
-            .any(|class| !class.magazine.is_empty() || class.list.free(&*self.memory) > 1)
+        self.classes.iter().any(|class| class.has_spare(&*self.memory))
     }
 
     #[inline]
@@ -328,12 +299,12 @@ impl<M: Memory> BufferManager<M> {
     fn fill(&self, class: &Class) -> Result<(), MemoryError> {
         let rests = self.is_resting.get();
         let want = if rests { 1 } else { (class.magazine.limit() / 2).clamp(1, MAX_BATCH) };
-        let batch = class.list.take(&*self.memory, want)?;
+        let batch = class.take(&*self.memory, want)?;
         // The first of the list is the last of the stack: taken in the list's order.
         for &place in batch.places().iter().rev() {
             let id = class.first + place;
             // It fits 32 bits: the whole memory does.
-            let offset = class.list.slice(place) as u32;
+            let offset = class.list().slice(place) as u32;
             let entry = self.entry(id);
             if entry.offset.get() != 0 {
                 return Err(MemoryError::SharedTwice { offset });
@@ -372,7 +343,7 @@ impl<M: Memory> BufferManager<M> {
 
     #[inline]
     fn adopt_slice(&self, offset: u32) -> Result<(SliceId, u32, Option<u32>), MemoryError> {
-        let (class, id) = self.locate(offset)?;
+        let id = self.classes.locate(offset).ok_or(MemoryError::Offset { offset })?;
         let entry = self.entry(id);
         if entry.offset.get() != 0 {
             return Err(MemoryError::SharedTwice { offset });
@@ -382,7 +353,7 @@ impl<M: Memory> BufferManager<M> {
         // Relaxed: the acquire load of the queue's tail ordered them, for an honest peer.
         let [capacity, len, start, next, flags] = memory.load_words(at);
         let [flags, ..] = flags.to_ne_bytes();
-        let limit = class.list.slice_capacity();
+        let limit = entry.capacity;
         let wrong = |what, value, limit| MemoryError::SliceHeader { offset, what, value, limit };
         if capacity != limit {
             return Err(wrong("capacity", capacity, limit));
@@ -396,23 +367,6 @@ impl<M: Memory> BufferManager<M> {
         entry.set(offset, start, len);
         self.held.set(self.held.get() + 1);
         Ok((id, capacity, (flags & FLAG_HAS_NEXT != 0).then_some(next)))
-    }
-
-    #[inline]
-    fn locate(&self, offset: u32) -> Result<(&Class, SliceId), MemoryError> {
-        let class = self.classes.iter().find(|class| offset < class.end);
-        let place = class.and_then(|class| Some((class, class.list.place_of_slice(offset)?)));
-        match place {
-            Some((class, place)) => Ok((class, class.first + place)),
-            None => Err(MemoryError::Offset { offset }),
-        }
-    }
-
-    #[inline]
-    fn class_of(&self, id: SliceId) -> &Class {
-        // Small slices are the common case and come first.
-        let class = self.classes.iter().find(|class| id < class.behind);
-        class.expect("a slice that was located before")
     }
 
     /// Hands over one held slice with `len` bytes in it.
@@ -489,28 +443,38 @@ impl<M: Memory> BufferManager<M> {
         let entry = self.entry(id);
         let next = entry.next.get();
         entry.set(entry.offset.get(), 0, 0);
-        let class = self.class_of(id);
+        let class = self.classes.get(entry.class);
         class.magazine.push(id);
         let rests = self.is_resting.get();
         if rests || class.magazine.len() > class.magazine.limit() {
             // The coldest half goes, in one batch; the hot end of the stack stays.
             let count = if rests { 1 } else { class.magazine.len().div_ceil(2) };
-            self.give_from(class, count);
+            self.give_from(entry.class, count);
         }
         next
     }
 
-    /// Puts the `count` coldest slices of a magazine back into its list, [`MAX_BATCH`] at the most.
+    /// Puts the `count` coldest slices of a magazine back into the lists that they stand in,
+    /// [`MAX_BATCH`] at the most.
     #[inline(never)]
-    fn give_from(&self, class: &Class, count: usize) {
-        let mut places = [0; MAX_BATCH];
-        let count = class.magazine.take_coldest(&mut places[..count.min(MAX_BATCH)]);
-        for place in &mut places[..count] {
-            self.entry(*place).offset.set(0);
-            *place -= class.first;
+    fn give_from(&self, class: u8, count: usize) {
+        let mut ids = [0; MAX_BATCH];
+        let magazine = &self.classes.get(class).magazine;
+        let count = magazine.take_coldest(&mut ids[..count.min(MAX_BATCH)]);
+        let ids = &ids[..count];
+        for &id in ids {
+            self.entry(id).offset.set(0);
         }
-        if let Err(error) = class.list.give(&*self.memory, &places[..count]) {
-            self.note_broken(error);
+        for stand in self.classes.stands_of(class) {
+            let mut places = [0; MAX_BATCH];
+            let mut len = 0;
+            for &id in ids.iter().filter(|&&id| stand.has(id)) {
+                places[len] = id - stand.first;
+                len += 1;
+            }
+            if let Err(error) = stand.list.give(&*self.memory, &places[..len]) {
+                self.note_broken(error);
+            }
         }
     }
 
@@ -521,8 +485,8 @@ impl<M: Memory> BufferManager<M> {
         if !rests {
             return;
         }
-        for class in &self.classes {
-            while !class.magazine.is_empty() {
+        for class in self.classes.numbers() {
+            while !self.classes.get(class).magazine.is_empty() {
                 self.give_from(class, MAX_BATCH);
             }
         }
@@ -545,24 +509,41 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use super::super::setup::Side;
     use super::*;
     use crate::wire::layout::{
-        LIST_HEAD_OFFSET, LIST_HEADER_LEN, MANAGER_HEADER_LEN, SLICE_CAPACITY_OFFSET,
-        SLICE_FLAGS_OFFSET, SLICE_NEXT_OFFSET, SLICE_START_OFFSET,
+        LIST_HEAD_OFFSET, LIST_HEADER_LEN, LIST_SIZE_OFFSET, LIST_TAIL_OFFSET, MANAGER_HEADER_LEN,
+        SLICE_CAPACITY_OFFSET, SLICE_FLAGS_OFFSET, SLICE_HEADER_LEN, SLICE_NEXT_OFFSET,
+        SLICE_START_OFFSET,
     };
 
     const CLASSES: [SliceClass; 3] =
         [SliceClass::new(64, 50), SliceClass::new(256, 30), SliceClass::new(1024, 20)];
 
+    const CLIENT: ListSets = ListSets::OnePerSide(Side::Client);
+    const SERVER: ListSets = ListSets::OnePerSide(Side::Server);
+
     type Sides = (Rc<Region>, Rc<BufferManager>, Rc<BufferManager>);
+
+    fn pair_with(len: usize, client: ListSets, server: ListSets) -> Sides {
+        let memory = Rc::new(Region::heap(len));
+        let client = BufferManager::create(&memory, &CLASSES, client).unwrap();
+        let server = BufferManager::map(&memory, server).unwrap();
+        (memory, client, server)
+    }
 
     /// One memory on the heap, as the client and as the server see it.
     fn pair(len: usize) -> Sides {
-        let memory = Rc::new(Region::heap(len));
-        let client = BufferManager::create(&memory, &CLASSES).unwrap();
-        let server = BufferManager::map(&memory).unwrap();
-        (memory, client, server)
+        pair_with(len, ListSets::Shared, ListSets::Shared)
     }
+
+    /// The same with a set of lists for each side.
+    fn pair_apart(len: usize) -> Sides {
+        pair_with(len, CLIENT, SERVER)
+    }
+
+    /// What has to hold with both kinds of sets.
+    const PAIRS: [fn(usize) -> Sides; 2] = [pair, pair_apart];
 
     fn message(manager: &Rc<BufferManager>, bytes: &[u8]) -> Chain {
         let mut chain = manager.allocate(bytes.len(), false).unwrap().unwrap();
@@ -585,14 +566,29 @@ mod tests {
         assert_eq!(client.usage(), server.usage());
         let capacities: Vec<_> = client.usage().iter().map(|list| list.slice_capacity).collect();
         assert_eq!(capacities, [64, 256, 1024]);
+        assert!(client.usage().iter().all(|list| list.owner == ListOwner::Shared));
         assert!(is_all_free(&client));
+    }
+
+    #[test]
+    fn with_a_set_for_each_side_what_is_ours_is_not_the_peers() {
+        let (_memory, client, server) = pair_apart(64 << 10);
+        let (ours, theirs) = (client.usage(), server.usage());
+        let capacities: Vec<_> = ours.iter().map(|list| list.slice_capacity).collect();
+        assert_eq!(capacities, [64, 256, 1024, 64, 256, 1024]);
+        let owners: Vec<_> = ours.iter().map(|list| list.owner).collect();
+        use ListOwner::{Own, Peer};
+        assert_eq!(owners, [Own, Own, Own, Peer, Peer, Peer]);
+        let owners: Vec<_> = theirs.iter().map(|list| list.owner).collect();
+        assert_eq!(owners, [Peer, Peer, Peer, Own, Own, Own]);
+        assert!(is_all_free(&client) && is_all_free(&server));
     }
 
     #[test]
     fn the_default_layout_of_one_mebibyte_is_that_of_shmipc_go() {
         let memory = Rc::new(Region::heap(1 << 20));
         let config = crate::Config::default();
-        BufferManager::create(&memory, &config.slice_classes).unwrap();
+        BufferManager::create(&memory, &config.slice_classes, ListSets::Shared).unwrap();
         let captured = include_bytes!("../../tests/vectors/buffer-1MiB-default-fresh.bin");
         let mut ours = vec![0; 1 << 20];
         memory.copy_out(0, &mut ours);
@@ -603,113 +599,126 @@ mod tests {
 
     #[test]
     fn a_message_takes_the_smallest_slice_that_holds_it_or_a_chain_of_large_ones() {
-        let (_memory, client, _) = pair(64 << 10);
-        for (len, slices) in [(0, 1), (1, 1), (64, 1), (65, 1), (1024, 1), (1025, 2), (5000, 5)] {
-            let chain = client.allocate(len, false).unwrap().unwrap();
-            assert_eq!(chain.slices(), slices, "{len}");
+        for pair in PAIRS {
+            let (_memory, client, _) = pair(64 << 10);
+            for (len, slices) in [(0, 1), (1, 1), (64, 1), (65, 1), (1024, 1), (1025, 2), (5000, 5)]
+            {
+                let chain = client.allocate(len, false).unwrap().unwrap();
+                assert_eq!(chain.slices(), slices, "{len}");
+            }
+            client.set_resting(true);
+            assert!(is_all_free(&client));
         }
-        client.set_resting(true);
-        assert!(is_all_free(&client));
     }
 
     #[test]
     fn bytes_arrive_whatever_their_number() {
-        let (_memory, client, server) = pair(64 << 10);
-        for len in [1, 63, 64, 65, 1023, 1024, 1025, 4096, 10_000] {
-            let bytes = pattern(len, len);
-            let offset = message(&client, &bytes).into_parcel().unwrap().offset;
-            let mut chain = server.adopt(offset).unwrap();
-            assert_eq!(chain.len(), len);
-            let mut copy = vec![0; len];
-            assert_eq!(chain.copy_out(&mut copy), len);
-            assert_eq!(copy, bytes, "{len}");
-            // In two reads, of which the first ends inside a slice.
-            let (head, tail) = copy.split_at_mut(len / 3);
-            head.fill(0);
-            tail.fill(0);
-            assert_eq!(chain.read(head), len / 3);
-            assert_eq!(chain.read(tail), len - len / 3);
-            assert_eq!(copy, bytes, "{len}");
+        for pair in PAIRS {
+            let (_memory, client, server) = pair(64 << 10);
+            for len in [1, 63, 64, 65, 1023, 1024, 1025, 4096, 10_000] {
+                let bytes = pattern(len, len);
+                let offset = message(&client, &bytes).into_parcel().unwrap().offset;
+                let mut chain = server.adopt(offset).unwrap();
+                assert_eq!(chain.len(), len);
+                let mut copy = vec![0; len];
+                assert_eq!(chain.copy_out(&mut copy), len);
+                assert_eq!(copy, bytes, "{len}");
+                // In two reads, of which the first ends inside a slice.
+                let (head, tail) = copy.split_at_mut(len / 3);
+                head.fill(0);
+                tail.fill(0);
+                assert_eq!(chain.read(head), len / 3);
+                assert_eq!(chain.read(tail), len - len / 3);
+                assert_eq!(copy, bytes, "{len}");
+            }
+            client.set_resting(true);
+            server.set_resting(true);
+            assert!(is_all_free(&client) && is_all_free(&server));
         }
-        client.set_resting(true);
-        server.set_resting(true);
-        assert!(is_all_free(&client) && is_all_free(&server));
     }
 
     #[test]
     fn a_message_that_exactly_fills_its_slices_sends_no_empty_one() {
-        let (memory, client, server) = pair(64 << 10);
-        let mut chain = client.allocate(2048, false).unwrap().unwrap();
-        assert_eq!(chain.slices(), 2);
-        assert_eq!(chain.write(&pattern(1, 1024)), 1024);
-        let offset = chain.into_parcel().unwrap().offset;
-        let flags = memory.load_u8(offset as usize + SLICE_FLAGS_OFFSET, Ordering::Relaxed);
-        assert_eq!(flags, FLAG_IN_USE, "the second slice is not linked");
-        assert_eq!(server.adopt(offset).unwrap().slices(), 1);
+        for pair in PAIRS {
+            let (memory, client, server) = pair(64 << 10);
+            let mut chain = client.allocate(2048, false).unwrap().unwrap();
+            assert_eq!(chain.slices(), 2);
+            assert_eq!(chain.write(&pattern(1, 1024)), 1024);
+            let offset = chain.into_parcel().unwrap().offset;
+            let flags = memory.load_u8(offset as usize + SLICE_FLAGS_OFFSET, Ordering::Relaxed);
+            assert_eq!(flags, FLAG_IN_USE, "the second slice is not linked");
+            assert_eq!(server.adopt(offset).unwrap().slices(), 1);
+        }
     }
 
     #[test]
     fn a_pool_that_runs_empty_gives_nothing_or_a_part() {
-        let (_memory, client, _) = pair(8 << 10);
-        let everything = 1 << 20;
-        assert!(client.allocate(everything, false).unwrap().is_none());
-        client.set_resting(true);
-        assert!(is_all_free(&client));
-        let mut part = client.allocate(everything, true).unwrap().unwrap();
-        let len = part.write(&vec![7; everything]);
-        assert!(len > 4096, "{len}");
-        assert!(client.allocate(1, true).unwrap().is_none());
-        assert!(!client.might_allocate());
-        drop(part);
-        assert!(client.might_allocate());
-        client.set_resting(true);
-        assert!(is_all_free(&client));
+        for pair in PAIRS {
+            let (_memory, client, _) = pair(32 << 10);
+            let everything = 1 << 20;
+            assert!(client.allocate(everything, false).unwrap().is_none());
+            client.set_resting(true);
+            assert!(is_all_free(&client));
+            let mut part = client.allocate(everything, true).unwrap().unwrap();
+            let len = part.write(&vec![7; everything]);
+            assert!(len > 4096, "{len}");
+            assert!(client.allocate(1, true).unwrap().is_none());
+            assert!(!client.might_allocate());
+            drop(part);
+            assert!(client.might_allocate());
+            client.set_resting(true);
+            assert!(is_all_free(&client));
+        }
     }
 
     #[test]
     fn a_message_is_cut_anywhere_and_its_parts_can_be_sent_on() {
-        let (_memory, client, server) = pair(64 << 10);
-        for len in [1, 64, 65, 1024, 1025, 3000, 5000] {
-            let bytes = pattern(len, len);
-            for cut in [0, 1, len / 3, len / 2, 1024, 2048, len - 1, len, len + 1] {
-                let offset = message(&client, &bytes).into_parcel().unwrap().offset;
-                let mut back = server.adopt(offset).unwrap();
-                let front = back.split_to(cut);
-                let cut = cut.min(len);
-                assert_eq!((front.len(), back.len()), (cut, len - cut));
-                for (part, bytes) in [(front, &bytes[..cut]), (back, &bytes[cut..])] {
-                    assert!(part.is_shared());
-                    let mut copy = vec![0; part.len()];
-                    part.copy_out(&mut copy);
-                    assert_eq!(copy, bytes, "{len} at {cut}");
-                    // And on to where it came from.
-                    if let Some(parcel) = part.into_parcel() {
-                        assert_eq!(parcel.len, bytes.len());
-                        let returned = client.adopt(parcel.offset).unwrap();
-                        assert_eq!(returned.into_bytes(), bytes, "{len} at {cut}");
+        for pair in PAIRS {
+            let (_memory, client, server) = pair(64 << 10);
+            for len in [1, 64, 65, 1024, 1025, 3000, 5000] {
+                let bytes = pattern(len, len);
+                for cut in [0, 1, len / 3, len / 2, 1024, 2048, len - 1, len, len + 1] {
+                    let offset = message(&client, &bytes).into_parcel().unwrap().offset;
+                    let mut back = server.adopt(offset).unwrap();
+                    let front = back.split_to(cut);
+                    let cut = cut.min(len);
+                    assert_eq!((front.len(), back.len()), (cut, len - cut));
+                    for (part, bytes) in [(front, &bytes[..cut]), (back, &bytes[cut..])] {
+                        assert!(part.is_shared());
+                        let mut copy = vec![0; part.len()];
+                        part.copy_out(&mut copy);
+                        assert_eq!(copy, bytes, "{len} at {cut}");
+                        // And on to where it came from.
+                        if let Some(parcel) = part.into_parcel() {
+                            assert_eq!(parcel.len, bytes.len());
+                            let returned = client.adopt(parcel.offset).unwrap();
+                            assert_eq!(returned.into_bytes(), bytes, "{len} at {cut}");
+                        }
                     }
+                    assert_eq!((client.held(), server.held()), (0, 0));
                 }
-                assert_eq!((client.held(), server.held()), (0, 0));
             }
+            client.set_resting(true);
+            server.set_resting(true);
+            assert!(is_all_free(&client) && is_all_free(&server));
         }
-        client.set_resting(true);
-        server.set_resting(true);
-        assert!(is_all_free(&client) && is_all_free(&server));
     }
 
     #[test]
     fn a_message_is_cut_without_free_slices_too() {
-        let (_memory, client, server) = pair(8 << 10);
-        let bytes = pattern(9, 900);
-        let offset = message(&client, &bytes).into_parcel().unwrap().offset;
-        let mut back = server.adopt(offset).unwrap();
-        let everything = server.allocate(1 << 20, true).unwrap();
-        let front = back.split_to(100);
-        assert!(!front.is_shared());
-        assert_eq!(front.into_bytes(), bytes[..100]);
-        assert_eq!(back.split_to(0).len(), 0);
-        assert_eq!(back.into_bytes(), bytes[100..]);
-        drop(everything);
+        for pair in PAIRS {
+            let (_memory, client, server) = pair(32 << 10);
+            let bytes = pattern(9, 900);
+            let offset = message(&client, &bytes).into_parcel().unwrap().offset;
+            let mut back = server.adopt(offset).unwrap();
+            let everything = server.allocate(1 << 20, true).unwrap();
+            let front = back.split_to(100);
+            assert!(!front.is_shared());
+            assert_eq!(front.into_bytes(), bytes[..100]);
+            assert_eq!(back.split_to(0).len(), 0);
+            assert_eq!(back.into_bytes(), bytes[100..]);
+            drop(everything);
+        }
     }
 
     #[test]
@@ -739,42 +748,48 @@ mod tests {
 
     #[test]
     fn a_cycle_of_slices_ends() {
-        let (memory, client, server) = pair(64 << 10);
-        let offset = message(&client, &pattern(3, 3000)).into_parcel().unwrap().offset;
-        let second = memory.load_u32(offset as usize + SLICE_NEXT_OFFSET, Ordering::Relaxed);
-        memory.store_u32(second as usize + SLICE_NEXT_OFFSET, offset, Ordering::Relaxed);
-        let error = server.adopt(offset).map(drop).unwrap_err();
-        assert_eq!(error, MemoryError::SharedTwice { offset });
-        assert_eq!(server.held(), 0, "what was walked is given back");
+        for pair in PAIRS {
+            let (memory, client, server) = pair(64 << 10);
+            let offset = message(&client, &pattern(3, 3000)).into_parcel().unwrap().offset;
+            let second = memory.load_u32(offset as usize + SLICE_NEXT_OFFSET, Ordering::Relaxed);
+            memory.store_u32(second as usize + SLICE_NEXT_OFFSET, offset, Ordering::Relaxed);
+            let error = server.adopt(offset).map(drop).unwrap_err();
+            assert_eq!(error, MemoryError::SharedTwice { offset });
+            assert_eq!(server.held(), 0, "what was walked is given back");
+        }
     }
 
     #[test]
     fn offsets_that_name_no_slice_are_refused() {
-        let (memory, client, server) = pair(64 << 10);
-        let good = message(&client, b"x").into_parcel().unwrap().offset;
-        let len = memory.len() as u32;
-        for offset in [0, 8, 40, good + 1, good - 4, good + 20, len - 1, len, u32::MAX] {
-            let error = server.adopt(offset).map(drop).unwrap_err();
-            assert_eq!(error, MemoryError::Offset { offset });
+        for pair in PAIRS {
+            let (memory, client, server) = pair(64 << 10);
+            let good = message(&client, b"x").into_parcel().unwrap().offset;
+            let len = memory.len() as u32;
+            for offset in [0, 8, 40, good + 1, good - 4, good + 20, len - 1, len, u32::MAX] {
+                let error = server.adopt(offset).map(drop).unwrap_err();
+                assert_eq!(error, MemoryError::Offset { offset });
+            }
+            assert!(server.adopt(good).is_ok());
         }
-        assert!(server.adopt(good).is_ok());
     }
 
     #[test]
     fn headers_that_lie_are_refused() {
-        let fields = [
-            (SLICE_CAPACITY_OFFSET, &[0, 63, 65, 256, u32::MAX][..]),
-            (SLICE_SIZE_OFFSET, &[65, u32::MAX]),
-            (SLICE_START_OFFSET, &[61, 65, u32::MAX, u32::MAX - 3]),
-        ];
-        for (at, values) in fields {
-            for &value in values {
-                let (memory, client, server) = pair(64 << 10);
-                let offset = message(&client, b"four").into_parcel().unwrap().offset;
-                memory.store_u32(offset as usize + at, value, Ordering::Relaxed);
-                let error = server.adopt(offset).map(drop).unwrap_err();
-                assert!(matches!(error, MemoryError::SliceHeader { .. }), "{at} {value}");
-                assert_eq!(server.held(), 0);
+        for pair in PAIRS {
+            let fields = [
+                (SLICE_CAPACITY_OFFSET, &[0, 63, 65, 256, u32::MAX][..]),
+                (SLICE_SIZE_OFFSET, &[65, u32::MAX]),
+                (SLICE_START_OFFSET, &[61, 65, u32::MAX, u32::MAX - 3]),
+            ];
+            for (at, values) in fields {
+                for &value in values {
+                    let (memory, client, server) = pair(64 << 10);
+                    let offset = message(&client, b"four").into_parcel().unwrap().offset;
+                    memory.store_u32(offset as usize + at, value, Ordering::Relaxed);
+                    let error = server.adopt(offset).map(drop).unwrap_err();
+                    assert!(matches!(error, MemoryError::SliceHeader { .. }), "{at} {value}");
+                    assert_eq!(server.held(), 0);
+                }
             }
         }
     }
@@ -784,7 +799,7 @@ mod tests {
         let refused = |change: &dyn Fn(&Region)| {
             let (memory, _, _) = pair(16 << 10);
             change(&memory);
-            BufferManager::map(&memory).map(drop).unwrap_err()
+            BufferManager::map(&memory, ListSets::Shared).map(drop).unwrap_err()
         };
         for count in [0, 33, 0xffff] {
             let error = refused(&|memory| memory.store_u32(0, count, Ordering::Relaxed));
@@ -795,7 +810,7 @@ mod tests {
             assert!(matches!(error, MemoryError::TooSmall { .. }), "{used}");
         }
         let small = Rc::new(Region::heap(7));
-        assert!(BufferManager::map(&small).is_err());
+        assert!(BufferManager::map(&small, ListSets::Shared).is_err());
     }
 
     #[test]
@@ -808,6 +823,158 @@ mod tests {
         assert!(missing * 8 <= i64::from(usage.total), "{missing} of {}", usage.total);
         client.set_resting(true);
         assert!(is_all_free(&server));
+    }
+
+    /// Free slices of the lists of one owner, as a side sees them.
+    fn free_of(manager: &BufferManager, owner: ListOwner) -> Vec<i32> {
+        let lists = manager.usage();
+        lists.iter().filter(|list| list.owner == owner).map(|list| list.free).collect()
+    }
+
+    #[test]
+    fn a_side_that_takes_all_it_can_leaves_the_peer_its_own() {
+        let (_memory, client, server) = pair_apart(32 << 10);
+        let everything = 1 << 20;
+        let before = free_of(&server, ListOwner::Own);
+        let taken = client.allocate(everything, true).unwrap().unwrap();
+        assert_eq!(free_of(&client, ListOwner::Own), [1, 1, 1], "the last of each list stays");
+        assert_eq!(free_of(&server, ListOwner::Own), before);
+        assert!(client.allocate(1, true).unwrap().is_none() && !client.might_allocate());
+        assert!(server.might_allocate());
+        let theirs = server.allocate(everything, true).unwrap().unwrap();
+        assert_eq!(theirs.slices(), taken.slices());
+        // What the server sends, the client may use for what it sends, and no more than that.
+        let offset = {
+            let mut theirs = theirs;
+            theirs.write(&pattern(1, everything));
+            theirs.into_parcel().unwrap().offset
+        };
+        drop(client.adopt(offset).unwrap());
+        assert!(client.might_allocate());
+        drop(taken);
+        client.set_resting(true);
+        server.set_resting(true);
+        assert!(is_all_free(&client) && is_all_free(&server));
+    }
+
+    #[test]
+    fn the_slice_of_a_request_becomes_that_of_the_reply() {
+        let (_memory, client, server) = pair_apart(64 << 10);
+        let offset = message(&client, b"request").into_parcel().unwrap().offset;
+        let elsewhere = free_of(&server, ListOwner::Own);
+        for round in 0..100 {
+            assert_eq!(server.adopt(offset).unwrap().into_bytes(), b"request"[..]);
+            let reply = message(&server, b"reply").into_parcel().unwrap().offset;
+            assert_eq!(reply, offset, "{round}");
+            assert_eq!(client.adopt(reply).unwrap().into_bytes(), b"reply"[..]);
+            assert_eq!(message(&client, b"request").into_parcel().unwrap().offset, offset);
+        }
+        assert_eq!(free_of(&server, ListOwner::Own), elsewhere, "nothing was taken from there");
+        drop(server.adopt(offset).unwrap());
+        client.set_resting(true);
+        server.set_resting(true);
+        assert!(is_all_free(&client) && is_all_free(&server));
+    }
+
+    #[test]
+    fn a_magazine_of_both_sets_gives_each_list_its_own() {
+        let (_memory, client, server) = pair_apart(64 << 10);
+        // Held back until all are there, so that they are released one after the other.
+        let send = |from: &Rc<BufferManager>, to: &Rc<BufferManager>| {
+            let offset = message(from, b"x").into_parcel().unwrap().offset;
+            to.adopt(offset).unwrap()
+        };
+        let mut mixed = Vec::new();
+        for _ in 0..40 {
+            mixed.push(send(&client, &server));
+            mixed.push(message(&server, b"unsent"));
+        }
+        drop(mixed);
+        let usage = server.usage();
+        let smallest: Vec<_> = usage.iter().filter(|list| list.slice_capacity == 64).collect();
+        let [theirs, own] = smallest[..] else { panic!("{usage:?}") };
+        assert_eq!((theirs.owner, own.owner), (ListOwner::Peer, ListOwner::Own));
+        assert!(theirs.magazine > 0 && own.magazine > 0, "{usage:?}");
+        assert!((theirs.magazine + own.magazine) * 8 <= own.total, "{usage:?}");
+        // The client has a batch of its own in its magazine.
+        let missing = theirs.total.cast_signed() - theirs.free - theirs.magazine.cast_signed();
+        assert!((1..=theirs.total.cast_signed() / 8).contains(&missing), "{usage:?}");
+        assert_eq!(own.free + own.magazine.cast_signed(), own.total.cast_signed());
+        server.set_resting(true);
+        client.set_resting(true);
+        assert!(is_all_free(&client) && is_all_free(&server));
+    }
+
+    /// Where the header of a list stands, by the list's number.
+    fn header_of(manager: &BufferManager, number: usize) -> usize {
+        let lists = manager.usage();
+        let len = |list: &SliceUsage| {
+            LIST_HEADER_LEN
+                + list.total as usize * (SLICE_HEADER_LEN + list.slice_capacity as usize)
+        };
+        MANAGER_HEADER_LEN + lists[..number].iter().map(len).sum::<usize>()
+    }
+
+    #[test]
+    fn a_peer_that_writes_over_heads_and_sizes_changes_nothing() {
+        let (memory, client, server) = pair_apart(32 << 10);
+        let write_over = |value: u32| {
+            for number in 0..6 {
+                let header = header_of(&client, number);
+                memory.store_u32(header + LIST_HEAD_OFFSET, value, Ordering::Relaxed);
+                memory.store_u32(header + LIST_SIZE_OFFSET, value, Ordering::Relaxed);
+            }
+        };
+        for value in [0, 1, u32::MAX, 0x8000_0000, 84, 840] {
+            let mut all = Vec::new();
+            for side in [&client, &server] {
+                write_over(value);
+                assert!(side.might_allocate());
+                all.push(side.allocate(1 << 20, true).unwrap().unwrap());
+                write_over(value);
+            }
+            assert_eq!(all[0].slices(), all[1].slices(), "{value}");
+            let slices: u32 = client.usage().iter().map(|list| list.total).sum();
+            assert_eq!(all[0].slices() + all[1].slices(), slices - 6, "{value}");
+            drop(all);
+            for side in [&client, &server] {
+                side.set_resting(true);
+                side.set_resting(false);
+                assert_eq!(side.take_broken(), None);
+            }
+        }
+    }
+
+    #[test]
+    fn a_list_of_this_side_that_was_tampered_with_is_found() {
+        // A link that names no slice.
+        let (memory, client, _) = pair_apart(32 << 10);
+        let first = header_of(&client, 0) + LIST_HEADER_LEN;
+        memory.store_u32(first + SLICE_NEXT_OFFSET, 13, Ordering::Relaxed);
+        let error = client.allocate(1, false).map(drop).unwrap_err();
+        assert!(matches!(error, MemoryError::Field { value: 13, .. }), "{error}");
+
+        // A link that leads to a slice which this side holds.
+        let (memory, client, _) = pair_apart(32 << 10);
+        let held = message(&client, b"held");
+        client.set_resting(true);
+        let offset = client.ledger.iter().map(|entry| entry.offset.get()).max().unwrap();
+        let tail = memory.load_u32(header_of(&client, 0) + LIST_TAIL_OFFSET, Ordering::Relaxed);
+        let last = first + tail as usize;
+        memory.store_u32(last + SLICE_NEXT_OFFSET, offset - first as u32, Ordering::Relaxed);
+        memory.store_u8(last + SLICE_FLAGS_OFFSET, FLAG_HAS_NEXT, Ordering::Relaxed);
+        memory.store_u8(offset as usize + SLICE_FLAGS_OFFSET, FLAG_HAS_NEXT, Ordering::Relaxed);
+        let error = client.allocate(1 << 20, true).map(drop).unwrap_err();
+        assert_eq!(error, MemoryError::SharedTwice { offset });
+        drop(held);
+
+        // A tail that names no slice, where the peer's slices go back to.
+        let (memory, client, server) = pair_apart(32 << 10);
+        let offset = message(&client, b"x").into_parcel().unwrap().offset;
+        memory.store_u32(header_of(&client, 0) + LIST_TAIL_OFFSET, 13, Ordering::Relaxed);
+        drop(server.adopt(offset).unwrap());
+        server.set_resting(true);
+        assert!(matches!(server.take_broken(), Some(MemoryError::Field { value: 13, .. })));
     }
 
     /// What a side of the model does.
@@ -835,9 +1002,10 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 256 }))]
         #[test]
         fn messages_arrive_whole_and_every_slice_comes_back(
+            sets in prop::sample::select(&PAIRS[..]),
             actions in prop::collection::vec((any::<bool>(), action()), 0..120),
         ) {
-            let (_memory, client, server) = pair(32 << 10);
+            let (_memory, client, server) = sets(32 << 10);
             let sides = [client, server];
             // What each side has received: the chain, and what it must hold.
             let mut received: [VecDeque<(Chain, Vec<u8>)>; 2] = Default::default();

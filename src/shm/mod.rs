@@ -8,28 +8,34 @@
 //!
 //! - [`access`]: loads, stores and copies by offset, the one place with pointers to shared memory.
 //! - [`region`]: memory that is created or mapped, and its descriptors and files.
-//! - [`queue`]: the two IO queues. - [`list`]: the lists of free slices.
+//! - [`queue`]: the two IO queues. - [`list`]: the lists of free slices. - [`popper`]: the one side
+//!   that takes from a list, where the sides have agreed on that.
 //! - [`manager`]: all lists of one memory, by way of the [`ledger`] of slices that this side holds
-//!   and of a [`magazine`] for each list; [`setup`] lays a memory out, or checks one.
+//!   and of a [`magazine`] for each size ([`classes`]); [`setup`] lays a memory out, or checks one.
 //! - [`chain`]: slices that belong together, as owned values that give themselves back;
 //!   [`chain_queue`]: several of them; [`views`]: references into them.
 //!
-//! `unsafe` stands in `access`, `region` and [`fault`], and in `views`, where a promise of the user's lets it.
+//! `unsafe` stands in `access`, `region` and [`fault`], and in `views`, where a promise of the
+//! user's lets it.
 //! The algorithms are generic over [`access::Memory`], so that tests run them on the heap and model
 //! checkers on memory of their own.
 
 pub(crate) mod access;
 pub(crate) mod chain;
 pub(crate) mod chain_queue;
+mod classes;
 pub(crate) mod fault;
 mod ledger;
 pub(crate) mod leftovers;
 pub(crate) mod list;
+#[cfg(test)]
+mod list_stress;
 mod magazine;
 pub(crate) mod manager;
 #[cfg(test)]
 mod models;
+mod popper;
 pub(crate) mod queue;
 pub(crate) mod region;
-mod setup;
+pub(crate) mod setup;
 pub(crate) mod views;
