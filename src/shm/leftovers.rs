@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Files of shared memory that dead processes left behind.
 //!
-//! Whoever creates such a file holds a shared lock on it (`flock`) for as long as it has a name. The
-//! kernel gives the lock up when its holder dies, however that happens, and it holds between
+//! Whoever creates such a file holds a shared lock on it (`flock`) for as long as it has a name.
+//! The kernel gives the lock up when its holder dies, however that happens, and it holds between
 //! containers, where the number of a process says nothing. So a file with a name as this crate
 //! makes them and without a lock is a left-over, and nothing else is.
 

@@ -24,9 +24,10 @@ use std::sync::atomic::Ordering;
 use super::access::Memory;
 use crate::error::MemoryError;
 use crate::wire::layout::{
-    FLAG_HAS_NEXT, LIST_CAPACITY_OFFSET, LIST_HEAD_OFFSET, LIST_HEADER_LEN, LIST_SIZE_OFFSET,
-    LIST_SLICE_CAPACITY_OFFSET, LIST_TAIL_OFFSET, SLICE_CAPACITY_OFFSET, SLICE_FLAGS_OFFSET,
-    SLICE_HEADER_LEN, SLICE_NEXT_OFFSET, SLICE_SIZE_OFFSET, SLICE_START_OFFSET, list_len,
+    FLAG_HAS_NEXT, FLAG_IN_USE, LIST_CAPACITY_OFFSET, LIST_HEAD_OFFSET, LIST_HEADER_LEN,
+    LIST_SIZE_OFFSET, LIST_SLICE_CAPACITY_OFFSET, LIST_TAIL_OFFSET, SLICE_CAPACITY_OFFSET,
+    SLICE_FLAGS_OFFSET, SLICE_HEADER_LEN, SLICE_NEXT_OFFSET, SLICE_SIZE_OFFSET, SLICE_START_OFFSET,
+    list_len,
 };
 
 /// The most slices that one batch moves.
@@ -314,7 +315,8 @@ impl BufferList {
             let next = memory.load_u32(slice + SLICE_NEXT_OFFSET, Ordering::Acquire);
             let flags = memory.load_u8(slice + SLICE_FLAGS_OFFSET, Ordering::Acquire);
             let capacity = memory.load_u32(slice + SLICE_CAPACITY_OFFSET, Ordering::Relaxed);
-            if flags & FLAG_HAS_NEXT == 0 {
+            // Not all peers mark what they use, but no peer gives back what it has marked.
+            if flags & (FLAG_HAS_NEXT | FLAG_IN_USE) != FLAG_HAS_NEXT {
                 return poison("flags of a free slice", u32::from(flags), 1);
             }
             if next != expected {

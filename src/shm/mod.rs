@@ -14,7 +14,8 @@
 //! - [`chain`]: slices that belong together, as owned values that give themselves back;
 //!   [`chain_queue`]: several of them; [`views`]: references into them.
 //!
-//! `unsafe` stands in `access`, `region` and [`fault`], and in `views`, where a promise of the user's lets it.
+//! `unsafe` stands in `access`, `region` and [`fault`], and in `views`, where a promise of the
+//! user's lets it.
 //! The algorithms are generic over [`access::Memory`], so that tests run them on the heap and model
 //! checkers on memory of their own.
 

@@ -347,8 +347,8 @@ fn a_list_that_went_once_round_is_found() {
         let held = Held::new(4);
         let other = Rc::clone(&held);
         let side = thread::spawn(move || {
-            // From 0 1 2 3 to 2 3, to 2 3 0, to 3 0, to 3 0 2, to 0 2: the head is 0 again, and 1 is
-            // held here. What fails in this order does so because of the other side's error.
+            // From 0 1 2 3 to 2 3, to 2 3 0, to 3 0, to 3 0 2, to 0 2: the head is 0 again, and 1
+            // is held here. What fails in this order does so because of the other side's error.
             let Ok(first) = other.take(2) else { return };
             let (Some(front), Some(back)) = (first.get(..1), first.get(1..)) else {
                 return other.give(&first).unwrap();
