@@ -277,7 +277,7 @@ fn a_handshake_may_come_byte_by_byte_and_announce_any_higher_version() {
 
 #[test]
 fn silence_ends_at_the_timeout_wherever_it_starts() {
-    let timeout = Duration::from_millis(200);
+    let timeout = Duration::from_millis(500);
     let bed = Bed::start(config().handshake_timeout(timeout).build().unwrap());
     let is_due: IsDue = due!(Error::Handshake(HandshakeError::Timeout(_)));
     for stage in STAGES {
@@ -295,7 +295,7 @@ fn silence_ends_at_the_timeout_wherever_it_starts() {
 
 #[test]
 fn a_handshake_that_drips_ends_at_the_timeout_too() {
-    let timeout = Duration::from_millis(200);
+    let timeout = Duration::from_millis(500);
     let bed = Bed::start(config().handshake_timeout(timeout).build().unwrap());
     let mut raw = at_stage(bed.path(), Stage::Announcement);
     let long = message(BY_MEMFD, 3, &honest_paths(&"q".repeat(4000), "/b"));
@@ -313,7 +313,7 @@ fn a_handshake_that_drips_ends_at_the_timeout_too() {
 
 #[test]
 fn hundreds_of_silent_connections_do_not_keep_an_honest_one_out() {
-    let timeout = Duration::from_millis(200);
+    let timeout = Duration::from_secs(1);
     let bed = Bed::start(config().handshake_timeout(timeout).build().unwrap());
     let silent: Vec<_> = (0..300).map(|_| Raw::connect(bed.path())).collect();
     bed.must_go_on("three hundred that say nothing");
@@ -334,7 +334,7 @@ fn hundreds_of_silent_connections_do_not_keep_an_honest_one_out() {
 #[test]
 fn hundreds_of_dripping_handshakes_do_not_keep_an_honest_one_out() {
     const DRIPPING: usize = 300;
-    let timeout = Duration::from_millis(400);
+    let timeout = Duration::from_secs(1);
     let bed = Bed::start(config().handshake_timeout(timeout).build().unwrap());
     let mut bytes = message(EXCHANGE, 3, &[]);
     bytes.extend(message(BY_MEMFD, 3, &honest_paths(&"q".repeat(4000), "buffer")));
