@@ -121,7 +121,8 @@ impl BufferList {
             let problem = "headers behind such slices would be misaligned";
             return field("slice capacity", slice_capacity, problem);
         }
-        let needed = header as u64 + list_len(capacity, slice_capacity);
+        // Two large numbers of the peer's: their product may be the largest that there is.
+        let needed = list_len(capacity, slice_capacity).saturating_add(header as u64);
         if needed > end as u64 {
             return Err(too_small(needed));
         }
