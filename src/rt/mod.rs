@@ -15,9 +15,8 @@
 //! - [`spin`]: for how long they are looked at before they sleep.
 //! - [`stream`]: a stream's handle, of a [`read_half`] and a [`write_half`], each with a
 //!   [`deadline`]; [`loan`]: messages as values; [`credit`]: how far a sender may go.
-//! - [`listener`], [`connector`]: how sessions come to be; [`admission`]: how many, and [who](peer);
-//!   [`socket_path`]: the files of sockets,
-//!   and [turns](door_lock) at them.
+//! - [`listener`], [`connector`]: how sessions come to be; [`admission`]: how many;
+//!   [`peer`]: with whom; [`socket_path`]: the files of sockets, and [turns](door_lock) at them.
 //! - [`client`], made by a [`client_builder`]: a core's [sessions](shard_sessions) to the shards of
 //!   a server, each [`kept`] up with a [`backoff`].
 //! - [`drain`]: how a session is brought to its end without a loss.
