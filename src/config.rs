@@ -286,8 +286,8 @@ impl Config {
         self.spin
     }
 
-    /// Whether a client of this configuration offers lists that each side has for itself: if it may,
-    /// and every list of half a class' share could hand out a slice.
+    /// Whether a client of this configuration offers lists that each side has for itself: if it
+    /// may, and every list of half a class' share could hand out a slice.
     pub(crate) fn offers_single_popper_lists(&self) -> bool {
         let overhead = MANAGER_OVERHEAD + 2 * LIST_OVERHEAD * self.slice_classes.len() as u64;
         let room = u64::from(self.buffer_size).saturating_sub(overhead);

@@ -7,8 +7,8 @@
 //! - [`socket`]: a connected socket: readiness, sending without waiting, descriptors.
 //! - [`handshake`]: drives the state machines of `proto` over a socket.
 //! - [`session`]: a session's state; [`driver`]: its turns; [`receiving`]: what arrives;
-//!   [`sending`]: what is sent; [`outbox`]: what waits for the socket; [`overtaking`]: what must not
-//!   go over it yet.
+//!   [`sending`]: what is sent; [`outbox`]: what waits for the socket; [`overtaking`]: what must
+//!   not go over it yet.
 //! - [`doorbell`]: how a peer is woken otherwise than by the socket.
 //! - [`poller`]: the one task per core that polls the queues of active sessions.
 //! - [`watch`]: a look at all sessions from time to time, for peers that have stopped.
