@@ -111,7 +111,12 @@ impl Bell {
         let pushed = unsafe { ring.submission().push(&nothing) };
         // It is full only while the call below fails: then that is what there is to say.
         let _ = pushed;
-        ring.submit()?;
+        // Signals come: the operation is still there for the next try.
+        while let Err(error) = ring.submit() {
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
         // It is done at once. What completed needs to be taken, so that there is room.
         ring.completion().for_each(drop);
         Ok(())
@@ -121,11 +126,8 @@ impl Bell {
 impl SessionInner {
     /// Wakes the peer, which sleeps.
     pub(super) fn ring_event_fd(&self, bell: &Bell) {
-        match bell.ring() {
-            Ok(()) => {}
-            // Signals come: the operation is still there for the next try.
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => self.ring_event_fd(bell),
-            Err(error) => self.fail(Error::os("ring at an eventfd", error)),
+        if let Err(error) = bell.ring() {
+            self.fail(Error::os("ring at an eventfd", error));
         }
     }
 

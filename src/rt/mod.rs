@@ -12,7 +12,7 @@
 //! - [`doorbell`]: how a peer is woken otherwise than by the socket.
 //! - [`poller`]: the one task per core that polls the queues of active sessions.
 //! - [`watch`]: a look at all sessions from time to time, for peers that have stopped.
-//! - [`spin`]: for how long they are looked at before they sleep.
+//! - [`activity`], [`spin`]: for how long they are looked at before they sleep.
 //! - [`stream`]: a stream's handle, of a [`read_half`] and a [`write_half`], each with a
 //!   [`deadline`]; [`loan`]: messages as values; [`credit`]: how far a sender may go.
 //! - [`listener`], [`connector`]: how sessions come to be; [`admission`]: how many;
@@ -25,6 +25,7 @@
 //!   each stream; [`tasks`]: tasks that end with what they belong to. Only what these hand over at
 //!   accept time ever changes threads.
 
+mod activity;
 mod admission;
 mod backoff;
 mod client;
