@@ -6,18 +6,16 @@
 //! session between this crate and another implementation looks to the other like one of its own.
 
 mod choices;
+mod limits;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use choices::{AllowedPeers, MemoryKind, ProtocolVersion, SliceClass, Spin, Wakeup};
-
-use crate::error::ConfigError;
-
-mod limits;
-
+pub use choices::{MemoryKind, ProtocolVersion, SliceClass, Spin, Wakeup};
 pub use limits::AllowedPeers;
 pub(crate) use limits::{Limits, SocketFile};
+
+use crate::error::ConfigError;
 
 /// Bytes that the header in front of every buffer slice takes.
 const SLICE_OVERHEAD: u64 = 20;
