@@ -229,8 +229,9 @@ impl Peer {
 
     fn ring(&mut self) {
         match &self.eventfds {
-            // More than it takes, at times.
-            Some((far, _)) => drop(nix::unistd::write(far.as_fd(), &(1u64 << 61).to_ne_bytes())),
+            // Never as much as it can hold: the other side has made it one that waits, and is on
+            // the same thread.
+            Some((far, _)) => drop(nix::unistd::write(far.as_fd(), &1u64.to_ne_bytes())),
             None => self.send(&sync_event(self.version)),
         }
     }
