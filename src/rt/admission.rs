@@ -41,6 +41,9 @@ pub(super) struct Admission {
 struct Shaking {
     uid: Uid,
     since: Instant,
+    /// When its time was over for the first time that somebody looked. This core may have done
+    /// something else until then, and what the peer has said may not have been read.
+    late_since: Cell<Option<Instant>>,
     must_go: Cell<bool>,
     waker: WakerSlot,
 }
@@ -129,7 +132,12 @@ impl Admission {
             if shaking.must_go.get() || (is_users_limit && shaking.uid != uid) {
                 continue;
             }
-            let at = shaking.since + self.grace();
+            let mut at = shaking.since + self.grace();
+            if at <= now {
+                let late_since = shaking.late_since.get().unwrap_or(now);
+                shaking.late_since.set(Some(late_since));
+                at = late_since + self.grace() / 8;
+            }
             if at > now {
                 return Some(at);
             }
@@ -163,6 +171,7 @@ impl PlaceTaken {
         let shaking = Rc::new(Shaking {
             uid: self.uid,
             since: Instant::now(),
+            late_since: Cell::new(None),
             must_go: Cell::new(false),
             waker: WakerSlot::default(),
         });
@@ -306,6 +315,36 @@ mod tests {
             assert!(other.await.is_err());
             assert!(admission.shaking.borrow().is_empty());
             drop((ready, place, last));
+        });
+    }
+
+    #[test]
+    fn a_core_that_was_busy_reads_what_has_come_before_it_dismisses() {
+        run(async || {
+            let admission = admission(1, 1);
+            let place = admission.place(None).await;
+            let answered = Rc::new(Cell::new(false));
+            let answer = Rc::clone(&answered);
+            let quick = glommio::spawn_local(async move {
+                let read = poll_fn(|context| {
+                    context.waker().wake_by_ref();
+                    if answer.get() { Poll::Ready(()) } else { Poll::Pending }
+                });
+                let result = place.shake(async { Ok::<_, Error>(read.await) }).await;
+                drop(place);
+                result
+            });
+            yield_now().await;
+            // This core, and not the peer, takes longer than the peer may.
+            std::thread::sleep(admission.grace() * 3);
+            let waiting = glommio::spawn_local({
+                let admission = Rc::clone(&admission);
+                async move { drop(admission.place(Some(1)).await) }
+            });
+            yield_now().await;
+            answered.set(true);
+            quick.await.unwrap();
+            waiting.await;
         });
     }
 

@@ -176,6 +176,8 @@ fn pair(role: Role, agreement: Agreement) -> (Peer, Established) {
         BufferManager::map(&other_buffer, list_sets(&agreement, Side::Server)).expect("honest");
     let (other_producer, other_consumer) = queue::map(&other_queues, layout).expect("honest");
     let (socket, other) = UnixStream::pair().expect("a pair");
+    // Whoever would wait for room here would wait for itself.
+    other.set_nonblocking(true).expect("a socket");
     let client = (buffer, queues, manager, producer, consumer);
     let server = (other_buffer, other_queues, other_manager, other_producer, other_consumer);
     let (ours, theirs) = if role == Role::Client { (client, server) } else { (server, client) };
@@ -214,7 +216,7 @@ impl Peer {
     fn send(&mut self, bytes: &[u8]) {
         if self.sent + bytes.len() <= SENT_AT_MOST {
             self.sent += bytes.len();
-            // The other side may have ended the session.
+            // The other side may have ended the session, or have no room for so many small pieces.
             let _ = self.socket.write_all(bytes);
         }
     }
