@@ -330,7 +330,11 @@ mod tests {
                     context.waker().wake_by_ref();
                     if answer.get() { Poll::Ready(()) } else { Poll::Pending }
                 });
-                let result = place.shake(async { Ok::<_, Error>(read.await) }).await;
+                let handshake = async {
+                    read.await;
+                    Ok::<_, Error>(())
+                };
+                let result = place.shake(handshake).await;
                 drop(place);
                 result
             });
