@@ -662,7 +662,8 @@ impl Rig {
     }
 
     /// Sends a byte over the socket. Whether an answer comes, by whichever way, and the other side
-    /// is there. Takes the answer.
+    /// is there. Takes the answer, not its slice, and sleeps meanwhile as one does that has taken
+    /// everything: what goes over the socket waits for that.
     pub(crate) fn is_answered_somehow(&mut self) -> bool {
         let (tail_at, kept) = (self.received_tail_at(), self.raw.kept.len());
         let tail = read_i64(&self.queue, tail_at);
@@ -672,6 +673,7 @@ impl Rig {
             if self.raw.is_at_end() {
                 return false;
             }
+            self.sleep();
             let now = read_i64(&self.queue, tail_at);
             if now != tail || self.raw.kept.len() > kept {
                 write_i64(&self.queue, self.head_at(), now);

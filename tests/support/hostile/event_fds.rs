@@ -284,8 +284,9 @@ fn an_eventfd_that_is_read_empty_by_the_wrong_side_is_the_peers_loss() {
                 let start = Instant::now();
                 while start.elapsed() < A_WHILE {
                     write();
-                    rig.fall_back(9, 0, b"by the other way");
-                    std::thread::sleep(Duration::from_millis(1));
+                    assert!(rig.is_answered_somehow(), "the socket wakes all the same");
+                    // Slowly: the slices of the answers do not come back.
+                    std::thread::sleep(Duration::from_millis(2));
                 }
                 bed.must_go_on("an eventfd that is read empty");
             },
