@@ -171,8 +171,8 @@ fn version_4_with_every_wake_up() {
                 assert_eq!(side["single_popper_lists"], true, "{side}");
                 assert_eq!(side["pool_full"], true, "{side}");
                 if due.starts_with("polling") {
-                    assert_eq!(side["sync_events_sent"], 0, "{side}");
-                    assert_eq!(side["sync_events_received"], 0, "{side}");
+                    assert_eq!(side["sync_sent"], 0, "{side}");
+                    assert_eq!(side["sync_received"], 0, "{side}");
                 }
             }
             assert_eq!(report["fallback"], 0, "{report}");
