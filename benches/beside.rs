@@ -22,10 +22,11 @@ use hdrhistogram::Histogram;
 
 use measure::lab::{self, Lab};
 use measure::ours;
-use measure::point::{Point, Transport};
+use measure::point::{Ours, Point, Transport};
 
 /// How long each of the two halves is measured, and how long it runs before.
 const DURATION: Duration = Duration::from_secs(4);
+const SPINNING: Ours = Ours::Spin;
 const WARM_UP: Duration = Duration::from_millis(500);
 const TICK: Duration = Duration::from_millis(1);
 
@@ -133,7 +134,7 @@ fn measure(file: &Path, session: Option<(&Path, Point)>) -> (Vec<Lateness>, u64,
         let stop = Rc::new(Cell::new(false));
         let origin = Instant::now();
         let busy = session.map(|(path, point)| {
-            glommio::spawn_local(async move { ours::ping_until_over(&path, point).await })
+            glommio::spawn_local(async move { ours::ping_until_over(&path, SPINNING, point).await })
         });
         let timer = glommio::spawn_local(timers(Rc::clone(&stop)));
         let tcp = glommio::spawn_local(socket(Rc::clone(&stop), origin));
@@ -162,7 +163,7 @@ fn main() {
     let mut lab = Lab::start();
     let (alone, steps_alone, _) = measure(&file, None);
     let point = Point {
-        transport: Transport::Spin,
+        transport: Transport::Ours(SPINNING),
         size: 64,
         streams: 1,
         touch: true,

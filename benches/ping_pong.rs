@@ -11,7 +11,7 @@ use std::time::Duration;
 use criterion::{BenchmarkId, Criterion, Throughput};
 
 use measure::lab::{self, Lab};
-use measure::point::{Point, Transport};
+use measure::point::{Ours, Point, Transport};
 
 const SIZES: [usize; 8] = [64, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20];
 
@@ -24,7 +24,7 @@ fn per_core_ping_pong(criterion: &mut Criterion, lab: &mut Lab) {
         group.measurement_time(Duration::from_millis(500));
         for size in SIZES {
             group.throughput(Throughput::Bytes(2 * size as u64));
-            for transport in [Transport::Adaptive, Transport::UdsBlocking] {
+            for transport in [Transport::Ours(Ours::Adaptive), Transport::UdsBlocking] {
                 let slice = Duration::from_millis(20);
                 let point = Point { transport, size, streams: 1, touch, shared_cpu: false, slice };
                 group.bench_function(BenchmarkId::new(transport.name(), size), |bencher| {

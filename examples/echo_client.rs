@@ -5,6 +5,8 @@
 //!
 //! It ends with one line of JSON on stdout, and with status 0 only if every byte came back.
 
+#[path = "support/protocol.rs"]
+mod protocol;
 #[path = "support/mod.rs"]
 mod support;
 
@@ -90,7 +92,7 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
     use lexopt::prelude::*;
     let mut address = None;
     let mut memory = None;
-    let mut protocol = ProtocolVersion::V3;
+    let mut version = ProtocolVersion::V3;
     let mut wakeup = Wakeup::Socket;
     let mut pool = 32 << 20;
     let mut queue = Config::default().queue_capacity();
@@ -104,8 +106,8 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
                 address = Some(Address::parse(&option, &mut parser)?);
             }
             Long("memory") => memory = Some(parser.value()?.parse_with(memory_kind)?),
-            Long("protocol") => protocol = parser.value()?.parse_with(protocol_version)?,
-            Long("wakeup") => wakeup = parser.value()?.parse_with(wakeup_kind)?,
+            Long("protocol") => version = parser.value()?.parse_with(protocol::protocol_version)?,
+            Long("wakeup") => wakeup = parser.value()?.parse_with(protocol::wakeup)?,
             Long("size") => size = parser.value()?.parse_with(at_least_one)?,
             Long("count") => count = parser.value()?.parse_with(at_least_one)?,
             Long("streams") => streams = parser.value()?.parse_with(at_least_one)?,
@@ -130,7 +132,7 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
     }
     let config = Config::builder()
         .memory(kind)
-        .protocol(protocol)
+        .protocol(version)
         .wakeup(wakeup)
         .buffer_size(pool)
         .queue_capacity(queue)
@@ -153,28 +155,6 @@ fn memory_kind(text: &str) -> Result<MemoryKind, &'static str> {
         "memfd" => Ok(MemoryKind::Memfd),
         "file" => Ok(MemoryKind::File),
         _ => Err("expected memfd or file"),
-    }
-}
-
-fn protocol_version(text: &str) -> Result<ProtocolVersion, &'static str> {
-    match text {
-        "2" => Ok(ProtocolVersion::V2),
-        "3" => Ok(ProtocolVersion::V3),
-        "4" => Ok(ProtocolVersion::V4),
-        _ => Err("expected 2, 3 or 4"),
-    }
-}
-
-fn wakeup_kind(text: &str) -> Result<Wakeup, &'static str> {
-    let polling = |micros: &str| {
-        let micros = micros.parse().map_err(|_| "expected a number of microseconds")?;
-        Ok(Wakeup::Polling(Duration::from_micros(micros)))
-    };
-    match text.split_once(':') {
-        None if text == "socket" => Ok(Wakeup::Socket),
-        None if text == "eventfd" => Ok(Wakeup::EventFd),
-        Some(("polling", micros)) => polling(micros),
-        _ => Err("expected socket, eventfd or polling:MICROS"),
     }
 }
 

@@ -36,6 +36,8 @@ mod outgoing;
 mod pace;
 #[path = "kv_client/pipe.rs"]
 mod pipe;
+#[path = "support/protocol.rs"]
+mod protocol;
 #[path = "kv_client/report.rs"]
 mod report;
 #[allow(unreachable_pub, reason = "the server has it, too")]

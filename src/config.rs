@@ -5,8 +5,15 @@
 //! that is not the default. The defaults are those of the peers in the field (WIRE chapter 4), so a
 //! session between this crate and another implementation looks to the other like one of its own.
 
+mod choices;
+mod limits;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+pub use choices::{MemoryKind, ProtocolVersion, SliceClass, Spin, Wakeup};
+pub use limits::AllowedPeers;
+pub(crate) use limits::{Limits, SocketFile};
 
 use crate::error::ConfigError;
 
@@ -20,185 +27,6 @@ const MANAGER_OVERHEAD: u64 = 8;
 const PATH_ROOM: usize = 255;
 /// The longest ending that the file names put behind the prefix.
 const LONGEST_SUFFIX: usize = 96;
-
-/// The versions of the protocol that a session can speak (WIRE chapter 2).
-///
-/// ```
-/// use shmipc_glommio::{Config, MemoryKind, ProtocolVersion};
-///
-/// // For a server of version 2, which takes memory by its file's name only.
-/// let config = Config::builder().protocol(ProtocolVersion::V2).memory(MemoryKind::File).build()?;
-/// assert!(config.protocol() < ProtocolVersion::HIGHEST);
-/// # Ok::<(), shmipc_glommio::ConfigError>(())
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[non_exhaustive]
-pub enum ProtocolVersion {
-    /// File memory only; the client uses the queues without waiting for an answer.
-    V2,
-    /// Memory by descriptor or by file, acknowledged by the server.
-    V3,
-    /// As version 3, with features that both sides agree on first, in JSON.
-    V4,
-}
-
-impl ProtocolVersion {
-    /// The highest version of this crate.
-    pub const HIGHEST: Self = Self::V4;
-
-    /// The number of the version.
-    pub const fn as_u8(self) -> u8 {
-        match self {
-            Self::V2 => 2,
-            Self::V3 => 3,
-            Self::V4 => 4,
-        }
-    }
-
-    /// The version byte in the header of a session's messages: 0 in version 4.
-    pub const fn message_byte(self) -> u8 {
-        match self {
-            Self::V2 => 2,
-            Self::V3 => 3,
-            Self::V4 => 0,
-        }
-    }
-}
-
-/// How the client hands its shared memory to the server.
-///
-/// ```
-/// use shmipc_glommio::{Config, MemoryKind};
-///
-/// // For a server on TCP loopback. It opens the files by their names, so it has to see them there.
-/// let config = Config::builder()
-///     .memory(MemoryKind::File)
-///     .path_prefix("/dev/shm/orders")
-///     .build()?;
-/// assert_eq!(config.memory(), MemoryKind::File);
-/// # Ok::<(), shmipc_glommio::ConfigError>(())
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum MemoryKind {
-    /// Anonymous memory whose descriptors go over the Unix socket. Nothing is left behind by a
-    /// crash, and nobody else can open it.
-    Memfd,
-    /// Files below the [path prefix](ConfigBuilder::path_prefix). The only kind that works over
-    /// TCP loopback, and the only kind that protocol version 2 knows.
-    File,
-}
-
-/// One size class of buffer slices and the share of the buffer memory that it gets.
-///
-/// ```
-/// use shmipc_glommio::{Config, SliceClass};
-///
-/// // Many small messages, and some of nearly 64 KiB. The header of a slice takes 20 bytes.
-/// let classes = [SliceClass::new(256 - 20, 40), SliceClass::new((64 << 10) - 20, 60)];
-/// let config = Config::builder().slice_classes(classes).build()?;
-/// assert_eq!(config.slice_classes(), classes);
-/// # Ok::<(), shmipc_glommio::ConfigError>(())
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SliceClass {
-    /// Bytes of payload that one slice holds. A multiple of four.
-    pub capacity: u32,
-    /// Share of the buffer memory in per cent.
-    pub percent: u32,
-}
-
-impl SliceClass {
-    /// A class of slices with `capacity` bytes of payload that gets `percent` of the memory.
-    pub const fn new(capacity: u32, percent: u32) -> Self {
-        Self { capacity, percent }
-    }
-}
-
-/// How a side of a session learns that its peer, while it slept, sent something.
-///
-/// The client of a session asks for one, in version 4 of the protocol; servers follow. Versions 2
-/// and 3 know [`Socket`](Self::Socket) only.
-///
-/// ```
-/// use shmipc_glommio::{Config, ProtocolVersion, Wakeup};
-///
-/// let config = Config::builder().protocol(ProtocolVersion::V4).wakeup(Wakeup::EventFd).build()?;
-/// assert_eq!(config.wakeup(), Wakeup::EventFd);
-/// # Ok::<(), shmipc_glommio::ConfigError>(())
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Wakeup {
-    /// By a SyncEvent, a message of eight bytes over the session's socket.
-    Socket,
-    /// By an eventfd for each direction. For [memfd memory](MemoryKind::Memfd) only, with which the
-    /// descriptors go over.
-    EventFd,
-    /// Not at all: each side looks at its queue at this interval, as long as the session lives. For
-    /// sessions whose messages can wait: no side ever makes a system call for the other, and both
-    /// wake up for nothing when there is none. From [`Self::SHORTEST_INTERVAL`] to
-    /// [`Self::LONGEST_INTERVAL`].
-    Polling(Duration),
-}
-
-impl Wakeup {
-    /// The shortest interval that a configuration can ask for, and that a server grants: one that a
-    /// timer can keep without taking the whole core.
-    pub const SHORTEST_INTERVAL: Duration = Duration::from_micros(50);
-    /// The longest.
-    pub const LONGEST_INTERVAL: Duration = Duration::from_secs(1);
-}
-
-/// How long a session goes on polling its IO queue after its last traffic.
-///
-/// ```
-/// use std::time::Duration;
-/// use shmipc_glommio::{Config, Spin};
-///
-/// // A core with nothing else to do may look for longer before it sleeps, and is woken less often.
-/// let config = Config::builder().spin(Spin::For(Duration::from_millis(2))).build()?;
-/// assert_eq!(config.spin(), Spin::For(Duration::from_millis(2)));
-/// # Ok::<(), shmipc_glommio::ConfigError>(())
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Spin {
-    /// Never: every message that meets a sleeping peer costs a wake-up, and an idle core sleeps.
-    Never,
-    /// For this long after the last traffic at most: less after waits that were in vain, down to a
-    /// sixteenth, until a longer one finds something again.
-    For(Duration),
-    /// Always. The core never sleeps while the session lives.
-    Forever,
-}
-
-/// Who may be at the other end of a connection, by the user that the kernel names.
-///
-/// Over TCP the kernel names the owner of the other end's socket, if it was built to (most are,
-/// `CONFIG_INET_DIAG`); a peer that it does not name is let in by [`Any`](Self::Any) alone.
-///
-/// ```
-/// use shmipc_glommio::{AllowedPeers, Config};
-///
-/// // A proxy that runs as user 1337, and whose socket that user can write to.
-/// let config = Config::builder()
-///     .allowed_peers(AllowedPeers::Users(vec![1337]))
-///     .socket_mode(0o660)
-///     .socket_owner(None, Some(1337))
-///     .build()?;
-/// # Ok::<(), shmipc_glommio::ConfigError>(())
-/// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum AllowedPeers {
-    /// The user that this process runs as.
-    SameUser,
-    /// These users, by number.
-    Users(Vec<u32>),
-    /// Whoever can connect.
-    Any,
-}
 
 /// Everything that a session, a listener or a connector can be told.
 ///
@@ -234,33 +62,6 @@ pub struct Config {
     pub(crate) limits: Limits,
 }
 
-/// Who can connect to a Unix socket, as its file says.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct SocketFile {
-    pub(crate) mode: u32,
-    /// User and group that the file is given to. `None` stays as it is.
-    pub(crate) user: Option<u32>,
-    pub(crate) group: Option<u32>,
-}
-
-/// What a peer can make this side spend, at most.
-#[derive(Debug, Clone)]
-pub(crate) struct Limits {
-    pub(crate) handshake_timeout: Duration,
-    pub(crate) handshakes: usize,
-    pub(crate) handshakes_per_user: usize,
-    pub(crate) sessions: usize,
-    pub(crate) message_len: u32,
-    pub(crate) streams: usize,
-    pub(crate) mapped_bytes: u64,
-    pub(crate) total_mapped_bytes: u64,
-    /// `None`: for ever.
-    pub(crate) stall: Option<Duration>,
-    pub(crate) unread_fallback_bytes: usize,
-    /// `None`: by the size of the buffer memory.
-    pub(crate) stream_window: Option<u64>,
-}
-
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -284,19 +85,7 @@ impl Default for Config {
             socket_file: SocketFile { mode: 0o600, user: None, group: None },
             checks_memory: true,
             allowed_peers: AllowedPeers::SameUser,
-            limits: Limits {
-                handshake_timeout: Duration::from_secs(2),
-                handshakes: 64,
-                handshakes_per_user: 32,
-                sessions: 4096,
-                message_len: 64 << 20,
-                streams: 65536,
-                mapped_bytes: 1 << 30,
-                total_mapped_bytes: 64 << 30,
-                stall: Some(Duration::from_secs(60)),
-                unread_fallback_bytes: 64 << 20,
-                stream_window: None,
-            },
+            limits: Limits::default(),
         }
     }
 }
@@ -347,8 +136,8 @@ impl Config {
         self.spin
     }
 
-    /// Whether a client of this configuration offers lists that each side has for itself: if it may,
-    /// and every list of half a class' share could hand out a slice.
+    /// Whether a client of this configuration offers lists that each side has for itself: if it
+    /// may, and every list of half a class' share could hand out a slice.
     pub(crate) fn offers_single_popper_lists(&self) -> bool {
         let overhead = MANAGER_OVERHEAD + 2 * LIST_OVERHEAD * self.slice_classes.len() as u64;
         let room = u64::from(self.buffer_size).saturating_sub(overhead);
@@ -597,9 +386,10 @@ impl ConfigBuilder {
         self
     }
 
-    /// For how long a peer may leave what was sent to it in the queue, before its session ends with [`Error::PeerStalled`](crate::Error::PeerStalled):
-    /// somebody has stopped it, or it hangs. A peer takes what is sent to it when it comes, whether
-    /// or not somebody reads the stream. `None`: for ever. Default: a minute.
+    /// For how long a peer may leave what was sent to it in the queue, before its session ends with
+    /// [`Error::PeerStalled`](crate::Error::PeerStalled): somebody has stopped it, or it hangs. A
+    /// peer takes what is sent to it when it comes, whether or not somebody reads the stream.
+    /// `None`: for ever. Default: a minute.
     pub fn stall_limit(mut self, limit: Option<Duration>) -> Self {
         self.config.limits.stall = limit;
         self

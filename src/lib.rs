@@ -52,9 +52,10 @@
 //!
 //! The peer may be buggy or hostile: it may write anything, anywhere in the shared memory, at any
 //! time, send any bytes, stop, or die. It can end its session that way, and scramble its own data.
-//! It cannot make this process loop or allocate without bound, or reach memory or sessions of
-//! others. It cannot crash this process either, with one exception as yet: a peer that truncates
-//! memory which is not sealed (files, and what other implementations pass) raises `SIGBUS` here.
+//! It cannot crash this process, make it loop or allocate without bound, or reach memory or
+//! sessions of others. Memory that it truncates raises `SIGBUS` here, which is caught
+//! ([`disable_sigbus_guard`]); who may connect is up to [`AllowedPeers`] and
+//! [`Listener::authorize`]. `SECURITY.md` in the repository has the threat model in full.
 //!
 //! # Rooms
 //!

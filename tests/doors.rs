@@ -185,7 +185,8 @@ fn who_panics_when_told_of_a_peer_does_not_stop_the_server() {
     let path = SocketPath::new();
     let told = Arc::new(AtomicU32::new(0));
     let counter = Arc::clone(&told);
-    let config = Config::builder().container().handshake_timeout(Duration::from_millis(20));
+    let patience = Duration::from_millis(500);
+    let config = Config::builder().container().handshake_timeout(patience);
     let server = server(&path, 1)
         .config(config.build().unwrap())
         .on_refused(move |_, _| {

@@ -157,6 +157,23 @@ impl Possessions {
         }
     }
 
+    /// Waits until it stays the same for a while: sessions that are about to come have come, and
+    /// those that ended have gone.
+    fn settled(prefix: &Path) -> Self {
+        let start = Instant::now();
+        let mut last = Self::now(prefix);
+        loop {
+            std::thread::sleep(Duration::from_millis(100));
+            let now = Self::now(prefix);
+            let counts = |of: &Self| (of.descriptors, of.mappings, of.files);
+            if counts(&now) == counts(&last) {
+                return now;
+            }
+            last = now;
+            assert!(start.elapsed() < LIMIT / 10, "it does not settle: {now:?}");
+        }
+    }
+
     /// Waits until no more is there than before.
     fn must_be_no_more_than(before: Self, prefix: &Path) {
         let start = Instant::now();
@@ -221,8 +238,13 @@ impl Honest {
 
     /// Waits until it was served again.
     fn must_be_served(&self) {
-        let (before, start) = (self.served(), Instant::now());
-        while self.served() == before {
+        self.must_be_served_often(1);
+    }
+
+    /// Waits until it was served so often. It asks one shard after the other.
+    fn must_be_served_often(&self, times: u64) {
+        let (due, start) = (self.served() + times, Instant::now());
+        while self.served() < due {
             assert!(start.elapsed() < LIMIT / 10, "an honest client is not served any more");
             std::thread::sleep(Duration::from_micros(200));
         }
@@ -254,7 +276,7 @@ fn nothing_stays_of_processes_that_are_killed_under_load() {
         drop(doomed);
         honest.must_be_served();
         if number == WARM {
-            before = Some(Possessions::now(&prefix));
+            before = Some(Possessions::settled(&prefix));
         }
     }
     // The server's side removes the names of files that its sessions had.
@@ -271,11 +293,13 @@ fn nothing_stays_of_processes_that_are_killed_under_load() {
     for number in 0..KILLS {
         let doomed = Doomed::start("server", path.as_str(), &prefix, false);
         honest.must_be_served();
+        if number == WARM {
+            // With a session to each shard of a server that lives, as at the end.
+            honest.must_be_served_often(4 * SHARDS as u64);
+            before = Some(Possessions::settled(&prefix));
+        }
         std::thread::sleep(pause(number));
         drop(doomed);
-        if number == WARM {
-            before = Some(Possessions::now(&prefix));
-        }
     }
     let last = Doomed::start("server", path.as_str(), &prefix, false);
     honest.must_be_served();

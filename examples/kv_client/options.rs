@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use lexopt::ValueExt;
-use shmipc_glommio::{Config, Spin};
+use shmipc_glommio::{Config, ProtocolVersion, Spin, Wakeup};
+
+use crate::protocol;
 
 pub(crate) const USAGE: &str = "\
 usage: kv_client --shm PATH | --unix PATH | --tcp ADDRESS [OPTION]…
@@ -22,6 +24,9 @@ usage: kv_client --shm PATH | --unix PATH | --tcp ADDRESS [OPTION]…
   --threads N        executors that the connections are dealt to (1)
   --cores LIST       processors for the executors, as 0,2 or 0-3 (any)
   --spin MICROS      how long a session polls after its last traffic (the library's default)
+  --protocol 3|4     version of the protocol, over shared memory (3)
+  --wakeup socket|eventfd|polling:MICROS
+                     how the sides wake each other; others than socket with version 4 (socket)
   --pool BYTES       buffer memory of a session (the library's default)
   --seed N           which operations, keys and values (1)
   --warmup N         requests before those that are measured (0)
@@ -77,6 +82,8 @@ pub(crate) struct Options {
     /// One for each executor, or empty: then they are not pinned.
     pub(crate) cores: Vec<usize>,
     pub(crate) spin: Option<Spin>,
+    pub(crate) version: ProtocolVersion,
+    pub(crate) wakeup: Wakeup,
     pub(crate) pool: Option<u64>,
     pub(crate) seed: u64,
     pub(crate) warmup: u64,
@@ -128,6 +135,8 @@ impl Options {
             threads: 1,
             cores: Vec::new(),
             spin: None,
+            version: ProtocolVersion::V3,
+            wakeup: Wakeup::Socket,
             pool: None,
             seed: 1,
             warmup: 0,
@@ -157,6 +166,8 @@ impl Options {
                     micros => Spin::For(Duration::from_micros(micros)),
                 });
             }
+            "protocol" => self.version = parser.value()?.parse_with(protocol::protocol_version)?,
+            "wakeup" => self.wakeup = parser.value()?.parse_with(protocol::wakeup)?,
             "pool" => self.pool = Some(number(1, u64::from(u32::MAX))?),
             "seed" => self.seed = number(0, u64::MAX)?,
             "warmup" => self.warmup = number(0, u64::MAX / 2)?,
@@ -178,7 +189,7 @@ impl Options {
 
     /// How sessions are set up.
     pub(crate) fn config(&self) -> Result<Config, shmipc_glommio::ConfigError> {
-        let mut builder = Config::builder();
+        let mut builder = Config::builder().protocol(self.version).wakeup(self.wakeup);
         if let Some(spin) = self.spin {
             builder = builder.spin(spin);
         }

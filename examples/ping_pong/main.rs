@@ -1,7 +1,8 @@
 //! Round trips between two processes: this crate beside the machine's limit and beside sockets.
 //!
 //! `cargo run --release --example ping_pong -- [--json] [--quick] [--rounds N] [--slice MILLIS]
-//! [--only TRANSPORT,…] [--sizes BYTES,…] [--streams N,…] [--touch | --no-touch] [--one-cpu]`
+//! [--only TRANSPORT,…] [--sizes BYTES,…] [--streams N,…] [--touch | --no-touch] [--one-cpu]
+//! [--v4]`
 //!
 //! Slices of all points are taken in turn and the turns repeated, because on a virtual machine the
 //! processors move between near and far cores; the median of the rounds is reported, with its
@@ -38,7 +39,7 @@ impl Options {
             json: false,
             rounds: 7,
             slice: Duration::from_millis(60),
-            transports: Transport::ALL.to_vec(),
+            transports: Transport::USUAL.to_vec(),
             sizes: vec![64, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20],
             streams: vec![1, 64],
             touch: vec![true],
@@ -63,6 +64,7 @@ impl Options {
                 "--touch" => options.touch = vec![true],
                 "--no-touch" => options.touch = vec![false],
                 "--both" => options.touch = vec![true, false],
+                "--v4" => options.transports.extend(Transport::V4),
                 "--one-cpu" => options.shared_cpu = true,
                 "--idle" => options.idle = Some(number(&value()?)?),
                 _ => return Err(format!("what is {argument}?")),
@@ -118,10 +120,9 @@ fn numbers(text: &str) -> Result<Vec<usize>, String> {
 }
 
 fn transports(text: &str) -> Result<Vec<Transport>, String> {
-    let all = Transport::ALL.iter().copied();
     let mut found = Vec::new();
     for name in text.split(',') {
-        let matching: Vec<_> = all.clone().filter(|one| one.name().contains(name)).collect();
+        let matching: Vec<_> = Transport::all().filter(|one| one.name().contains(name)).collect();
         if matching.is_empty() {
             return Err(format!("{name} is no transport"));
         }

@@ -144,8 +144,8 @@ impl ClientHandshake {
         }
     }
 
-    /// Whether a connection that ends now is one of a server that does not know version 4, as far as
-    /// can be told.
+    /// Whether a connection that ends now is one of a server that does not know version 4, as far
+    /// as can be told.
     pub(crate) fn may_fall_back(&self) -> bool {
         matches!(self.state, State::SendNegotiation | State::AwaitNegotiation)
     }

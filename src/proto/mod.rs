@@ -97,23 +97,26 @@ mod tests {
     pub(super) fn every_message() -> Vec<(Header, Message)> {
         let message = |kind| {
             match kind {
-            MessageType::ShareMemoryByFilePath => Message::ShareMemoryByFilePath(paths()),
-            MessageType::SyncEvent => Message::SyncEvent,
-            MessageType::StreamClose => Message::StreamClose { stream_id: 2 },
-            MessageType::FallbackData => {
-                Message::FallbackData { stream_id: 2, status: 0, data: Bytes::from_static(b"x") }
+                MessageType::ShareMemoryByFilePath => Message::ShareMemoryByFilePath(paths()),
+                MessageType::SyncEvent => Message::SyncEvent,
+                MessageType::StreamClose => Message::StreamClose { stream_id: 2 },
+                MessageType::FallbackData => Message::FallbackData {
+                    stream_id: 2,
+                    status: 0,
+                    data: Bytes::from_static(b"x"),
+                },
+                MessageType::ExchangeMetadata => Message::ExchangeMetadata,
+                MessageType::ShareMemoryByMemfd => Message::ShareMemoryByMemfd(paths()),
+                MessageType::AckShareMemory => Message::AckShareMemory,
+                MessageType::AckReadyRecvFd => Message::AckReadyRecvFd,
+                MessageType::HotRestart => Message::HotRestart { epoch: 7 },
+                MessageType::HotRestartAck => Message::HotRestartAck { epoch: 7 },
+                // Both a request and an answer.
+                MessageType::Negotiation => Message::Negotiation(Bytes::from_static(
+                    br#"{"supports_protocols":[4],"selected_protocol":4,
+                    "sdk_name":"","sdk_version":""}"#,
+                )),
             }
-            MessageType::ExchangeMetadata => Message::ExchangeMetadata,
-            MessageType::ShareMemoryByMemfd => Message::ShareMemoryByMemfd(paths()),
-            MessageType::AckShareMemory => Message::AckShareMemory,
-            MessageType::AckReadyRecvFd => Message::AckReadyRecvFd,
-            MessageType::HotRestart => Message::HotRestart { epoch: 7 },
-            MessageType::HotRestartAck => Message::HotRestartAck { epoch: 7 },
-            // Both a request and an answer.
-            MessageType::Negotiation => Message::Negotiation(Bytes::from_static(
-                br#"{"supports_protocols":[4],"selected_protocol":4,"sdk_name":"","sdk_version":""}"#,
-            )),
-        }
         };
         let mut messages = Vec::new();
         for kind in MessageType::ALL {

@@ -5,15 +5,15 @@
 //! # An eventfd whose other owner is not to be trusted
 //!
 //! Both sides have the same open file, so the peer can make it blocking and count it up to its
-//! limit at any time. A write would then wait, and the whole core with it; no flag of `write`, and no
-//! look before it, prevents that for good. The kernel itself counts up eventfds without ever waiting
-//! when something completes that they are registered for. So each session has a small io_uring of
-//! its own with the peer's eventfd registered, and to ring is to have nothing done by it: one system
-//! call, which costs as much as the write.
+//! limit at any time. A write would then wait, and the whole core with it; no flag of `write`, and
+//! no look before it, prevents that for good. The kernel itself counts up eventfds without ever
+//! waiting when something completes that they are registered for. So each session has a small
+//! io_uring of its own with the peer's eventfd registered, and to ring is to have nothing done by
+//! it: one system call, which costs as much as the write.
 //!
 //! Reading is done by glommio's io_uring. It waits without holding anybody up, unless the file is
-//! non-blocking: then the read fails at once, and the flag is taken off. The peer only writes to it,
-//! and an honest one never comes near the limit at which a write would wait.
+//! non-blocking: then the read fails at once, and the flag is taken off. The peer only writes to
+//! it, and an honest one never comes near the limit at which a write would wait.
 //!
 //! `unsafe` here: descriptors that change owners, and the submission of an operation that refers to
 //! no memory.
@@ -111,7 +111,12 @@ impl Bell {
         let pushed = unsafe { ring.submission().push(&nothing) };
         // It is full only while the call below fails: then that is what there is to say.
         let _ = pushed;
-        ring.submit()?;
+        // Signals come: the operation is still there for the next try.
+        while let Err(error) = ring.submit() {
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
         // It is done at once. What completed needs to be taken, so that there is room.
         ring.completion().for_each(drop);
         Ok(())
@@ -121,11 +126,8 @@ impl Bell {
 impl SessionInner {
     /// Wakes the peer, which sleeps.
     pub(super) fn ring_event_fd(&self, bell: &Bell) {
-        match bell.ring() {
-            Ok(()) => {}
-            // Signals come: the operation is still there for the next try.
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => self.ring_event_fd(bell),
-            Err(error) => self.fail(Error::os("ring at an eventfd", error)),
+        if let Err(error) = bell.ring() {
+            self.fail(Error::os("ring at an eventfd", error));
         }
     }
 

@@ -39,11 +39,12 @@ const SENT_AT_MOST: usize = 32 << 10;
 thread_local! {
     static EXECUTOR: LocalExecutor =
         glommio::LocalExecutorBuilder::default().make().expect("io_uring works here");
-    static CONFIGS: [Rc<Config>; 2] = [Spin::Never, Spin::For(Duration::from_micros(20))].map(|spin| {
-        let limits = Config::builder().max_streams(4).max_unread_fallback_bytes(4096);
-        let config = limits.spin(spin).pool_wait(Duration::ZERO).max_message_len(4096);
-        Rc::new(config.build().expect("valid"))
-    });
+    static CONFIGS: [Rc<Config>; 2] =
+        [Spin::Never, Spin::For(Duration::from_micros(20))].map(|spin| {
+            let limits = Config::builder().max_streams(4).max_unread_fallback_bytes(4096);
+            let config = limits.spin(spin).pool_wait(Duration::ZERO).max_message_len(4096);
+            Rc::new(config.build().expect("valid"))
+        });
 }
 
 /// A session with a peer that writes into its memory, sends, and goes: it ends by that, and leaves

@@ -5,6 +5,7 @@
 use std::cell::Cell;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -17,6 +18,7 @@ use super::admission::{Admission, Admitted};
 use super::credit::show_extension;
 use super::doorbell::{Doorbell, create_event_fds};
 use super::peer::PeerCredentials;
+use super::sending::is_gone;
 use super::socket::{Received, Socket};
 use crate::config::{Config, MemoryKind, ProtocolVersion, Wakeup};
 use crate::error::{Error, HandshakeError, MemoryError};
@@ -245,7 +247,7 @@ impl Inbox {
             let space = &mut self.deframer.space(missing)[..missing];
             let (received, descriptors) = socket
                 .try_receive_with_descriptors(space)
-                .map_err(|error| Error::os("receive in a handshake", error))?;
+                .map_err(|error| broken_off("receive in a handshake", due, error))?;
             if !descriptors.is_empty() {
                 let got = descriptors.len();
                 return Err(HandshakeError::Descriptors { got, expected: 0 }.into());
@@ -271,7 +273,7 @@ impl Inbox {
             let mut byte = [0];
             let (received, descriptors) = socket
                 .try_receive_with_descriptors(&mut byte)
-                .map_err(|error| Error::os("receive descriptors", error))?;
+                .map_err(|error| broken_off("receive descriptors", "descriptors", error))?;
             match received {
                 Received::Bytes(_) => {
                     let got = descriptors.len();
@@ -289,8 +291,20 @@ impl Inbox {
     }
 }
 
+/// What a socket says that failed. A peer that goes may be noticed by what it sends no more, or by
+/// what it does not take any more; both are the same end.
+fn broken_off(operation: &'static str, waiting_for: &'static str, error: io::Error) -> Error {
+    if is_gone(&error) {
+        return HandshakeError::Closed { waiting_for }.into();
+    }
+    Error::os(operation, error)
+}
+
+/// What is due from a peer that is sent something.
+const TO_BE_READ: &str = "the reading of a message";
+
 async fn send_all(socket: &Socket, mut bytes: &[u8]) -> Result<(), Error> {
-    let failed = |error| Error::os("send in a handshake", error);
+    let failed = |error| broken_off("send in a handshake", TO_BE_READ, error);
     let sent = socket.try_send(bytes).map_err(failed)?;
     bytes = &bytes[sent..];
     if bytes.is_empty() {
@@ -310,7 +324,7 @@ async fn send_descriptors(socket: &Socket, descriptors: &[OwnedFd]) -> Result<()
     // our side with nonsense; then the handshake's time runs out.
     while !socket
         .try_send_descriptors(&descriptors)
-        .map_err(|error| Error::os("send descriptors", error))?
+        .map_err(|error| broken_off("send descriptors", TO_BE_READ, error))?
     {
         glommio::timer::sleep(std::time::Duration::from_millis(1)).await;
     }

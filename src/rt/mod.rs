@@ -7,17 +7,16 @@
 //! - [`socket`]: a connected socket: readiness, sending without waiting, descriptors.
 //! - [`handshake`]: drives the state machines of `proto` over a socket.
 //! - [`session`]: a session's state; [`driver`]: its turns; [`receiving`]: what arrives;
-//!   [`sending`]: what is sent; [`outbox`]: what waits for the socket; [`overtaking`]: what must not
-//!   go over it yet.
+//!   [`sending`]: what is sent; [`outbox`]: what waits for the socket; [`overtaking`]: what must
+//!   not go over it yet.
 //! - [`doorbell`]: how a peer is woken otherwise than by the socket.
 //! - [`poller`]: the one task per core that polls the queues of active sessions.
 //! - [`watch`]: a look at all sessions from time to time, for peers that have stopped.
-//! - [`spin`]: for how long they are looked at before they sleep.
+//! - [`activity`], [`spin`]: for how long they are looked at before they sleep.
 //! - [`stream`]: a stream's handle, of a [`read_half`] and a [`write_half`], each with a
 //!   [`deadline`]; [`loan`]: messages as values; [`credit`]: how far a sender may go.
-//! - [`listener`], [`connector`]: how sessions come to be; [`admission`]: how many, and [who](peer);
-//!   [`socket_path`]: the files of sockets,
-//!   and [turns](door_lock) at them.
+//! - [`listener`], [`connector`]: how sessions come to be; [`admission`]: how many;
+//!   [`peer`]: with whom; [`socket_path`]: the files of sockets, and [turns](door_lock) at them.
 //! - [`client`], made by a [`client_builder`]: a core's [sessions](shard_sessions) to the shards of
 //!   a server, each [`kept`] up with a [`backoff`].
 //! - [`drain`]: how a session is brought to its end without a loss.
@@ -26,6 +25,7 @@
 //!   each stream; [`tasks`]: tasks that end with what they belong to. Only what these hand over at
 //!   accept time ever changes threads.
 
+mod activity;
 mod admission;
 mod backoff;
 mod client;

@@ -5,11 +5,12 @@
 //! before whatever follows. With an eventfd, or with nobody being woken at all, nothing orders the
 //! two, and it is for the receiver to drain its queue before it handles a message of the socket.
 //! This crate does. The crate `shmipc` 0.2.1 does not: what a stream sent over the socket, after
-//! its pool ran empty, could come before what it had sent by the queue, and a close before its data.
+//! its pool ran empty, could come before what it had sent by the queue, and a close before its
+//! data.
 //!
 //! So towards such a peer a stream waits before it first uses the socket, until the peer has
-//! handled what the stream put into the queue; and a close that finds the queue full waits for room,
-//! instead of going over the socket.
+//! handled what the stream put into the queue; and a close that finds the queue full waits for
+//! room, instead of going over the socket.
 //!
 //! When has it? An event is handled for sure when the peer has taken one more behind it. Of the
 //! last one it is known by the working flag: this side sets it when it publishes, and the peer
@@ -56,8 +57,8 @@ impl SessionInner {
             Overtaking::Until(until) => until,
             _ => {
                 let producer = self.lanes.producer.borrow();
-                // Whom nobody wakes, nobody told that there is something to drain. One that is woken
-                // would be taken for awake from then on.
+                // Whom nobody wakes, nobody told that there is something to drain. One that is
+                // woken would be taken for awake from then on.
                 if matches!(self.doorbell(), Doorbell::Polling(_)) {
                     producer.mark_working();
                 }
@@ -93,8 +94,8 @@ impl SessionInner {
         }
     }
 
-    /// Sends the closes that found the queue full, as far as there is room now. There are no more of
-    /// them than streams that the peer has heard of.
+    /// Sends the closes that found the queue full, as far as there is room now. There are no more
+    /// of them than streams that the peer has heard of.
     pub(super) fn send_kept_closes(self: &Rc<Self>) {
         loop {
             let Some(&stream_id) = self.lanes.kept_closes.borrow().front() else { return };

@@ -34,6 +34,9 @@ pub(super) struct Entry {
     pub(super) class: u8,
 }
 
+// The ledger is as long as there are slices.
+const _: () = assert!(size_of::<Entry>() == 24);
+
 impl Entry {
     pub(super) const fn new(class: u8, capacity: u32) -> Self {
         Self {

@@ -25,9 +25,10 @@ use std::sync::atomic::Ordering;
 use super::access::Memory;
 use crate::error::MemoryError;
 use crate::wire::layout::{
-    FLAG_HAS_NEXT, LIST_CAPACITY_OFFSET, LIST_HEAD_OFFSET, LIST_HEADER_LEN, LIST_SIZE_OFFSET,
-    LIST_SLICE_CAPACITY_OFFSET, LIST_TAIL_OFFSET, SLICE_CAPACITY_OFFSET, SLICE_FLAGS_OFFSET,
-    SLICE_HEADER_LEN, SLICE_NEXT_OFFSET, SLICE_SIZE_OFFSET, SLICE_START_OFFSET, list_len,
+    FLAG_HAS_NEXT, FLAG_IN_USE, LIST_CAPACITY_OFFSET, LIST_HEAD_OFFSET, LIST_HEADER_LEN,
+    LIST_SIZE_OFFSET, LIST_SLICE_CAPACITY_OFFSET, LIST_TAIL_OFFSET, SLICE_CAPACITY_OFFSET,
+    SLICE_FLAGS_OFFSET, SLICE_HEADER_LEN, SLICE_NEXT_OFFSET, SLICE_SIZE_OFFSET, SLICE_START_OFFSET,
+    list_len,
 };
 
 /// The most slices that one batch moves.
@@ -125,7 +126,8 @@ impl BufferList {
             let problem = "headers behind such slices would be misaligned";
             return field("slice capacity", slice_capacity, problem);
         }
-        let needed = header as u64 + list_len(capacity, slice_capacity);
+        // Two large numbers of the peer's: their product may be the largest that there is.
+        let needed = list_len(capacity, slice_capacity).saturating_add(header as u64);
         if needed > end as u64 {
             return Err(too_small(needed));
         }
@@ -355,7 +357,8 @@ impl BufferList {
             };
             let next = memory.load_u32(slice + SLICE_NEXT_OFFSET, Ordering::Acquire);
             let flags = memory.load_u8(slice + SLICE_FLAGS_OFFSET, Ordering::Acquire);
-            if flags & FLAG_HAS_NEXT == 0 {
+            // Not all peers mark what they use, but no peer gives back what it has marked.
+            if flags & (FLAG_HAS_NEXT | FLAG_IN_USE) != FLAG_HAS_NEXT {
                 return poison("flags of a free slice", u32::from(flags), 1);
             }
             if next != expected {

@@ -31,6 +31,9 @@ use crate::error::{Error, HandshakeError, MemoryError};
 /// Where a descriptor's file may lie: in memory. (`ramfs` stands for `tmpfs` in small kernels.)
 const MEMORY_FILE_SYSTEMS: [FsType; 3] = [TMPFS_MAGIC, HUGETLBFS_MAGIC, FsType(0x8584_58f6)];
 
+/// Makes a memfd that nobody can execute, nor make executable (`linux/memfd.h`).
+const MFD_NOEXEC_SEAL: u32 = 8;
+
 /// Memory that another party may read and write at any time.
 pub(crate) struct Region {
     base: NonNull<u8>,
@@ -84,12 +87,16 @@ impl Region {
         let bytes = name.as_os_str().as_bytes();
         let name = CString::new(&bytes[bytes.len().saturating_sub(249)..])
             .map_err(|error| failed(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
-        let fd = nix::sys::memfd::memfd_create(
-            name.as_c_str(),
-            MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
-        )
-        .map_err(|error| failed(error.into()))?;
-        let file = File::from(fd);
+        let create = |more| {
+            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | more;
+            nix::sys::memfd::memfd_create(name.as_c_str(), flags)
+        };
+        let fd = match create(MFdFlags::from_bits_retain(MFD_NOEXEC_SEAL)) {
+            // A kernel before 6.3 does not know it.
+            Err(Errno::EINVAL) => create(MFdFlags::empty()),
+            result => result,
+        };
+        let file = File::from(fd.map_err(|error| failed(error.into()))?);
         file.set_len(len as u64).map_err(failed)?;
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         nix::fcntl::fcntl(&file, FcntlArg::F_ADD_SEALS(seals))
@@ -326,10 +333,17 @@ mod tests {
         let (_region, fd) = Region::create_memfd(Path::new("x"), 4096).unwrap();
         let flags = nix::fcntl::fcntl(&fd, FcntlArg::F_GETFD).unwrap();
         assert_eq!(flags & nix::libc::FD_CLOEXEC, nix::libc::FD_CLOEXEC);
+        let seals = nix::fcntl::fcntl(&fd, FcntlArg::F_GET_SEALS).unwrap();
+        let due = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        assert!(SealFlag::from_bits_retain(seals).contains(due), "{seals:#x}");
         let file = File::from(fd);
         for len in [0, 4095, 8192] {
             assert!(file.set_len(len).is_err(), "{len}");
         }
+        let mode = file.metadata().unwrap().mode();
+        let knows =
+            nix::sys::memfd::memfd_create(c"x", MFdFlags::from_bits_retain(MFD_NOEXEC_SEAL));
+        assert!(mode & 0o111 == 0 || knows.is_err(), "executable: {mode:o}");
     }
 
     #[test]

@@ -173,8 +173,8 @@ const _: () = {
 pub struct Header {
     /// Length of the whole message in bytes, these eight included.
     pub length: u32,
-    /// The [version byte](ProtocolVersion::message_byte); in an ExchangeMetadata the highest version
-    /// that the sender knows.
+    /// The [version byte](ProtocolVersion::message_byte); in an ExchangeMetadata the highest
+    /// version that the sender knows.
     pub version: u8,
     /// What follows.
     pub message: MessageType,

@@ -441,7 +441,8 @@ mod tests {
     #[test]
     fn what_is_not_known_is_passed_over() {
         let json = br#"{
-            "supports_protocols": [5, 4, 18446744073709551615], "sdk_name": "\u0041", "sdk_version": "",
+            "supports_protocols": [5, 4, 18446744073709551615],
+            "sdk_name": "\u0041", "sdk_version": "",
             "supports_features": ["x", "eventfd_wakeup", "event_queue_polling"], "more": [[[]]],
             "settings": {"x": {}, "event_queue_polling": {"polling_interval_us": "fast"}}
         }"#;

@@ -106,7 +106,7 @@ impl Lab {
             Transport::Floor | Transport::RawSame | Transport::RawRotating => {
                 bare::measure(&path, point)
             }
-            Transport::Spin | Transport::Adaptive | Transport::Sleep => ours::measure(&path, point),
+            Transport::Ours(ours) => ours::measure(&path, ours, point),
             Transport::UdsBlocking => sockets::measure_blocking(&path, point),
             Transport::UdsGlommio => sockets::measure_glommio(&path, point),
             #[cfg(feature = "dev-shmipc")]
@@ -178,9 +178,7 @@ fn serve_point(path: &Path, point: Point) {
             ready();
             bare::serve(path, point);
         }
-        Transport::Spin | Transport::Adaptive | Transport::Sleep => {
-            ours::serve(path, point, ready);
-        }
+        Transport::Ours(ours) => ours::serve(path, ours, point, ready),
         Transport::UdsBlocking => sockets::serve_blocking(path, point, ready),
         Transport::UdsGlommio => sockets::serve_glommio(path, point, ready),
         #[cfg(feature = "dev-shmipc")]

@@ -7,27 +7,38 @@ use std::time::{Duration, Instant};
 
 use futures_lite::AsyncWriteExt;
 use glommio::{LocalExecutorBuilder, Placement};
-use shmipc_glommio::{Config, Connector, Error, Listener, PeerTrust, Result, Spin, Stream};
+use shmipc_glommio::{
+    Config, Connector, Error, Listener, PeerTrust, ProtocolVersion, Result, Spin, Stream, Wakeup,
+};
 
 use super::payload;
-use super::point::{Point, Slice, Stopwatch, Transport, batch_for};
+use super::point::{Ours, Point, Slice, Stopwatch, batch_for};
 
-fn config(transport: Transport) -> Config {
+fn config(ours: Ours) -> Config {
     let builder = Config::builder();
-    let builder = match transport {
-        Transport::Spin => builder.spin(Spin::Forever),
-        Transport::Sleep => builder.spin(Spin::Never),
+    let builder = match ours {
+        Ours::Spin | Ours::V4Spin => builder.spin(Spin::Forever),
+        Ours::Sleep | Ours::V4Sleep | Ours::V4SleepEventFd => builder.spin(Spin::Never),
+        Ours::Adaptive | Ours::V4Adaptive | Ours::V4SharedLists => builder,
+    };
+    let builder = match ours {
+        Ours::Spin | Ours::Adaptive | Ours::Sleep => builder,
+        _ => builder.protocol(ProtocolVersion::V4).fall_back(false),
+    };
+    let builder = match ours {
+        Ours::V4SleepEventFd => builder.wakeup(Wakeup::EventFd),
+        Ours::V4SharedLists => builder.single_popper_lists(false),
         _ => builder,
     };
     builder.build().expect("a valid configuration")
 }
 
 /// Serves one session. `ready` is called when the client can connect.
-pub(crate) fn serve(path: &Path, point: Point, ready: impl FnOnce() + 'static) {
+pub(crate) fn serve(path: &Path, ours: Ours, point: Point, ready: impl FnOnce() + 'static) {
     let path = path.to_owned();
     run(async move {
         let trust = Rc::new(trust());
-        let listener = Listener::bind(&path, config(point.transport)).expect("a free path");
+        let listener = Listener::bind(&path, config(ours)).expect("a free path");
         let listener = listener.trusting(&trust);
         ready();
         let session = listener.accept().await.expect("a client");
@@ -76,11 +87,11 @@ fn trust() -> PeerTrust {
     unsafe { PeerTrust::promise() }
 }
 
-pub(crate) fn measure(path: &Path, point: Point) -> Slice {
+pub(crate) fn measure(path: &Path, ours: Ours, point: Point) -> Slice {
     let path = path.to_owned();
     run(async move {
         let trust = Rc::new(trust());
-        let connector = Connector::new(config(point.transport)).trusting(&trust);
+        let connector = Connector::new(config(ours)).trusting(&trust);
         let session = connector.connect(&path).await.expect("the server listens");
         // Warm: pages are touched, tasks are placed.
         let warm = Stopwatch::start(point.slice / 8, 1);
@@ -122,9 +133,9 @@ async fn ping(
 }
 
 /// Round trips for the time of a slice, on the executor of the caller. Gives how many.
-pub(crate) async fn ping_until_over(path: &Path, point: Point) -> u64 {
+pub(crate) async fn ping_until_over(path: &Path, ours: Ours, point: Point) -> u64 {
     let trust = Rc::new(trust());
-    let connector = Connector::new(config(point.transport)).trusting(&trust);
+    let connector = Connector::new(config(ours)).trusting(&trust);
     let session = connector.connect(path).await.expect("the server listens");
     let stream = session.open_stream().expect("an open session");
     let watch = Rc::new(RefCell::new(Stopwatch::start(point.slice, 1)));

@@ -14,12 +14,8 @@ pub(crate) enum Transport {
     RawSame,
     /// Without a protocol, rotating through 4 MiB each way.
     RawRotating,
-    /// This crate, polling always.
-    Spin,
-    /// This crate as it is configured by default.
-    Adaptive,
-    /// This crate without polling: every message wakes the peer.
-    Sleep,
+    /// This crate.
+    Ours(Ours),
     /// A Unix socket and blocking calls.
     UdsBlocking,
     /// A Unix socket on glommio.
@@ -29,18 +25,49 @@ pub(crate) enum Transport {
     ShmipcRs,
 }
 
+/// How this crate is configured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Ours {
+    /// Polling always.
+    Spin,
+    /// By default.
+    Adaptive,
+    /// Without polling: every message wakes the peer.
+    Sleep,
+    /// Version 4, polling always.
+    V4Spin,
+    /// Version 4: each side has buffer lists for itself.
+    V4Adaptive,
+    /// Version 4, with lists that both sides take from, as in version 3.
+    V4SharedLists,
+    /// Version 4, without polling, woken by the socket.
+    V4Sleep,
+    /// The same, woken by eventfds.
+    V4SleepEventFd,
+}
+
 impl Transport {
-    pub(crate) const ALL: &[Self] = &[
+    /// What is measured if nothing else is asked for.
+    pub(crate) const USUAL: &[Self] = &[
         Self::Floor,
         Self::RawSame,
         Self::RawRotating,
-        Self::Spin,
-        Self::Adaptive,
-        Self::Sleep,
+        Self::Ours(Ours::Spin),
+        Self::Ours(Ours::Adaptive),
+        Self::Ours(Ours::Sleep),
         Self::UdsBlocking,
         Self::UdsGlommio,
         #[cfg(feature = "dev-shmipc")]
         Self::ShmipcRs,
+    ];
+
+    /// This crate in version 4.
+    pub(crate) const V4: &[Self] = &[
+        Self::Ours(Ours::V4Spin),
+        Self::Ours(Ours::V4Adaptive),
+        Self::Ours(Ours::V4SharedLists),
+        Self::Ours(Ours::V4Sleep),
+        Self::Ours(Ours::V4SleepEventFd),
     ];
 
     pub(crate) fn name(self) -> &'static str {
@@ -48,9 +75,14 @@ impl Transport {
             Self::Floor => "floor",
             Self::RawSame => "raw-same",
             Self::RawRotating => "raw-rotating",
-            Self::Spin => "shmipc-glommio-spin",
-            Self::Adaptive => "shmipc-glommio-adaptive",
-            Self::Sleep => "shmipc-glommio-sleep",
+            Self::Ours(Ours::Spin) => "shmipc-glommio-spin",
+            Self::Ours(Ours::Adaptive) => "shmipc-glommio-adaptive",
+            Self::Ours(Ours::Sleep) => "shmipc-glommio-sleep",
+            Self::Ours(Ours::V4Spin) => "v4-spin",
+            Self::Ours(Ours::V4Adaptive) => "v4-adaptive",
+            Self::Ours(Ours::V4SharedLists) => "v4-adaptive-shared-lists",
+            Self::Ours(Ours::V4Sleep) => "v4-sleep",
+            Self::Ours(Ours::V4SleepEventFd) => "v4-sleep-eventfd",
             Self::UdsBlocking => "uds-blocking",
             Self::UdsGlommio => "uds-glommio",
             #[cfg(feature = "dev-shmipc")]
@@ -59,7 +91,11 @@ impl Transport {
     }
 
     pub(crate) fn by_name(name: &str) -> Option<Self> {
-        Self::ALL.iter().copied().find(|transport| transport.name() == name)
+        Self::all().find(|transport| transport.name() == name)
+    }
+
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        Self::USUAL.iter().chain(Self::V4).copied()
     }
 }
 
@@ -173,8 +209,9 @@ pub(crate) fn batch_for(transport: Transport, size: usize) -> u64 {
         Transport::Floor
             | Transport::RawSame
             | Transport::RawRotating
-            | Transport::Spin
-            | Transport::Adaptive
+            | Transport::Ours(
+                Ours::Spin | Ours::Adaptive | Ours::V4Spin | Ours::V4Adaptive | Ours::V4SharedLists
+            )
     );
     if is_fast && size <= 4096 { 16 } else { 1 }
 }

@@ -380,10 +380,11 @@ impl Player {
     }
 }
 
-/// What a side does, in a process of its own.
+/// What a side does, in a process of its own; nothing where nobody asks for it.
 #[test]
 fn side() {
     let Ok(task) = std::env::var(TASK) else { return };
+    // However the test ends, this process does not go on, nor stays stopped.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).unwrap();
     let (task, takes) = task.rsplit_once(' ').unwrap();
     let mut player = Player::start(task);

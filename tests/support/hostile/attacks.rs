@@ -4,7 +4,7 @@
 
 use shmipc_glommio::Error::{self, Handshake, Memory, Wire};
 use shmipc_glommio::MemoryError::{Field, Offset, QueueIndex, SharedTwice, SliceHeader as Header};
-use shmipc_glommio::wire::layout::{FLAG_HAS_NEXT, SLICE_HEADER_LEN};
+use shmipc_glommio::wire::layout::{FLAG_HAS_NEXT, FLAG_IN_USE, SLICE_HEADER_LEN};
 use shmipc_glommio::wire::{Event, SliceHeader};
 use shmipc_glommio::{HandshakeError, WireError};
 
@@ -236,6 +236,9 @@ pub(crate) fn bad_lists() -> Vec<Attack> {
         }),
         spoilt("links outside", IS_FIELD, |rig| {
             rig.change_free_slices(|slice| slice.next = u32::MAX);
+        }),
+        spoilt("free slices that are in use", IS_HEADER, |rig| {
+            rig.change_free_slices(|slice| slice.flags |= FLAG_IN_USE);
         }),
         spoilt("free slices of another list", IS_HEADER, |rig| {
             rig.change_free_slices(|slice| slice.capacity += 4);

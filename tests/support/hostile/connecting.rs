@@ -159,6 +159,29 @@ fn a_server_that_goes_after_any_byte_is_told_apart_from_a_broken_one() {
 }
 
 #[test]
+fn a_server_that_reads_nothing_any_more_is_gone_like_any_other() {
+    let bed = bed();
+    let server = RawServer::new(&bed, client_config());
+    let is_closed: IsDue = due!(Error::Handshake(HandshakeError::Closed { .. }));
+    for (stage, answer) in [(Stage::Opening, EXCHANGE), (Stage::Announcement, READY)] {
+        let mut raw = server.at_stage(&bed, stage);
+        raw.socket.shutdown(Shutdown::Read).unwrap();
+        raw.send(&message(answer, 3, &[]));
+        bed.must_refuse(&format!("what follows at {stage:?} is not read"), is_closed, raw);
+    }
+    // With bytes of ours unread, the kernel calls its end a reset.
+    for _ in 0..50 {
+        drop(server.accept(&bed));
+        let fate = bed.fate();
+        if !matches!(&fate, Ok(Fate::Refused(error)) if is_closed(error)) {
+            bed.note(format!("one that went without reading: {fate:?}"));
+        }
+    }
+    bed.must_go_on("fifty that went without reading");
+    bed.finish();
+}
+
+#[test]
 fn a_server_that_says_nothing_is_left_at_the_timeout() {
     let bed = bed();
     let timeout = Duration::from_millis(200);

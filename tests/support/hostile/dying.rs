@@ -11,18 +11,18 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use shmipc_glommio::Error;
 use shmipc_glommio::wire::Event;
 use shmipc_glommio::wire::layout::{LIST_HEAD_OFFSET, LIST_SIZE_OFFSET, LIST_TAIL_OFFSET};
+use shmipc_glommio::{Config, ConfigBuilder, Error, HandshakeError};
 
 use super::connecting::client_config;
 use super::due::{IsDue, due};
-use crate::config;
 use crate::support::bed::{Bed, DEADLINE, Fate};
 use crate::support::raw::{
     ACK, BY_MEMFD, EXCHANGE, Memory, READY, Raw, Rig, STREAM, honest_paths, layout, message, open,
     read_i64, read_u32, write_i64, write_u32,
 };
+use crate::{bed, config};
 
 /// What a child is told: its side, its point, its signal, and a path, with colons between them.
 const TASK: &str = "SHMIPC_HOSTILE_TASK";
@@ -74,7 +74,10 @@ fn act_as_client(path: &Path, mut points: Points) {
 
 /// A server that a client of ours connects to.
 fn act_as_server(path: &Path, mut points: Points) {
-    let listener = UnixListener::bind(path).unwrap();
+    // Between its bind and its listen a server refuses; so it is found when it listens.
+    let early = path.with_extension("early");
+    let listener = UnixListener::bind(&early).unwrap();
+    fs::rename(&early, path).unwrap();
     let mut raw = Raw::accept(&listener);
     points.next();
     raw.receive(8);
@@ -222,13 +225,13 @@ impl ListensAt {
     }
 
     /// Has our client connect there, once there is somebody.
-    fn connect(&self, bed: &Bed) {
+    fn connect(&self, bed: &Bed, config: Config) {
         let began = Instant::now();
         while !self.0.exists() {
             assert!(began.elapsed() < DEADLINE * 4, "the child does not listen");
             std::thread::sleep(Duration::from_micros(200));
         }
-        bed.connect(&self.0, client_config().build().unwrap());
+        bed.connect(&self.0, config);
     }
 }
 
@@ -241,9 +244,7 @@ impl Drop for ListensAt {
 /// Whether an error says that a peer is gone, wherever it was at that time.
 fn is_gone(fate: &Result<Fate, String>) -> bool {
     let (Ok(Fate::Ended(error)) | Ok(Fate::Refused(error))) = fate else { return false };
-    // Between its bind and its listen, a server refuses.
-    let is_system = matches!(error, Error::Os { .. });
-    is_system || error.is_peer_fault() || matches!(error, Error::PeerClosed)
+    error.is_peer_fault() || matches!(error, Error::PeerClosed)
 }
 
 #[test]
@@ -267,7 +268,7 @@ fn a_server_that_is_killed_at_any_point_takes_nothing_with_it() {
     for point in 0..SERVER_POINTS {
         let there = ListensAt::new(&bed, point);
         let mut actor = Actor::start("server", point, Signal::SIGKILL, &there.0);
-        there.connect(&bed);
+        there.connect(&bed, client_config().build().unwrap());
         actor.0.wait().unwrap();
         let fate = bed.fate();
         if !is_gone(&fate) {
@@ -280,32 +281,63 @@ fn a_server_that_is_killed_at_any_point_takes_nothing_with_it() {
 
 /// Points at which a client has something to take, and was stopped.
 const STOPPED_WITH_AN_ANSWER_DUE: [u32; 2] = [14, 21];
+/// The same for a server.
+const SERVER_STOPPED_WITH_AN_ANSWER_DUE: [u32; 2] = [12, 19];
+
+/// What is asked of a session whose peer was stopped.
+fn note_unless_due(bed: &Bed, name: &str, is_due: IsDue) {
+    let fate = bed.fate();
+    if !matches!(&fate, Ok(Fate::Refused(error) | Fate::Ended(error)) if is_due(error)) {
+        bed.note(format!("{name}: {fate:?}"));
+    }
+    bed.must_go_on(name);
+}
+
+/// For how long a peer that has stopped is waited for: much longer than one that goes on takes for
+/// anything, on a machine with other things to do.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Handshakes end soon, or sessions do: what a peer needs until it stops is not hurried.
+fn in_handshakes(config: ConfigBuilder) -> Config {
+    config.handshake_timeout(PATIENCE).build().unwrap()
+}
+
+fn in_sessions(config: ConfigBuilder) -> Config {
+    config.stall_limit(Some(PATIENCE)).build().unwrap()
+}
+
+const IS_LATE: IsDue = due!(Error::Handshake(HandshakeError::Timeout(_)));
+const IS_STALLED: IsDue = due!(Error::PeerStalled(_));
 
 #[test]
 fn a_client_that_is_stopped_is_given_up() {
-    let config = config()
-        .handshake_timeout(Duration::from_millis(500))
-        .stall_limit(Some(Duration::from_millis(300)))
-        .build();
-    let bed = Bed::start(config.unwrap());
-    let is_late: IsDue = due!(Error::Handshake(shmipc_glommio::HandshakeError::Timeout(_)));
-    let is_stalled: IsDue = due!(Error::PeerStalled(_));
-    let in_handshake = (0..=7).map(|point| (point, is_late));
-    let in_session = STOPPED_WITH_AN_ANSWER_DUE.map(|point| (point, is_stalled));
-    for (point, is_due) in in_handshake.chain(in_session) {
-        // The descriptors are on their way at the last point of the handshake: it is done then.
-        if point == 7 {
-            continue;
-        }
+    let stop_at = |bed: &Bed, point, is_due| {
         let actor = Actor::start("client", point, Signal::SIGSTOP, bed.path());
         actor.wait_for_stop();
-        let fate = bed.fate();
-        let is_right =
-            matches!(&fate, Ok(Fate::Refused(error) | Fate::Ended(error)) if is_due(error));
-        if !is_right {
-            bed.note(format!("point {point}: {fate:?}"));
-        }
-        bed.must_go_on(&format!("a client stopped at point {point}"));
+        note_unless_due(bed, &format!("a client stopped at point {point}"), is_due);
+    };
+    let bed = Bed::start(in_handshakes(config()));
+    // The descriptors are on their way at the last point of the handshake: it is done then.
+    (0..=6).for_each(|point| stop_at(&bed, point, IS_LATE));
+    bed.finish();
+    let bed = Bed::start(in_sessions(config()));
+    STOPPED_WITH_AN_ANSWER_DUE.into_iter().for_each(|point| stop_at(&bed, point, IS_STALLED));
+    bed.finish();
+}
+
+#[test]
+fn a_server_that_is_stopped_is_given_up() {
+    let bed = bed();
+    let stop_at = |point, config, is_due| {
+        let there = ListensAt::new(&bed, 100 + point);
+        let actor = Actor::start("server", point, Signal::SIGSTOP, &there.0);
+        there.connect(&bed, config);
+        actor.wait_for_stop();
+        note_unless_due(&bed, &format!("a server stopped at point {point}"), is_due);
+    };
+    (0..=6).for_each(|point| stop_at(point, in_handshakes(client_config()), IS_LATE));
+    for point in SERVER_STOPPED_WITH_AN_ANSWER_DUE {
+        stop_at(point, in_sessions(client_config()), IS_STALLED);
     }
     bed.finish();
 }

@@ -107,6 +107,11 @@ pub(crate) fn bad_descriptors() -> Vec<(&'static str, Make, IsDue)> {
         ("what cannot be written", |name| vec![read_only(), queue(name)], due!(Error::Os { .. })),
         ("a sealed buffer", |name| vec![sealed(buffer(name)), queue(name)], due!(Error::Os { .. })),
         ("a sealed queue", |name| vec![buffer(name), sealed(queue(name))], due!(Error::Os { .. })),
+        (
+            "a buffer that only the peer can write",
+            |name| vec![sealed_for_others(buffer(name)), queue(name)],
+            due!(Error::Os { .. }),
+        ),
     ]
 }
 
@@ -146,8 +151,16 @@ fn read_only() -> File {
 
 /// Memory that nobody can write to any more.
 fn sealed(memory: File) -> File {
-    let seals = FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE);
-    nix::fcntl::fcntl(&memory, seals).unwrap();
+    with_seal(memory, SealFlag::F_SEAL_WRITE)
+}
+
+/// Memory that is written by those only who have mapped it already.
+fn sealed_for_others(memory: File) -> File {
+    with_seal(memory, SealFlag::F_SEAL_FUTURE_WRITE)
+}
+
+fn with_seal(memory: File, seal: SealFlag) -> File {
+    nix::fcntl::fcntl(&memory, FcntlArg::F_ADD_SEALS(seal)).unwrap();
     memory
 }
 

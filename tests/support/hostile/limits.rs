@@ -125,7 +125,7 @@ fn the_memory_of_all_sessions_is_bounded() {
 
 #[test]
 fn what_is_not_taken_from_the_queue_ends_the_session_in_time() {
-    let bed = Bed::start(config().stall_limit(Some(Duration::from_millis(40))).build().unwrap());
+    let bed = Bed::start(config().stall_limit(Some(Duration::from_millis(400))).build().unwrap());
     let is_due: IsDue = due!(Error::PeerStalled(_));
     for _ in 0..3 {
         let mut rig = Rig::client(bed.path(), bed.name());
@@ -137,7 +137,7 @@ fn what_is_not_taken_from_the_queue_ends_the_session_in_time() {
     // One that has nothing to take may be as quiet as it likes.
     let mut quiet = Rig::client(bed.path(), bed.name());
     quiet.echo(b"alive");
-    std::thread::sleep(Duration::from_millis(200));
+    std::thread::sleep(Duration::from_secs(1));
     quiet.echo(b"still alive");
     drop(quiet);
     bed.must_see_it_gone("the quiet one");

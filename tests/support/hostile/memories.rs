@@ -151,6 +151,16 @@ pub(crate) fn bad_lists() -> Vec<Spoilt> {
             IS_SMALL,
         ),
         (
+            // More than 64 bits hold, and with what is before the list, hardly anything.
+            "as many slices of as many bytes as can be",
+            |memory| {
+                memory.change_list(0, |list| {
+                    (list.capacity, list.slice_capacity) = (u32::MAX, u32::MAX - 3);
+                });
+            },
+            IS_SMALL,
+        ),
+        (
             // With its header a slice has 0 bytes in 32 bits.
             "slices that wrap",
             |memory| memory.change_list(1, |list| list.slice_capacity = u32::MAX - 19),

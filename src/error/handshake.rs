@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What can be wrong with a peer before there is a session.
+
+use std::time::Duration;
+
+use super::WireError;
+
+/// The peer sent a message that has no place where it stands (WIRE chapter 2; spec chapter 4).
+///
+/// ```
+/// use std::os::unix::net::UnixListener;
+/// use std::time::Duration;
+/// use shmipc_glommio::{Config, Connector, Error, HandshakeError};
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-handshake-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+/// // Whoever listens there says nothing.
+/// let _silent = UnixListener::bind(&path).unwrap();
+/// let patience = Duration::from_millis(20);
+/// let config = Config::builder().handshake_timeout(patience).build()?;
+/// let error = Connector::new(config).connect(&path).await.unwrap_err();
+/// assert!(matches!(error, Error::Handshake(HandshakeError::Timeout(after)) if after == patience));
+/// # std::fs::remove_file(&path).unwrap();
+/// # shmipc_glommio::Result::<()>::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum HandshakeError {
+    /// Another message was due.
+    #[error("{got} came where {expected} was due")]
+    Unexpected {
+        /// The message that came.
+        got: &'static str,
+        /// What was due, in words.
+        expected: &'static str,
+    },
+    /// No version is common to both sides.
+    #[error("the peer speaks up to version {peer}, this side needs {needed}")]
+    NoCommonVersion {
+        /// The highest version of the peer.
+        peer: u8,
+        /// The version that this side needs.
+        needed: u8,
+    },
+    /// A later message of the handshake carries another version than the one agreed.
+    #[error("{message} carries version {got}, agreed was {agreed}")]
+    VersionChanged {
+        /// Which message.
+        message: &'static str,
+        /// The version it carries.
+        got: u8,
+        /// The version agreed before.
+        agreed: u8,
+    },
+    /// The descriptors of the two memories did not come as they should.
+    #[error("{got} descriptors came, expected {expected}")]
+    Descriptors {
+        /// How many came.
+        got: usize,
+        /// How many were due.
+        expected: usize,
+    },
+    /// A descriptor is of a kind that cannot be shared memory.
+    #[error("descriptor of the {role} memory is {kind}, not a memfd or a regular file")]
+    DescriptorKind {
+        /// Which memory.
+        role: &'static str,
+        /// What it is instead.
+        kind: &'static str,
+    },
+    /// The byte that carries the descriptors has something behind or before it that does not
+    /// belong.
+    #[error("bytes came where descriptors were due")]
+    StrayBytes,
+    /// The peer went away in the middle.
+    #[error("the peer closed the connection while {waiting_for} was due")]
+    Closed {
+        /// What was due, in words.
+        waiting_for: &'static str,
+    },
+    /// The peer took too long.
+    #[error("no handshake within {0:?}")]
+    Timeout(Duration),
+    /// Its user is not one that may be at the other end
+    /// (see [`allowed_peers`](crate::ConfigBuilder::allowed_peers)).
+    #[error("{} is not allowed to be at the other end", user(*uid))]
+    PeerNotAllowed {
+        /// The user, if the kernel said.
+        uid: Option<u32>,
+    },
+    /// The program did not want it (see [`authorize`](crate::Listener::authorize)).
+    #[error("a process of {} was not authorized", user(*uid))]
+    NotAuthorized {
+        /// The user, if the kernel said.
+        uid: Option<u32>,
+    },
+    /// A file that the peer named belongs to somebody else.
+    #[error("the {role} memory is a file of user {owner}, named by user {peer}")]
+    FileOwner {
+        /// Which memory.
+        role: &'static str,
+        /// Whose file it is.
+        owner: u32,
+        /// Who named it.
+        peer: u32,
+    },
+    /// The listener has as many sessions as it may have.
+    #[error("there are {0} sessions already")]
+    TooManySessions(usize),
+    /// Others waited for its place, and it had taken so long by then.
+    #[error("gave way to others after {0:?}")]
+    GaveWay(Duration),
+    /// The peer answered that it will not speak with this side (version 4).
+    #[error("the server refused: {code}: {message}")]
+    Refused {
+        /// Its code, `VERSION_NOT_SUPPORTED` for instance; the first 64 bytes of it.
+        code: String,
+        /// Its words; the first 256 bytes of them.
+        message: String,
+    },
+    /// The negotiation cannot be read (version 4). A server tells its client so.
+    #[error("{0}")]
+    Negotiation(#[source] WireError),
+    /// The client's negotiation does not offer version 4, and it was told so.
+    #[error("the client negotiates, and does not offer version 4")]
+    Version4NotOffered,
+    /// The server selected a version that it was not offered (version 4).
+    #[error("the server selected version {0}, which was not offered to it")]
+    VersionNotOffered(u64),
+    /// The server selected what it was not offered (version 4).
+    #[error("the server selected {0}, which was not offered to it")]
+    NotOffered(&'static str),
+    /// A shard answered that was not asked for (version 4): the server has changed.
+    #[error("shard {index} of {count} answered where shard {expected} was asked for")]
+    OtherShard {
+        /// Which shard it says it is.
+        index: u32,
+        /// How many there are.
+        count: u32,
+        /// Which one was asked for.
+        expected: usize,
+    },
+    /// A descriptor of a wake-up is no eventfd (version 4).
+    #[error("the descriptor for wake-ups is {0}, not an eventfd")]
+    NotAnEventFd(String),
+    /// The transport cannot carry what the handshake needs.
+    #[error("descriptors cannot be passed over TCP; use file memory")]
+    DescriptorsOverTcp,
+}
+
+fn user(uid: Option<u32>) -> String {
+    uid.map_or_else(|| "an unknown user".into(), |uid| format!("user {uid}"))
+}

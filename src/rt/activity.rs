@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a session has done lately, and so for how long it is worth looking at before it sleeps.
+
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
+use super::spin::{After, SpinBudgets};
+
+/// Whether the core's poller looks at this session, and since when it found nothing.
+pub(super) struct Activity {
+    pub(super) is_active: Cell<bool>,
+    /// Turns in a row that found nothing.
+    pub(super) idle_turns: Cell<u32>,
+    /// When the first [`Self::IDLE_TURNS`] of them were over.
+    idle_since: Cell<Instant>,
+    spin: SpinBudgets,
+    /// What the present wait came after.
+    waits_after: Cell<After>,
+    /// Bytes sent since something came.
+    unanswered: Cell<u64>,
+    /// How many events came together the last time.
+    pub(super) last_batch: Cell<usize>,
+    /// How many tasks wait for data of their streams.
+    pub(super) waiting_readers: Cell<u32>,
+    pub(super) in_place: InPlace,
+}
+
+impl Activity {
+    /// So many turns that find nothing are not worth a look at the clock: a session that exchanges
+    /// messages has them all the time.
+    const IDLE_TURNS: u32 = 16;
+
+    /// How many bytes the peer is given a nanosecond for, before the budget begins: it has to read
+    /// them, and to write an answer that may be as long.
+    const BYTES_PER_NANOSECOND: u64 = 16;
+    const MOST_PATIENCE: Duration = Duration::from_millis(1);
+
+    pub(super) fn new() -> Self {
+        Self {
+            is_active: Cell::new(false),
+            idle_turns: Cell::new(0),
+            idle_since: Cell::new(Instant::now()),
+            spin: SpinBudgets::default(),
+            waits_after: Cell::new(After::Receiving),
+            unanswered: Cell::new(0),
+            last_batch: Cell::new(0),
+            waiting_readers: Cell::new(0),
+            in_place: InPlace::default(),
+        }
+    }
+
+    #[inline]
+    pub(super) fn note_sent(&self, bytes: usize) {
+        self.unanswered.set(self.unanswered.get().saturating_add(bytes as u64));
+    }
+
+    #[inline]
+    pub(super) fn note_received(&self) {
+        self.unanswered.set(0);
+    }
+
+    /// Something came: after how long a wait, if it was one that the clock was looked at for?
+    #[inline]
+    pub(super) fn note_end_of_wait(&self, full: Duration, now: Instant) {
+        if self.idle_turns.get() >= Self::IDLE_TURNS {
+            let waited = now.saturating_duration_since(self.idle_since.get());
+            self.spin.after(self.waits_after.get()).note_found(waited, full);
+        }
+    }
+
+    /// Nothing came, and the session goes to sleep.
+    pub(super) fn note_sleep(&self) {
+        self.spin.after(self.waits_after.get()).note_in_vain();
+    }
+
+    /// Counts a turn that found nothing, and says whether there was nothing for as long as is left
+    /// of the budget, and as long as the peer needs for what it was sent.
+    pub(super) fn is_idle(&self, full: Duration, now: Instant) -> bool {
+        let turns = self.idle_turns.get().saturating_add(1);
+        self.idle_turns.set(turns);
+        if turns <= Self::IDLE_TURNS {
+            if turns == Self::IDLE_TURNS {
+                let has_sent = self.unanswered.get() > 0;
+                self.waits_after.set(if has_sent { After::Sending } else { After::Receiving });
+                self.idle_since.set(Instant::now());
+            }
+            return false;
+        }
+        let patience = Duration::from_nanos(self.unanswered.get() / Self::BYTES_PER_NANOSECOND);
+        let budget = self.spin.after(self.waits_after.get()).of(full);
+        let budget = budget.saturating_add(patience.min(Self::MOST_PATIENCE));
+        now.saturating_duration_since(self.idle_since.get()) >= budget
+    }
+}
+
+/// Waiting for the peer without the poller.
+#[derive(Default)]
+pub(super) struct InPlace {
+    /// What is left to spend on it before the poller's next turn.
+    pub(super) credit: Cell<usize>,
+    /// How often it is not done, because it was in vain.
+    pub(super) skips: Cell<u32>,
+    /// How often it was not done the last time it was in vain.
+    pub(super) penalty: Cell<u32>,
+}
