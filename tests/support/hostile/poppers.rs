@@ -97,6 +97,8 @@ fn harmless() -> Vec<Spoil> {
         ("sizes below nothing", |rig| write_heads(rig, LIST_SIZE_OFFSET, 1 << 31)),
         ("sizes without end", |rig| write_heads(rig, LIST_SIZE_OFFSET, i32::MAX as u32)),
         ("free slices without flags", |rig| rig.change_free_slices(|slice| slice.flags = 0)),
+        // Unlike in a list that both sides take from, nothing follows from the mark: the one taker
+        // knows which slices it has taken.
         ("free slices that are in use", |rig| {
             rig.change_free_slices(|slice| slice.flags |= FLAG_IN_USE);
         }),

@@ -72,7 +72,7 @@ fn a_client_falls_back_on_a_second_connection() {
                 assert_eq!(session.shard(), None);
             }
             assert_eq!(at.connections.get(), 2);
-            let refused = at.refused.borrow();
+            let refused = at.refused.take();
             let due = HandshakeError::NoCommonVersion { peer: 4, needed: 3 };
             assert!(matches!(&refused[..], [Error::Handshake(error)] if *error == due));
             talk(&client, &server).await;
