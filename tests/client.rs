@@ -465,6 +465,7 @@ fn the_crate_shmipc_is_a_server_of_one_shard() {
         role: Role::Server,
         address: path.as_str().to_owned(),
         version_4: None,
+        closes_on_negotiation: false,
         is_file: false,
         prefix: format!("/dev/shm/client{}", std::process::id()),
         pool: 2 << 20,

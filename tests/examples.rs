@@ -148,6 +148,63 @@ fn tcp_by_file() {
     echo_all_sizes(Server::tcp(), "--protocol 2", 2);
 }
 
+/// What a client asks for, by memory and wake-up, and what both sides then say it is.
+const VERSION_4: [(&str, &str, &str); 5] = [
+    ("memfd", "socket", "socket"),
+    ("memfd", "eventfd", "eventfd"),
+    ("memfd", "polling:200", "polling:200"),
+    ("file", "socket", "socket"),
+    ("file", "polling:200", "polling:200"),
+];
+
+#[test]
+fn version_4_with_every_wake_up() {
+    for (memory, wakeup, due) in VERSION_4 {
+        let mut server = Server::unix();
+        let arguments = format!("--memory {memory} --protocol 4 --wakeup {wakeup}");
+        for (size, count, streams) in [(1, 500, 1), (4096, 1000, 16), (100_000, 100, 4)] {
+            let report = server.echo(size, count, streams, &arguments);
+            let end = server.session_end();
+            for side in [&report, &end] {
+                assert_eq!(side["protocol"], 4, "{side}");
+                assert_eq!(side["wakeup"], due, "{side}");
+                assert_eq!(side["single_popper_lists"], true, "{side}");
+                assert_eq!(side["pool_full"], true, "{side}");
+                if due.starts_with("polling") {
+                    assert_eq!(side["sync_sent"], 0, "{side}");
+                    assert_eq!(side["sync_received"], 0, "{side}");
+                }
+            }
+            assert_eq!(report["fallback"], 0, "{report}");
+            assert_eq!(end["bytes_received"], size * count, "{end}");
+        }
+        // The default wake-up, and a memory too small for lists of their own.
+        let report = server.echo(1 << 20, 8, 2, &format!("{arguments} --pool 1048576"));
+        assert_eq!(report["single_popper_lists"], false, "{report}");
+        assert_eq!(report["wakeup"], due, "{report}");
+        server.stop(Signal::SIGTERM);
+    }
+    let mut server = Server::unix();
+    for (protocol, wakeup) in [("", "socket"), ("--protocol 4", "socket")] {
+        let report = server.echo(64, 100, 1, protocol);
+        assert_eq!(report["wakeup"], wakeup, "{report}");
+        assert_eq!(report["single_popper_lists"], !protocol.is_empty(), "{report}");
+        server.session_end();
+    }
+    server.stop(Signal::SIGTERM);
+}
+
+#[test]
+fn version_4_over_tcp() {
+    let mut server = Server::tcp();
+    for wakeup in ["socket", "polling:200"] {
+        let report = server.echo(4096, 300, 4, &format!("--protocol 4 --wakeup {wakeup}"));
+        assert_eq!((&report["protocol"], &report["wakeup"]), (&4.into(), &wakeup.into()));
+        assert_eq!(server.session_end()["wakeup"], wakeup);
+    }
+    server.stop(Signal::SIGTERM);
+}
+
 #[test]
 fn many_streams_at_the_same_time() {
     let server = Server::unix();
@@ -364,7 +421,22 @@ fn wrong_arguments_end_with_2() {
         ("echo_client", &socket, &["--count"]),
         ("echo_client", &socket, &["--streams", "0"]),
         ("echo_client", &socket, &["--memory", "paper"]),
-        ("echo_client", &socket, &["--protocol", "4"]),
+        ("echo_client", &socket, &["--protocol", "1"]),
+        ("echo_client", &socket, &["--protocol", "5"]),
+        ("echo_client", &socket, &["--wakeup", "eventfd"]),
+        ("echo_client", &socket, &["--wakeup", "polling:200"]),
+        ("echo_client", &socket, &["--protocol", "3", "--wakeup", "eventfd"]),
+        ("echo_client", &socket, &["--protocol", "4", "--wakeup", "bell"]),
+        ("echo_client", &socket, &["--protocol", "4", "--wakeup", "polling"]),
+        ("echo_client", &socket, &["--protocol", "4", "--wakeup", "polling:"]),
+        ("echo_client", &socket, &["--protocol", "4", "--wakeup", "polling:soon"]),
+        ("echo_client", &socket, &["--protocol", "4", "--wakeup", "polling:-5"]),
+        ("echo_client", &socket, &["--protocol", "4", "--wakeup", "polling:0"]),
+        ("echo_client", &socket, &["--protocol", "4", "--wakeup", "polling:49"]),
+        ("echo_client", &socket, &["--protocol", "4", "--wakeup", "polling:1000001"]),
+        ("echo_client", &socket, &["--protocol", "4", "--wakeup", "socket:1"]),
+        ("echo_client", &socket, &["--protocol", "4", "--wakeup", "eventfd", "--memory", "file"]),
+        ("echo_client", &tcp, &["--protocol", "4", "--wakeup", "eventfd"]),
         ("echo_client", &socket, &["--protocol", "2", "--memory", "memfd"]),
         ("echo_client", &socket, &["--pool", "1048575"]),
         ("echo_client", &socket, &["--pool", "4294967296"]),

@@ -14,16 +14,20 @@ mod support {
         mod connecting;
         pub(crate) mod due;
         mod dying;
+        mod event_fds;
         mod fields;
         pub(crate) mod files;
         mod limits;
         mod memories;
         mod moving;
+        mod negotiating;
         mod nonsense;
+        mod poppers;
         mod running;
         mod soak;
     }
     pub(crate) mod bed;
+    pub(crate) mod negotiated;
     pub(crate) mod raw;
 }
 

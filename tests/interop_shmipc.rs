@@ -2,13 +2,14 @@
 //! Sessions with the crate `shmipc` 0.2.1 in another process, in both roles, in every version, with
 //! every kind of memory and every kind of wake-up that it knows.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use shmipc_glommio::{
-    Config, ConfigBuilder, Connector, Error, Listener, MemoryKind, ProtocolVersion, Session,
-    SessionStats, Stream, Wakeup,
+    Config, ConfigBuilder, Connector, Error, HandshakeError, Listener, MemoryKind, ProtocolVersion,
+    Session, SessionStats, Stream, Wakeup,
 };
 
 mod support {
@@ -98,6 +99,7 @@ fn in_every_combination(case: Case) {
                 address: path.as_str().to_owned(),
                 is_file: memory == MemoryKind::File,
                 version_4: (protocol == ProtocolVersion::V4).then_some(wakeup),
+                closes_on_negotiation: false,
                 prefix,
                 pool: case.pool,
                 plan: case.plan.clone(),
@@ -131,6 +133,10 @@ fn agreed(session: &Session) -> Agreed {
 async fn as_client(config: ConfigBuilder, order: &Order) -> (SessionStats, Agreed) {
     let mut peer = Peer::start("peer_process", order);
     assert!(within(SOON, || peer.is_ready()).await, "{:?}", peer.ended());
+    talk_to(&mut peer, config, order).await
+}
+
+async fn talk_to(peer: &mut Peer, config: ConfigBuilder, order: &Order) -> (SessionStats, Agreed) {
     let connector = Connector::new(config.build().unwrap());
     let session = connector.connect(&order.address).await.unwrap();
     let plan = Rc::new(order.plan.clone());
@@ -152,13 +158,17 @@ async fn as_client(config: ConfigBuilder, order: &Order) -> (SessionStats, Agree
     let result = (session.stats(), agreed(&session));
     drop(session);
     peer.dismiss();
-    gone_without_a_trace(&mut peer, order).await;
+    gone_without_a_trace(peer, order).await;
     result
 }
 
 /// Our server against their client.
 async fn as_server(config: ConfigBuilder, order: &Order) -> (SessionStats, Agreed) {
     let listener = Listener::bind(&order.address, config.build().unwrap()).unwrap();
+    serve_one(&listener, order).await
+}
+
+async fn serve_one(listener: &Listener, order: &Order) -> (SessionStats, Agreed) {
     let mut peer = Peer::start("peer_process", order);
     let session = listener.accept().await.unwrap();
     let plan = Rc::new(order.plan.clone());
@@ -344,4 +354,82 @@ fn a_close_right_behind_the_data_comes_behind_it() {
             is_due: |stats| stats.events_sent + stats.events_received >= 32,
         });
     }
+}
+
+/// The combinations that a side which prefers version 4 tries first.
+fn fallbacks(role: Role) -> impl Iterator<Item = (MemoryKind, Wakeup, Order, SocketPath)> {
+    let combinations = VERSION_4.into_iter().filter(move |&(other, ..)| other == role);
+    combinations.enumerate().map(move |(number, (_, memory, _, wakeup))| {
+        let path = SocketPath::new();
+        let order = Order {
+            role,
+            address: path.as_str().to_owned(),
+            is_file: memory == MemoryKind::File,
+            version_4: Some(wakeup),
+            closes_on_negotiation: role == Role::Server,
+            prefix: format!("/dev/shm/fallback{}{role:?}{number}", std::process::id()),
+            pool: 8 * MIB,
+            plan: Plan {
+                lengths: [1, 64, 4 << 10, 100_000, 1 << 20].to_vec(),
+                streams: 4,
+                at_once: 2,
+                one_way: false,
+            },
+        };
+        (memory, wakeup, order, path)
+    })
+}
+
+fn config_of(order: &Order, memory: MemoryKind) -> ConfigBuilder {
+    Config::builder()
+        .memory(memory)
+        .buffer_size(order.pool.into())
+        .path_prefix(&order.prefix)
+        .handshake_timeout(SOON)
+}
+
+#[test]
+fn our_client_falls_back_to_version_3_with_their_server_of_before() {
+    run(Duration::from_secs(120), || async {
+        for (memory, wakeup, order, _path) in fallbacks(Role::Server) {
+            println!("{memory:?}, {wakeup:?}");
+            let config = config_of(&order, memory).protocol(ProtocolVersion::V4).wakeup(wakeup);
+            let mut peer = Peer::start("peer_process", &order);
+            assert!(within(SOON, || peer.is_ready()).await, "{:?}", peer.ended());
+            let stubborn = Connector::new(config.clone().fall_back(false).build().unwrap());
+            // Also when the kernel calls it a reset, since something was unread.
+            let error = stubborn.connect(&order.address).await.unwrap_err();
+            assert!(matches!(error, Error::Handshake(HandshakeError::Closed { .. })), "{error}");
+            assert!(within(SOON, || peer.negotiations_closed() == 1).await);
+            let (stats, agreed) = talk_to(&mut peer, config, &order).await;
+            assert_eq!(agreed, (ProtocolVersion::V3, Wakeup::Socket));
+            assert_eq!(peer.negotiations_closed(), 2);
+            assert!(stats.bytes_received > 4 << 20, "{stats:?}");
+        }
+    });
+}
+
+#[test]
+fn their_client_falls_back_with_our_server_that_takes_no_more_than_version_3() {
+    run(Duration::from_secs(120), || async {
+        for (memory, wakeup, order, _path) in fallbacks(Role::Client) {
+            println!("{memory:?}, {wakeup:?}");
+            let config = config_of(&order, memory).accepted_protocol(ProtocolVersion::V3);
+            let listener = Listener::bind(&order.address, config.build().unwrap()).unwrap();
+            let refused = Rc::new(RefCell::new(Vec::new()));
+            let note = Rc::clone(&refused);
+            listener.on_refused(move |error| note.borrow_mut().push(error.clone()));
+            let (stats, agreed) = serve_one(&listener, &order).await;
+            // With files it opens as it does when it is not told anything.
+            let version = if order.is_file { ProtocolVersion::V2 } else { ProtocolVersion::V3 };
+            assert_eq!(agreed, (version, Wakeup::Socket));
+            assert!(stats.bytes_received > 4 << 20, "{stats:?}");
+            let refused = refused.borrow();
+            let is_due = |error: &Error| {
+                let needed = HandshakeError::NoCommonVersion { peer: 4, needed: 3 };
+                matches!(error, Error::Handshake(error) if *error == needed)
+            };
+            assert!(refused.len() == 1 && is_due(&refused[0]), "{refused:?}");
+        }
+    });
 }

@@ -48,8 +48,8 @@ pub(super) enum Doorbell {
     Socket,
     /// An eventfd each way.
     EventFds {
-        /// Rings at the peer's.
-        theirs: Bell,
+        /// Rings at the peer's. The ring's bookkeeping is large, and few sessions have one.
+        theirs: Box<Bell>,
         /// What the peer rings at, until somebody listens.
         ours: Cell<Option<OwnedFd>>,
     },
@@ -67,7 +67,7 @@ impl Doorbell {
             }
         }
         let theirs = Bell::at(&theirs).map_err(|error| Error::os("set up an eventfd", error))?;
-        Ok(Self::EventFds { theirs, ours: Cell::new(Some(ours)) })
+        Ok(Self::EventFds { theirs: Box::new(theirs), ours: Cell::new(Some(ours)) })
     }
 }
 

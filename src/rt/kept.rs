@@ -104,9 +104,14 @@ pub(super) struct Kept {
 }
 
 enum State {
-    Connecting,
+    /// And why there was none before, if there was a try.
+    Connecting(Option<Error>),
     Up(Session),
-    Waiting { until: Instant, failures: u32, error: Error },
+    Waiting {
+        until: Instant,
+        failures: u32,
+        error: Error,
+    },
 }
 
 impl Kept {
@@ -119,7 +124,7 @@ impl Kept {
         Self {
             shard,
             number,
-            state: RefCell::new(State::Connecting),
+            state: RefCell::new(State::Connecting(None)),
             since: Cell::new(Instant::now()),
             connections: Cell::new(0),
             idle: RefCell::default(),
@@ -139,7 +144,7 @@ impl Kept {
     /// Why there is none, if that is known.
     pub(super) fn error(&self) -> Option<Error> {
         match &*self.state.borrow() {
-            State::Connecting => None,
+            State::Connecting(before) => before.clone(),
             State::Up(session) => session.end_reason(),
             State::Waiting { error, .. } => Some(error.clone()),
         }
@@ -172,9 +177,9 @@ impl Kept {
     pub(super) fn give_up(&self) -> Option<Session> {
         let idle = std::mem::take(&mut *self.idle.borrow_mut());
         drop(idle);
-        match self.state.replace(State::Connecting) {
+        match self.state.replace(State::Connecting(None)) {
             State::Up(session) => Some(session),
-            State::Connecting | State::Waiting { .. } => None,
+            State::Connecting(_) | State::Waiting { .. } => None,
         }
     }
 
@@ -228,7 +233,8 @@ impl Kept {
     ) {
         let mut failures = 0;
         loop {
-            self.change(State::Connecting, waiting);
+            let before = self.error();
+            self.change(State::Connecting(before), waiting);
             let error = match self.connect(connector, path).await {
                 Ok(session) => {
                     self.connections.set(self.connections.get() + 1);
@@ -261,7 +267,7 @@ impl Kept {
 impl State {
     fn shown(&self) -> SessionState {
         match self {
-            Self::Connecting => SessionState::Connecting,
+            Self::Connecting(_) => SessionState::Connecting,
             Self::Up(_) => SessionState::Up,
             Self::Waiting { until, failures, error } => {
                 let (until, failures, error) = (*until, *failures, error.clone());

@@ -247,7 +247,7 @@ impl Listener {
     }
 
     /// Says to clients of version 4 which shard this is.
-    pub(super) fn as_shard(self, shard: ShardIdentity) -> Self {
+    pub(super) fn for_shard(self, shard: ShardIdentity) -> Self {
         self.shared.shard.set(Some(shard));
         self
     }

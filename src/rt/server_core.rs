@@ -221,7 +221,7 @@ impl Core {
         let count = common.links.len();
         // A process has not that many threads.
         let identity = ShardIdentity { index: index as u32, count: count as u32 };
-        let mut listener = Listener::at(door, config).trust_as(trust).as_shard(identity);
+        let mut listener = Listener::at(door, config).trust_as(trust).for_shard(identity);
         let refusing = shard.clone();
         listener.on_refused(move |error| {
             refusing.note_refused();

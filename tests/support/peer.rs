@@ -7,17 +7,21 @@
 
 use std::future::Future;
 use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use nix::sys::socket::{MsgFlags, recv};
 use shmipc::config::Config;
 use shmipc::consts::MemMapType;
 use shmipc::session::{SessionManager, SessionManagerConfig};
 use shmipc::stream::Stream;
-use shmipc::transport::{DefaultUnixConnect, DefaultUnixListen};
+use shmipc::transport::{
+    DefaultUnixConnect, DefaultUnixListen, TransportListen, TransportListener,
+};
 use shmipc::{Error, Listener};
 use shmipc_glommio::Wakeup;
 
@@ -26,6 +30,7 @@ use super::payload::{Way, check, payload};
 const ORDER: &str = "SHMIPC_TEST_PEER";
 const READY: &str = "peer: ready";
 const DONE: &str = "peer: done";
+const CLOSED: &str = "peer: closed on a negotiation";
 /// A peer that is forgotten must not stay.
 const LONGEST_LIFE: Duration = Duration::from_secs(150);
 
@@ -58,6 +63,8 @@ pub(crate) struct Order {
     /// How it asks to be woken in version 4, if it opens with that: otherwise with version 2 for
     /// files, and with version 3 for memfds.
     pub(crate) version_4: Option<Wakeup>,
+    /// Whether the server is one of before version 4, which closes on a negotiation.
+    pub(crate) closes_on_negotiation: bool,
     pub(crate) prefix: String,
     pub(crate) pool: u32,
     pub(crate) plan: Plan,
@@ -77,6 +84,7 @@ impl Order {
                 Some(Wakeup::Polling(interval)) => interval.as_micros().to_string(),
                 Some(_) => "socket".into(),
             },
+            self.closes_on_negotiation.to_string(),
             self.prefix.clone(),
             self.pool.to_string(),
             plan.streams.to_string(),
@@ -103,6 +111,7 @@ impl Order {
                 "socket" => Some(Wakeup::Socket),
                 micros => Some(Wakeup::Polling(Duration::from_micros(micros.parse().unwrap()))),
             },
+            closes_on_negotiation: field() == "true",
             prefix: field(),
             pool: field().parse().unwrap(),
             plan: Plan {
@@ -154,6 +163,11 @@ impl Peer {
 
     pub(crate) fn is_done(&self) -> bool {
         self.said.lock().unwrap().contains(DONE)
+    }
+
+    /// How many connections it has closed on a negotiation.
+    pub(crate) fn negotiations_closed(&self) -> usize {
+        self.said.lock().unwrap().matches(CLOSED).count()
     }
 
     /// How the process ended, if it has.
@@ -230,7 +244,11 @@ async fn dismissed() {
 }
 
 async fn serve(order: Order) {
-    let listener = Listener::new(DefaultUnixListen, address(&order), config(&order)).await;
+    let (address, config) = (address(&order), config(&order));
+    let listener = match order.closes_on_negotiation {
+        false => Listener::new(DefaultUnixListen, address, config).await,
+        true => Listener::new(OldListen, address, config).await,
+    };
     let mut listener = listener.unwrap();
     println!("{READY}");
     let mut answers = Vec::new();
@@ -244,6 +262,51 @@ async fn serve(order: Order) {
     println!("{DONE}");
     dismissed().await;
     close_soon(listener.close()).await;
+}
+
+/// Listens like a server that does not know version 4.
+struct OldListen;
+
+struct OldListener(tokio::net::UnixListener);
+
+impl TransportListen for OldListen {
+    type Listener = OldListener;
+    type Address = SocketAddr;
+
+    async fn listen(&self, address: SocketAddr) -> std::io::Result<OldListener> {
+        DefaultUnixListen.listen(address).await.map(OldListener)
+    }
+}
+
+impl TransportListener for OldListener {
+    type Stream = tokio::net::UnixStream;
+    type Address = tokio::net::unix::SocketAddr;
+
+    async fn accept(&self) -> std::io::Result<(Self::Stream, Self::Address)> {
+        const NEGOTIATION: u8 = 10;
+        loop {
+            let (stream, address) = self.0.accept().await?;
+            if first_type(&stream).await? != NEGOTIATION {
+                return Ok((stream, address));
+            }
+            println!("{CLOSED}");
+        }
+    }
+}
+
+/// The type of the first message, which stays in the socket.
+async fn first_type(stream: &tokio::net::UnixStream) -> std::io::Result<u8> {
+    let mut header = [0; 8];
+    loop {
+        stream.readable().await?;
+        let peek = || Ok(recv(stream.as_raw_fd(), &mut header, MsgFlags::MSG_PEEK)?);
+        match stream.try_io(tokio::io::Interest::READABLE, peek) {
+            Ok(8) => return Ok(header[7]),
+            Ok(_) => tokio::time::sleep(Duration::from_millis(1)).await,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// The server's side of one stream.

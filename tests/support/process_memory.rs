@@ -6,11 +6,19 @@ use std::os::unix::fs::FileExt;
 
 /// A copy of the mapping of this process whose name holds all of `parts`, if there is just one.
 pub(crate) fn mapping(parts: &[&str]) -> Option<Vec<u8>> {
+    let mut found = mappings(parts);
+    assert!(found.len() <= 1, "two mappings whose names hold {parts:?}");
+    found.pop()
+}
+
+/// Copies of the mappings of this process whose names hold all of `parts`.
+pub(crate) fn mappings(parts: &[&str]) -> Vec<Vec<u8>> {
     let maps = fs::read_to_string("/proc/self/maps").unwrap();
-    let mut found = maps.lines().filter(|line| parts.iter().all(|part| line.contains(part)));
-    let (line, None) = (found.next()?, found.next()) else {
-        panic!("two mappings whose names hold {parts:?}");
-    };
+    let found = maps.lines().filter(|line| parts.iter().all(|part| line.contains(part)));
+    found.map(|line| copy(line).expect("a line of a mapping")).collect()
+}
+
+fn copy(line: &str) -> Option<Vec<u8>> {
     let (start, rest) = line.split_once('-')?;
     let (end, _) = rest.split_once(' ')?;
     let start = u64::from_str_radix(start, 16).unwrap();

@@ -166,6 +166,15 @@ impl Raw {
         }
     }
 
+    /// What else the other side sends before it closes.
+    pub(crate) fn receive_to_end(&mut self) -> Vec<u8> {
+        let mut bytes: Vec<u8> = self.kept.drain(..).collect();
+        match self.socket.read_to_end(&mut bytes) {
+            Err(error) if !is_gone(&error) => panic!("{error}"),
+            _ => bytes,
+        }
+    }
+
     /// Whether the other side has closed the connection.
     pub(crate) fn is_closed_by_peer(&mut self) -> bool {
         let mut rest = Vec::new();
@@ -207,13 +216,19 @@ impl Memory {
 
     /// The same with queues of another capacity.
     pub(crate) fn with_capacity(capacity: u32) -> Self {
+        Self::laid_out(capacity, &Terms::VERSION_3)
+    }
+
+    /// As an honest client lays them out that has agreed on this.
+    pub(crate) fn laid_out(capacity: u32, terms: &Terms) -> Self {
         let header = QueueHeader { capacity, flag: 0, head: 0, tail: 0 };
         let mut queue = vec![0; 2 * queue_len(capacity) as usize];
         let half = queue.len() / 2;
         for base in [0, half] {
-            put(&mut queue, base, &header.encode(layout()));
+            put(&mut queue, base, &header.encode(terms.layout()));
         }
-        Self { queue, buffer: honest_buffer(), queue_len: 0, buffer_len: 0 }
+        let sets = if terms.lists_are_apart { 2 } else { 1 };
+        Self { queue, buffer: honest_buffer(sets), queue_len: 0, buffer_len: 0 }
     }
 
     /// Changes the header of one of the two queues.
@@ -256,14 +271,15 @@ pub(crate) fn memfd(name: &str) -> File {
     memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap().into()
 }
 
-fn honest_buffer() -> Vec<u8> {
-    let mut buffer = vec![0; list_offset(LISTS.len())];
+fn honest_buffer(sets: usize) -> Vec<u8> {
+    let lists = sets * LISTS.len();
+    let mut buffer = vec![0; list_offset(lists)];
     let header = BufferManagerHeader {
-        list_count: LISTS.len() as u16,
+        list_count: lists as u16,
         used_len: (buffer.len() - MANAGER_HEADER_LEN) as u32,
     };
     put(&mut buffer, 0, &header.encode());
-    for (number, (slice_capacity, count)) in LISTS.into_iter().enumerate() {
+    for (number, (slice_capacity, count)) in LISTS.into_iter().cycle().take(lists).enumerate() {
         let at = list_offset(number);
         let stride = slice_capacity + SLICE_HEADER_LEN as u32;
         let list = ListHeader {
@@ -292,13 +308,42 @@ fn honest_buffer() -> Vec<u8> {
 
 /// Where a list of the raw client's memory stands; behind the last one, where the memory ends.
 pub(crate) fn list_offset(number: usize) -> usize {
-    let before = LISTS[..number].iter();
-    let len: u64 = before.map(|&(slice, count)| list_len(count, slice)).sum();
+    let before = LISTS.into_iter().cycle().take(number);
+    let len: u64 = before.map(|(slice, count)| list_len(count, slice)).sum();
     MANAGER_HEADER_LEN + len as usize
 }
 
 fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     bytes[at..at + value.len()].copy_from_slice(value);
+}
+
+/// What a raw peer has agreed on with the other side.
+pub(crate) struct Terms {
+    pub(crate) version: ProtocolVersion,
+    /// Whether each side has a set of lists for itself.
+    pub(crate) lists_are_apart: bool,
+    pub(crate) bell: Bell,
+}
+
+/// How a raw peer wakes the other side.
+pub(crate) enum Bell {
+    Socket,
+    /// What this side writes, and what it would read.
+    EventFds([File; 2]),
+    /// It does not.
+    Nobody,
+}
+
+impl Terms {
+    pub(crate) const VERSION_3: Self = Self::old(ProtocolVersion::V3);
+
+    const fn old(version: ProtocolVersion) -> Self {
+        Self { version, lists_are_apart: false, bell: Bell::Socket }
+    }
+
+    fn layout(&self) -> QueueLayout {
+        QueueLayout::for_version(self.version)
+    }
 }
 
 /// A raw peer in a running session.
@@ -307,8 +352,7 @@ pub(crate) struct Rig {
     pub(crate) queue: File,
     pub(crate) buffer: File,
     is_client: bool,
-    /// The version of its messages.
-    version: u8,
+    pub(crate) terms: Terms,
     /// Where the second queue starts.
     half: u64,
     capacity: u32,
@@ -355,14 +399,25 @@ impl Rig {
 
     /// A session whose handshake is done, or is about to be.
     pub(crate) fn new(raw: Raw, buffer: File, queue: File, is_client: bool) -> Self {
+        Self::on(Terms::VERSION_3, raw, buffer, queue, is_client)
+    }
+
+    /// The same, on other terms.
+    pub(crate) fn on(terms: Terms, raw: Raw, buffer: File, queue: File, is_client: bool) -> Self {
         let lists = read_lists(&buffer);
-        let own = lists.iter().map(|&(at, list)| take_slices(&buffer, at, list));
+        // The client's set stands first.
+        let half_of_them = lists.len() / 2;
+        let takes_from = match (terms.lists_are_apart, is_client) {
+            (false, _) => &lists[..],
+            (true, true) => &lists[..half_of_them],
+            (true, false) => &lists[half_of_them..],
+        };
+        let own = takes_from.iter().map(|&(at, list)| take_slices(&buffer, at, list));
         let own = own.collect();
         let half = queue.metadata().unwrap().len() / 2;
         let capacity = read_u32(&queue, 0);
         let is_fallen_back = false;
-        let version = 3;
-        Self { raw, queue, buffer, is_client, version, half, capacity, is_fallen_back, lists, own }
+        Self { raw, queue, buffer, is_client, terms, half, capacity, is_fallen_back, lists, own }
     }
 
     /// Shakes hands in version 2, with memory in files of this directory.
@@ -370,8 +425,8 @@ impl Rig {
         let paths = directory.put_memory(&Memory::honest());
         let open = |path: &str| File::options().read(true).write(true).open(path).unwrap();
         let [queue, buffer] = paths.each_ref().map(|path| open(path));
-        let rig = Self::new(Raw::connect(path), buffer, queue, true);
-        let mut rig = Self { version: 2, ..rig };
+        let terms = Terms::old(ProtocolVersion::V2);
+        let mut rig = Self::on(terms, Raw::connect(path), buffer, queue, true);
         let [queue, buffer] = &paths;
         rig.raw.send(&message(BY_FILE, 2, &honest_paths(queue, buffer)));
         rig
@@ -392,15 +447,21 @@ impl Rig {
     }
 
     pub(crate) fn tail_at(&self) -> u64 {
-        self.send_base() + layout().tail_offset() as u64
+        self.send_base() + self.terms.layout().tail_offset() as u64
     }
 
     pub(crate) fn head_at(&self) -> u64 {
-        self.receive_base() + layout().head_offset() as u64
+        self.receive_base() + self.terms.layout().head_offset() as u64
     }
 
     /// Puts events into the queue, all at once, and rings.
     pub(crate) fn push(&mut self, events: &[Event]) {
+        self.put(events);
+        self.ring();
+    }
+
+    /// The same without ringing.
+    pub(crate) fn put(&mut self, events: &[Event]) {
         let tail = read_i64(&self.queue, self.tail_at());
         for (number, event) in (tail..).zip(events) {
             let slot = (number % i64::from(self.capacity)) as u32;
@@ -408,7 +469,6 @@ impl Rig {
             self.queue.write_all_at(&event.to_bytes(), at).unwrap();
         }
         write_i64(&self.queue, self.tail_at(), tail + events.len() as i64);
-        self.ring();
     }
 
     /// Waits until the other side has given every slice back that it does not hold.
@@ -430,7 +490,21 @@ impl Rig {
     }
 
     pub(crate) fn ring(&mut self) {
-        self.raw.send(&message(SYNC, self.version, &[]));
+        match &mut self.terms.bell {
+            Bell::Socket => self.raw.send(&message(SYNC, self.terms.version.message_byte(), &[])),
+            Bell::EventFds([ours, _]) => match ours.write(&1_u64.to_ne_bytes()) {
+                // A bell that is as loud as can be.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                rung => assert_eq!(rung.unwrap(), 8),
+            },
+            Bell::Nobody => {}
+        }
+    }
+
+    /// Says that this side sleeps, so that the other one rings the next time.
+    pub(crate) fn sleep(&self) {
+        let at = self.receive_base() + self.terms.layout().flag_offset() as u64;
+        write_u32(&self.queue, at, 0);
     }
 
     /// Puts events into a queue that may be broken by now.
@@ -536,7 +610,7 @@ impl Rig {
         let mut payload = stream.to_be_bytes().to_vec();
         payload.extend(status.to_be_bytes());
         payload.extend(data);
-        self.raw.send(&message(FALLBACK, self.version, &payload));
+        self.raw.send(&message(FALLBACK, self.terms.version.message_byte(), &payload));
     }
 
     /// The data of the next FallbackData on our stream.
@@ -587,9 +661,32 @@ impl Rig {
         true
     }
 
+    /// Sends a byte over the socket. Whether an answer comes, by whichever way, and the other side
+    /// is there. Takes the answer, not its slice, and sleeps meanwhile as one does that has taken
+    /// everything: what goes over the socket waits for that.
+    pub(crate) fn is_answered_somehow(&mut self) -> bool {
+        let (tail_at, kept) = (self.received_tail_at(), self.raw.kept.len());
+        let tail = read_i64(&self.queue, tail_at);
+        self.fall_back(STREAM, 0, b"x");
+        let start = Instant::now();
+        while start.elapsed() < DEADLINE {
+            if self.raw.is_at_end() {
+                return false;
+            }
+            self.sleep();
+            let now = read_i64(&self.queue, tail_at);
+            if now != tail || self.raw.kept.len() > kept {
+                write_i64(&self.queue, self.head_at(), now);
+                return true;
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        false
+    }
+
     /// Where the tail of the other side's queue stands.
     pub(crate) fn received_tail_at(&self) -> u64 {
-        self.receive_base() + layout().tail_offset() as u64
+        self.receive_base() + self.terms.layout().tail_offset() as u64
     }
 
     /// Sends bytes and gets the same back.

@@ -30,15 +30,14 @@ const IS_VERSION_2: IsDue = due!(Handshake(HandshakeError::VersionChanged { got:
 pub(crate) fn bad_headers(stage: Stage) -> Vec<Bytes> {
     let magic = |magic, kind| header(8, magic, 3, kind);
     let length = |length, kind| header(length, 0x7758, 3, kind);
-    let cases: [(_, _, IsDue); 17] = [
+    let cases: [(_, _, IsDue); 16] = [
         ("wrong magic", magic(0x5877, EXCHANGE), due!(Wire(WireError::Magic(0x5877)))),
         ("HTTP", b"GET / HTTP/1.1\r\n\r\n".to_vec(), due!(Wire(WireError::Magic(0x2f20)))),
         ("version 0", message(EXCHANGE, 0, &[]), due!(Wire(WireError::Version(0)))),
-        ("an opening of version 4", message(10, 0, b"{}"), due!(Wire(WireError::Version(0)))),
         ("version 1", message(BY_FILE, 1, &[0; 4]), due!(Wire(WireError::Version(1)))),
         ("version 4", message(BY_FILE, 4, &[0; 4]), due!(Wire(WireError::Version(4)))),
         ("version 255", message(BY_FILE, 255, &[0; 4]), due!(Wire(WireError::Version(255)))),
-        ("type 10", message(10, 3, &[]), due!(Wire(WireError::Type(10)))),
+        ("a negotiation of version 3", message(10, 3, b"{}"), due!(Wire(WireError::Version(3)))),
         ("type 11", message(11, 3, &[]), due!(Wire(WireError::Type(11)))),
         ("type 255", message(255, 3, &[]), due!(Wire(WireError::Type(255)))),
         ("length 0", length(0, EXCHANGE), IS_LENGTH),
@@ -46,7 +45,8 @@ pub(crate) fn bad_headers(stage: Stage) -> Vec<Bytes> {
         ("length 9", length(9, EXCHANGE), IS_LENGTH),
         ("short data", length(15, FALLBACK), IS_LENGTH),
         ("long paths", length(8205, BY_MEMFD), IS_LENGTH),
-        ("long data", length(8203, FALLBACK), IS_TOO_LONG),
+        // No message of a handshake is longer than a negotiation can be.
+        ("long data", length(16393, FALLBACK), IS_TOO_LONG),
         ("longest data", length(u32::MAX, FALLBACK), IS_TOO_LONG),
     ];
     let cases = cases.into_iter();
@@ -95,6 +95,7 @@ pub(crate) fn out_of_place_for_a_server(stage: Stage) -> Vec<Bytes> {
         _ => (
             &[BY_FILE, BY_MEMFD],
             vec![
+                case("an opening of version 4", stage, message(10, 0, b"{}"), IS_UNEXPECTED),
                 case("memfd, version 2 by now", stage, named(BY_MEMFD, 2), IS_VERSION_2),
                 case("files, version 2 by now", stage, named(BY_FILE, 2), IS_VERSION_2),
             ],
@@ -114,6 +115,7 @@ pub(crate) fn out_of_place_for_a_client(stage: Stage) -> Vec<Bytes> {
         Stage::Descriptors => (ACK, vec![(2, IS_VERSION_2)]),
     };
     let mut cases = all_but(stage, &[due]);
+    cases.push(case("an answer of version 4", stage, message(10, 0, b"{}"), IS_UNEXPECTED));
     for (version, is_due) in others {
         let name = "the right message in another version";
         cases.push(case(name, stage, message(due, version, &[]), is_due));

@@ -44,7 +44,11 @@ impl RawServer {
         Self { listener: UnixListener::bind(&path).unwrap(), path, config }
     }
 
-    fn accept(&self, bed: &Bed) -> Raw {
+    pub(super) fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
+    pub(super) fn accept(&self, bed: &Bed) -> Raw {
         bed.connect(&self.path, self.config.clone());
         Raw::accept(&self.listener)
     }

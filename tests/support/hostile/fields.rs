@@ -119,7 +119,7 @@ fn is_named(error: &Error) -> bool {
     error.is_peer_fault() || matches!(error, Error::PeerClosed)
 }
 
-fn note_unless_named(bed: &Bed, name: &str, fate: Result<Fate, String>) {
+pub(super) fn note_unless_named(bed: &Bed, name: &str, fate: Result<Fate, String>) {
     match fate {
         Ok(Fate::Ended(error) | Fate::Refused(error)) if is_named(&error) => {}
         other => bed.note(format!("{name}: {other:?}")),

@@ -14,7 +14,9 @@ use super::attacks::{Attack, attack};
 use super::connecting::{RawServer, client_config};
 use super::due::{IsDue, due};
 use super::files::Directory;
+use super::negotiating::asking;
 use crate::support::bed::{Api, Bed, DEADLINE, Fate};
+use crate::support::negotiated::{self, KINDS};
 use crate::support::raw::{Rig, STREAM, layout, open, read_i64, write_u32};
 use crate::{bed, config};
 
@@ -62,62 +64,80 @@ fn fields_may_be_rewritten_while_they_are_read() {
     for api in [Api::Bytes, Api::Messages] {
         let bed = Bed::start_with(config().build().unwrap(), api);
         let server = RawServer::new(&bed, client_config());
-        for (place, words) in places() {
-            for side in ["client", "server"] {
-                let mut rig = match side {
-                    "client" => Rig::client(bed.path(), bed.name()),
-                    _ => server.session(&bed),
-                };
-                let (in_queue, words) = words(&rig);
-                let file = if in_queue { &rig.queue } else { &rig.buffer }.try_clone().unwrap();
-                let slices = rig.all_slices();
-                let is_over = AtomicBool::new(false);
-                std::thread::scope(|scope| {
-                    scope.spawn(|| {
-                        let mut random = 88_172_645_463_325_252_u64;
-                        let mut next = || {
-                            random ^= random << 13;
-                            random ^= random >> 7;
-                            random ^= random << 17;
-                            random
-                        };
-                        while !is_over.load(Ordering::Relaxed) {
-                            let at = words[(next() % words.len() as u64) as usize];
-                            let value = match next() % 4 {
-                                0 => next() as u32,
-                                1 => (next() % 200) as u32,
-                                2 => slices[(next() % slices.len() as u64) as usize],
-                                _ => (next() % 4) as u32,
-                            };
-                            write_u32(&file, at, value);
-                            if next() % 64 == 0 {
-                                std::thread::yield_now();
-                            }
-                        }
-                    });
-                    let began = Instant::now();
-                    while began.elapsed() < A_WHILE && !rig.raw.is_at_end() {
-                        for (number, &slice) in slices.iter().enumerate().take(20) {
-                            let stream_id = STREAM + (number as u32 % 3);
-                            rig.try_push(&[Event { stream_id, ..open(slice) }]);
-                        }
-                        rig.fall_back(STREAM, 0, b"answer me");
-                        let tail = read_i64(&rig.queue, rig.received_tail_at());
-                        rig.queue.write_all_at(&tail.to_ne_bytes(), rig.head_at()).unwrap();
-                    }
-                    is_over.store(true, Ordering::Relaxed);
-                });
-                drop(rig);
-                let name = format!("{place} rewritten by a {side}");
-                match bed.fate() {
-                    Ok(Fate::Ended(error))
-                        if error.is_peer_fault() || matches!(error, Error::PeerClosed) => {}
-                    other => bed.note(format!("{name}: {other:?}")),
-                }
-                bed.must_go_on(&name);
-            }
-        }
+        rewrite_everything(&bed, |side| match side {
+            "client" => Rig::client(bed.path(), bed.name()),
+            _ => server.session(&bed),
+        });
         bed.finish();
+    }
+}
+
+/// The same with lists that each side has for itself, and with every wake-up.
+#[test]
+fn fields_may_be_rewritten_while_they_are_read_in_version_4() {
+    for features in KINDS.into_iter().filter(|features| features.single_popper_lists) {
+        let bed = Bed::start(config().build().unwrap());
+        let server = RawServer::new(&bed, asking(features));
+        rewrite_everything(&bed, |side| match side {
+            "client" => negotiated::client(bed.path(), bed.name(), features),
+            _ => negotiated::server(server.accept(&bed), features),
+        });
+        bed.finish();
+    }
+}
+
+fn rewrite_everything(bed: &Bed, next: impl Fn(&str) -> Rig) {
+    for (place, words) in places() {
+        for side in ["client", "server"] {
+            let mut rig = next(side);
+            let (in_queue, words) = words(&rig);
+            let file = if in_queue { &rig.queue } else { &rig.buffer }.try_clone().unwrap();
+            let slices = rig.all_slices();
+            let is_over = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut random = 88_172_645_463_325_252_u64;
+                    let mut next = || {
+                        random ^= random << 13;
+                        random ^= random >> 7;
+                        random ^= random << 17;
+                        random
+                    };
+                    while !is_over.load(Ordering::Relaxed) {
+                        let at = words[(next() % words.len() as u64) as usize];
+                        let value = match next() % 4 {
+                            0 => next() as u32,
+                            1 => (next() % 200) as u32,
+                            2 => slices[(next() % slices.len() as u64) as usize],
+                            _ => (next() % 4) as u32,
+                        };
+                        write_u32(&file, at, value);
+                        if next() % 64 == 0 {
+                            std::thread::yield_now();
+                        }
+                    }
+                });
+                let began = Instant::now();
+                while began.elapsed() < A_WHILE && !rig.raw.is_at_end() {
+                    for (number, &slice) in slices.iter().enumerate().take(20) {
+                        let stream_id = STREAM + (number as u32 % 3);
+                        rig.try_push(&[Event { stream_id, ..open(slice) }]);
+                    }
+                    rig.fall_back(STREAM, 0, b"answer me");
+                    let tail = read_i64(&rig.queue, rig.received_tail_at());
+                    rig.queue.write_all_at(&tail.to_ne_bytes(), rig.head_at()).unwrap();
+                }
+                is_over.store(true, Ordering::Relaxed);
+            });
+            drop(rig);
+            let name = format!("{place} rewritten by a {side}");
+            match bed.fate() {
+                Ok(Fate::Ended(error))
+                    if error.is_peer_fault() || matches!(error, Error::PeerClosed) => {}
+                other => bed.note(format!("{name}: {other:?}")),
+            }
+            bed.must_go_on(&name);
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use shmipc_glommio::SessionStats;
+use shmipc_glommio::{ProtocolVersion, Session, SessionStats, Wakeup};
 
 macro_rules! happenings {
     ($($name:ident),* $(,)?) => {
@@ -27,6 +27,15 @@ happenings! {
     PoolEmpty,
     WindowFull,
     Sleeps,
+    // What sessions of version 4 had agreed on, and that it was of use.
+    WakesBySocket,
+    WakesByEventFd,
+    Polls,
+    WokenByEventFd,
+    SleptWhilePolling,
+    SinglePopperLists,
+    SharedListsInVersion4,
+    SinglePopperListEmpty,
     // Futures that were dropped after they had been polled.
     WriteCancelled,
     AllocCancelled,
@@ -66,7 +75,34 @@ pub(crate) fn count(what: Seen, times: u64) {
     COUNTS[what as usize].fetch_add(times, Ordering::Relaxed);
 }
 
-pub(crate) fn add_stats(stats: &SessionStats) {
+/// What a session is, and what it has counted.
+pub(crate) fn add_session(session: &Session) {
+    let stats = session.stats();
+    add_stats(&stats);
+    if session.protocol() != ProtocolVersion::V4 {
+        return;
+    }
+    match session.wakeup() {
+        Wakeup::EventFd => {
+            see(Seen::WakesByEventFd);
+            count(Seen::WokenByEventFd, stats.sync_events_received);
+        }
+        Wakeup::Polling(_) => {
+            see(Seen::Polls);
+            count(Seen::SleptWhilePolling, stats.sleeps);
+            assert_eq!((stats.sync_events_sent, stats.sync_events_received), (0, 0));
+        }
+        _ => see(Seen::WakesBySocket),
+    }
+    if session.has_single_popper_lists() {
+        see(Seen::SinglePopperLists);
+        count(Seen::SinglePopperListEmpty, stats.pool_empty);
+    } else {
+        see(Seen::SharedListsInVersion4);
+    }
+}
+
+fn add_stats(stats: &SessionStats) {
     count(Seen::FallbackSent, stats.fallback_sent);
     count(Seen::QueueFull, stats.queue_full);
     count(Seen::PoolEmpty, stats.pool_empty);

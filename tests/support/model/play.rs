@@ -11,7 +11,7 @@ use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use glommio::Task;
 use shmipc_glommio::{Connector, Error, Listener, ProtocolVersion, Session, Stream};
 
-use super::coverage::{Seen, add_stats, see};
+use super::coverage::{Seen, add_session, see};
 use super::life::live;
 use super::random::Random;
 use super::setup::random_config;
@@ -195,7 +195,7 @@ async fn end_early(world: &World, session: &Session, mut random: Random) {
 }
 
 async fn finish(world: &World, side: Side, session: Session, random: &mut Random) {
-    add_stats(&session.stats());
+    add_session(&session);
     // Tasks that were dropped are dropped by the executor, when it comes to them.
     let is_free = || session.pool_usage().held == 0;
     assert!(within(HANGS, is_free).await, "{world}: {side:?} holds slices that nobody has");

@@ -3,23 +3,32 @@
 
 use std::time::Duration;
 
-use shmipc_glommio::{Config, MemoryKind, ProtocolVersion, SliceClass, Spin};
+use shmipc_glommio::{Config, MemoryKind, ProtocolVersion, SliceClass, Spin, Wakeup};
 
 use super::random::Random;
 use super::world::Side;
 
 /// A small configuration, with the numbers for one side of a session.
 pub(crate) fn random_config(side: Side, random: &mut Random) -> Config {
-    let (memory, protocol) = random.pick(&[
-        (MemoryKind::Memfd, ProtocolVersion::V3),
-        (MemoryKind::Memfd, ProtocolVersion::V3),
-        (MemoryKind::File, ProtocolVersion::V3),
-        (MemoryKind::File, ProtocolVersion::V2),
+    let polling = Wakeup::Polling(random.pick(&[50, 200, 1000]).micros());
+    let (memory, protocol, wakeup) = random.pick(&[
+        (MemoryKind::Memfd, ProtocolVersion::V3, Wakeup::Socket),
+        (MemoryKind::Memfd, ProtocolVersion::V3, Wakeup::Socket),
+        (MemoryKind::File, ProtocolVersion::V3, Wakeup::Socket),
+        (MemoryKind::File, ProtocolVersion::V2, Wakeup::Socket),
+        (MemoryKind::Memfd, ProtocolVersion::V4, Wakeup::Socket),
+        (MemoryKind::Memfd, ProtocolVersion::V4, Wakeup::EventFd),
+        (MemoryKind::Memfd, ProtocolVersion::V4, polling),
+        (MemoryKind::File, ProtocolVersion::V4, Wakeup::Socket),
+        (MemoryKind::File, ProtocolVersion::V4, polling),
     ]);
     let spins = [Spin::Never, Spin::For(Duration::from_micros(50)), Spin::Forever];
     let config = Config::builder()
         .memory(memory)
         .protocol(protocol)
+        .wakeup(wakeup)
+        // Both sides have to want them.
+        .single_popper_lists(!random.one_in(5))
         .spin(random.pick(&spins))
         .buffer_size(random.pick(&[64 << 10, 128 << 10, 256 << 10, 1 << 20]))
         .slice_classes(random_classes(random))
