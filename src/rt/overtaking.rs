@@ -14,16 +14,21 @@
 //!
 //! When has it? An event is handled for sure when the peer has taken one more behind it. Of the
 //! last one it is known by the working flag: this side sets it when it publishes, and the peer
-//! clears it behind a drained queue. (A peer that never clears it, since it never sleeps, is one
-//! that has more to take before long.)
+//! clears it behind a drained queue. A peer that does not, since it never sleeps or has no use for
+//! the flag, is given [a while](LONGEST_HANDLING) from when it was seen to have taken the event.
 
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use super::doorbell::Doorbell;
 use super::session::SessionInner;
 use crate::error::Result;
+use crate::shm::queue::Progress;
 use crate::wire::{Event, EventState};
+
+/// How long a peer may take for an event that it has taken, if it does not say when it is done.
+const LONGEST_HANDLING: Duration = Duration::from_millis(20);
 
 /// How far a stream is on its way to the socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -31,8 +36,10 @@ pub(super) enum Overtaking {
     /// It has not used the socket.
     #[default]
     Never,
-    /// It waits until the peer has handled all events before this one.
+    /// It waits until the peer has handled so many events.
     Until(i64),
+    /// The peer has taken the last of them, and was seen to have at this time.
+    Taken(i64, Instant),
     /// There is nothing of it left to overtake.
     Nothing,
 }
@@ -54,7 +61,7 @@ impl SessionInner {
         }
         self.flush_queue();
         let until = match *state {
-            Overtaking::Until(until) => until,
+            Overtaking::Until(until) | Overtaking::Taken(until, _) => until,
             _ => {
                 let producer = self.lanes.producer.borrow();
                 // Whom nobody wakes, nobody told that there is something to drain. One that is
@@ -65,20 +72,25 @@ impl SessionInner {
                 producer.published()
             }
         };
-        let is_handled = self.lanes.producer.borrow_mut().is_handled(until);
-        match is_handled {
-            Ok(true) => {
-                *state = Overtaking::Nothing;
-                Poll::Ready(Ok(()))
+        let progress = self.lanes.producer.borrow_mut().progress(until);
+        *state = match (progress.map_err(|error| self.broken(error))?, *state) {
+            (Progress::Handled, _) => Overtaking::Nothing,
+            (Progress::Taken, Overtaking::Taken(_, since))
+                if since.elapsed() >= LONGEST_HANDLING =>
+            {
+                Overtaking::Nothing
             }
-            Ok(false) => {
-                *state = Overtaking::Until(until);
-                self.activate();
-                self.lanes.queue_waiting.register(context, None);
-                Poll::Pending
-            }
-            Err(error) => Poll::Ready(Err(self.broken(error))),
+            (Progress::Taken, state @ Overtaking::Taken(..)) => state,
+            (Progress::Taken, _) => Overtaking::Taken(until, Instant::now()),
+            (Progress::Pending, _) => Overtaking::Until(until),
+        };
+        if *state == Overtaking::Nothing {
+            return Poll::Ready(Ok(()));
         }
+        // While somebody waits there, the session has its turns with the poller.
+        self.activate();
+        self.lanes.queue_waiting.register(context, None);
+        Poll::Pending
     }
 
     /// Tells a peer that does not order its paths of a close, by the queue: now, or when there is

@@ -321,6 +321,21 @@ impl BufferList {
 
     /// Checks that the header of a slice is one of this list.
     #[inline]
+    /// Checks that a slice which this side has just taken is not marked as part of a message: both
+    /// sides of this crate mark what they send, and take the mark off what they give.
+    pub(super) fn check_mark<M: Memory>(&self, memory: &M, place: u32) -> Result<(), MemoryError> {
+        let slice = self.slice(place);
+        // Relaxed: the walk has acquired it, and nobody writes to it before this side does.
+        let flags = memory.load_u8(slice + SLICE_FLAGS_OFFSET, Ordering::Relaxed);
+        if flags & FLAG_IN_USE == 0 {
+            return Ok(());
+        }
+        // An offset always fits: the whole memory is below 4 GiB.
+        let (offset, value) = (slice as u32, u32::from(flags));
+        let what = "flags of a free slice";
+        Err(MemoryError::SliceHeader { offset, what, value, limit: u32::from(FLAG_HAS_NEXT) })
+    }
+
     pub(super) fn check_capacity<M: Memory>(
         &self,
         memory: &M,

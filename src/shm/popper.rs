@@ -27,10 +27,10 @@
 //! decided by it. It may be below zero for a moment: a slice can be taken after it was linked and
 //! before its giver has counted it.
 //!
-//! A peer can write over flags and links, and with that make this side take what is in use. What
-//! this side itself holds is found by the manager's ledger, which also ends every cycle; what the
-//! peer holds is the peer's loss. A link that names no slice is an error at once, since an honest
-//! peer never changes a link that this side can come to.
+//! A peer can write over flags and links, and with that make this side take what is in use. What is
+//! marked as that is refused; what this side itself holds is found by the manager's ledger, which
+//! also ends every cycle; what the peer holds is the peer's loss. A link that names no slice is an
+//! error at once, since an honest peer never changes a link that this side can come to.
 
 use std::cell::Cell;
 
@@ -71,6 +71,7 @@ impl Popper {
             return Ok(batch);
         }
         for &place in batch.places() {
+            self.list.check_mark(memory, place)?;
             self.list.check_capacity(memory, place)?;
         }
         self.head.set(next);

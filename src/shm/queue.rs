@@ -161,6 +161,18 @@ impl<M: Memory> Ring<M> {
     }
 }
 
+/// How far a peer is with some events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// It has not taken all of them.
+    Pending,
+    /// It has taken the last of them, and may be at it.
+    Taken,
+    /// It is done with them: it has taken one more, or has drained all and said so, in answer to
+    /// what was marked when they were published.
+    Handled,
+}
+
 /// The sending end of a queue.
 pub(crate) struct Producer<M> {
     ring: Ring<M>,
@@ -247,13 +259,16 @@ impl<M: Memory> Producer<M> {
         let _ = self.ring.memory.compare_exchange_u32(self.ring.flag, 0, 1);
     }
 
-    /// Whether the peer is done with the first `count` events: it has taken the next one, or has
-    /// drained all and said so, in answer to what was marked when they were published.
-    pub(crate) fn is_handled(&mut self, count: i64) -> Result<bool, MemoryError> {
+    /// How far the peer is with the first `count` events.
+    pub(crate) fn progress(&mut self, count: i64) -> Result<Progress, MemoryError> {
         let (head, _) = self.in_flight()?;
         // Acquire, pairs with the peer's store of 0 behind a drained queue.
         let is_drained = || self.ring.memory.load_u32(self.ring.flag, Ordering::Acquire) == 0;
-        Ok(head > count || (head == count && is_drained()))
+        Ok(match head.cmp(&count) {
+            std::cmp::Ordering::Less => Progress::Pending,
+            std::cmp::Ordering::Equal if !is_drained() => Progress::Taken,
+            _ => Progress::Handled,
+        })
     }
 
     /// The peer's head of this moment, and how many published events it has not taken yet.

@@ -23,13 +23,11 @@ pub(crate) enum ListSets {
     /// Each side takes from lists of its own, and gives to those of both. Every size stands there
     /// twice, in the spec's own format: first the client's lists, smallest slices first, then the
     /// server's, of the same sizes. Both sides must have agreed on it. This is which one we are.
-    #[cfg_attr(not(test), allow(dead_code, reason = "for a handshake that agrees on it"))]
     OnePerSide(Side),
 }
 
 /// Which side of a session this process is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(not(test), allow(dead_code, reason = "for a handshake that agrees on it"))]
 pub(crate) enum Side {
     /// The one that creates the memory.
     Client,

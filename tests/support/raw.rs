@@ -501,6 +501,11 @@ impl Rig {
         }
     }
 
+    /// How many messages of the other side came over the socket that nobody has asked for.
+    pub(crate) fn over_the_socket(&self) -> usize {
+        self.raw.kept.len()
+    }
+
     /// Says that this side sleeps, so that the other one rings the next time.
     pub(crate) fn sleep(&self) {
         let at = self.receive_base() + self.terms.layout().flag_offset() as u64;
@@ -665,6 +670,11 @@ impl Rig {
     /// is there. Takes the answer, not its slice, and sleeps meanwhile as one does that has taken
     /// everything: what goes over the socket waits for that.
     pub(crate) fn is_answered_somehow(&mut self) -> bool {
+        self.is_answered_while(true)
+    }
+
+    /// [`is_answered_somehow`](Self::is_answered_somehow), asleep meanwhile or not.
+    pub(crate) fn is_answered_while(&mut self, sleeps: bool) -> bool {
         let (tail_at, kept) = (self.received_tail_at(), self.raw.kept.len());
         let tail = read_i64(&self.queue, tail_at);
         self.fall_back(STREAM, 0, b"x");
@@ -673,7 +683,9 @@ impl Rig {
             if self.raw.is_at_end() {
                 return false;
             }
-            self.sleep();
+            if sleeps {
+                self.sleep();
+            }
             let now = read_i64(&self.queue, tail_at);
             if now != tail || self.raw.kept.len() > kept {
                 write_i64(&self.queue, self.head_at(), now);

@@ -298,6 +298,25 @@ fn an_eventfd_that_is_read_empty_by_the_wrong_side_is_the_peers_loss() {
     });
 }
 
+/// One that takes everything and never says that it has handled it: what has to go over the socket,
+/// since its slices do not come back, goes there all the same, a little later.
+#[test]
+fn a_peer_that_never_says_that_it_is_done_is_not_waited_for_for_ever() {
+    on_both_sides(|bed, side, mut rig| {
+        let kept = rig.over_the_socket();
+        let mut answers = 0;
+        while rig.over_the_socket() == kept {
+            assert!(rig.is_answered_while(false), "after {answers} answers, by a {side}");
+            answers += 1;
+            assert!(answers < 10_000, "there are not that many slices");
+        }
+        assert!(answers > 1, "the first ones come by the queue");
+        bed.must_go_on("a peer that is always at it");
+        drop(rig);
+        bed.must_see_it_gone(&format!("a peer that is always at it, as a {side}"));
+    });
+}
+
 #[test]
 fn a_flood_of_wake_ups_leaves_time_for_others() {
     on_both_sides(|bed, side, mut rig| {

@@ -97,11 +97,6 @@ fn harmless() -> Vec<Spoil> {
         ("sizes below nothing", |rig| write_heads(rig, LIST_SIZE_OFFSET, 1 << 31)),
         ("sizes without end", |rig| write_heads(rig, LIST_SIZE_OFFSET, i32::MAX as u32)),
         ("free slices without flags", |rig| rig.change_free_slices(|slice| slice.flags = 0)),
-        // Unlike in a list that both sides take from, nothing follows from the mark: the one taker
-        // knows which slices it has taken.
-        ("free slices that are in use", |rig| {
-            rig.change_free_slices(|slice| slice.flags |= FLAG_IN_USE);
-        }),
         ("free slices with content", |rig| {
             rig.change_free_slices(|slice| (slice.size, slice.start) = (u32::MAX, u32::MAX));
         }),
@@ -191,6 +186,9 @@ fn deadly() -> Vec<Attack> {
         }),
         spoilt("free slices of another list", IS_HEADER, |rig| {
             rig.change_free_slices(|slice| slice.capacity += 4);
+        }),
+        spoilt("free slices that are in use", IS_HEADER, |rig| {
+            rig.change_free_slices(|slice| slice.flags |= FLAG_IN_USE);
         }),
         spoilt("links into a circle of one", IS_TWICE, |rig| {
             let [theirs, _] = sets(rig);
