@@ -49,6 +49,7 @@ pub struct Config {
     pub(crate) accepted_protocol: ProtocolVersion,
     pub(crate) wakeup: Wakeup,
     pub(crate) single_popper_lists: bool,
+    pub(crate) shortest_polling: Duration,
     pub(crate) queue_capacity: u32,
     pub(crate) buffer_size: u32,
     pub(crate) slice_classes: Vec<SliceClass>,
@@ -71,6 +72,7 @@ impl Default for Config {
             accepted_protocol: ProtocolVersion::HIGHEST,
             wakeup: Wakeup::Socket,
             single_popper_lists: true,
+            shortest_polling: Wakeup::SHORTEST_INTERVAL,
             queue_capacity: 8192,
             buffer_size: 32 << 20,
             slice_classes: vec![
@@ -109,6 +111,21 @@ impl Config {
     /// How a client of this configuration asks to be woken, and wakes its servers.
     pub fn wakeup(&self) -> Wakeup {
         self.wakeup
+    }
+
+    /// Whether a client of this configuration goes back to version 3 when version 4 gets no answer.
+    pub fn falls_back(&self) -> bool {
+        self.falls_back
+    }
+
+    /// The highest protocol version that a server of this configuration takes.
+    pub fn accepted_protocol(&self) -> ProtocolVersion {
+        self.accepted_protocol
+    }
+
+    /// Whether lists that each side has for itself may be agreed on.
+    pub fn single_popper_lists(&self) -> bool {
+        self.single_popper_lists
     }
 
     /// How many events each of the two IO queues holds.
@@ -217,6 +234,15 @@ impl ConfigBuilder {
     /// Default: yes.
     pub fn single_popper_lists(mut self, offers: bool) -> Self {
         self.config.single_popper_lists = offers;
+        self
+    }
+
+    /// How often a server is willing to look at the queue of a session whose client asks for
+    /// [`Wakeup::Polling`], at most: one that asks for a shorter interval is granted this one. A
+    /// core with such sessions wakes up at the shortest of their intervals. From
+    /// [`Wakeup::SHORTEST_INTERVAL`], the default, to [`Wakeup::LONGEST_INTERVAL`].
+    pub fn shortest_polling(mut self, interval: Duration) -> Self {
+        self.config.shortest_polling = interval;
         self
     }
 
@@ -476,20 +502,22 @@ fn check_wakeup(config: &Config) -> Result<(), ConfigError> {
     if config.wakeup != Wakeup::Socket && config.protocol < ProtocolVersion::V4 {
         return Err(ConfigError::WakeupNeedsVersion4);
     }
-    match config.wakeup {
-        Wakeup::EventFd if config.memory != MemoryKind::Memfd => {
-            Err(ConfigError::EventFdNeedsMemfd)
-        }
-        Wakeup::Polling(interval)
-            if !(Wakeup::SHORTEST_INTERVAL..=Wakeup::LONGEST_INTERVAL).contains(&interval) =>
-        {
-            Err(ConfigError::Limit {
-                what: "the interval of polling in microseconds",
-                value: u64::try_from(interval.as_micros()).unwrap_or(u64::MAX),
-                problem: "expected 50 to 1 000 000",
-            })
-        }
-        _ => Ok(()),
+    if config.wakeup == Wakeup::EventFd && config.memory != MemoryKind::Memfd {
+        return Err(ConfigError::EventFdNeedsMemfd);
+    }
+    let range = Wakeup::SHORTEST_INTERVAL..=Wakeup::LONGEST_INTERVAL;
+    let asked = match config.wakeup {
+        Wakeup::Polling(interval) => Some(("the interval of polling in microseconds", interval)),
+        _ => None,
+    };
+    let granted = ("shortest_polling in microseconds", config.shortest_polling);
+    match asked.into_iter().chain([granted]).find(|(_, interval)| !range.contains(interval)) {
+        None => Ok(()),
+        Some((what, interval)) => Err(ConfigError::Limit {
+            what,
+            value: u64::try_from(interval.as_micros()).unwrap_or(u64::MAX),
+            problem: "expected 50 to 1 000 000",
+        }),
     }
 }
 

@@ -109,6 +109,7 @@ pub fn handshake(data: &[u8]) {
             highest: if first & 2 == 0 { ProtocolVersion::V4 } else { ProtocolVersion::V3 },
             has_descriptors: first & 4 == 0,
             single_popper_lists: true,
+            shortest_polling: Wakeup::SHORTEST_INTERVAL,
             shard: Some(ShardIdentity { index: 0, count: 1 }),
         };
         server_handshake(abilities, actions, messages);

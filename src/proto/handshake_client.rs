@@ -244,6 +244,9 @@ impl ClientHandshake {
                 if let Some(feature) = features.beyond(self.features) {
                     return Err(HandshakeError::NotOffered(feature));
                 }
+                // Not more often than this side has asked for, whatever the server does itself.
+                let polling = features.polling.max(features.polling.and(self.features.polling));
+                let features = Features { polling, ..features };
                 Ok(Agreement::negotiated(features, shard))
             }
         }
@@ -524,8 +527,9 @@ mod tests {
         assert_eq!(agreed(all, &select(eventfd, None)), Ok((Wakeup::EventFd, false, None)));
         let lists = Features { single_popper_lists: true, ..none };
         assert_eq!(agreed(all, &select(lists, None)), Ok((Wakeup::Socket, true, None)));
-        // Polling goes before eventfd, and at the server's interval, if a timer can keep it.
-        for (granted, kept) in [(70, 70), (1, 50), (u64::MAX, 1_000_000)] {
+        // Polling goes before eventfd, and at the server's interval, but not more often than this
+        // side has asked for, nor as seldom as never.
+        for (granted, kept) in [(1070, 1070), (70, 1000), (1, 1000), (u64::MAX, 1_000_000)] {
             let polling = Some(std::time::Duration::from_micros(granted));
             let response = select(Features { polling, ..all }, None);
             let kept = Wakeup::Polling(std::time::Duration::from_micros(kept));

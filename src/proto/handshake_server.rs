@@ -9,6 +9,7 @@
 //! opened is for the driver to decide.
 
 use std::mem;
+use std::time::Duration;
 
 use super::{Agreement, NOT_YET, NOTHING_AFTER_FAILURE, NOTHING_MORE, require_version};
 use crate::config::Wakeup;
@@ -49,6 +50,8 @@ pub(crate) struct Abilities {
     pub(crate) has_descriptors: bool,
     /// Whether each side may have lists for itself.
     pub(crate) single_popper_lists: bool,
+    /// How often it is willing to look at a queue.
+    pub(crate) shortest_polling: Duration,
     /// Which shard this is.
     pub(crate) shard: Option<ShardIdentity>,
 }
@@ -56,9 +59,9 @@ pub(crate) struct Abilities {
 impl Abilities {
     /// The features of those offered that the session gets: one kind of wake-up at most.
     fn select(&self, offered: Features) -> Features {
-        let granted = Wakeup::SHORTEST_INTERVAL..=Wakeup::LONGEST_INTERVAL;
+        let shortest = self.shortest_polling.min(Wakeup::LONGEST_INTERVAL);
         let polling =
-            offered.polling.map(|interval| interval.clamp(*granted.start(), *granted.end()));
+            offered.polling.map(|interval| interval.clamp(shortest, Wakeup::LONGEST_INTERVAL));
         Features {
             polling,
             eventfd: polling.is_none() && offered.eventfd && self.has_descriptors,
@@ -325,6 +328,7 @@ mod tests {
         highest: ProtocolVersion::V4,
         has_descriptors: true,
         single_popper_lists: true,
+        shortest_polling: Wakeup::SHORTEST_INTERVAL,
         shard: None,
     };
 
@@ -561,7 +565,6 @@ mod tests {
 
     #[test]
     fn what_is_offered_is_selected_if_this_side_has_it() {
-        use std::time::Duration;
         let polling = |micros| Some(Duration::from_micros(micros));
         let all = Features { polling: polling(70), eventfd: true, single_popper_lists: true };
         let two = Features { polling: None, ..all };
@@ -583,6 +586,12 @@ mod tests {
                 Features { polling: polling(u64::MAX), ..none },
                 Features { polling: polling(1_000_000), ..none },
                 Wakeup::Polling(Duration::from_secs(1)),
+            ),
+            (
+                Abilities { shortest_polling: Duration::from_millis(5), ..ALL },
+                all,
+                Features { polling: polling(5000), eventfd: false, ..all },
+                Wakeup::Polling(Duration::from_millis(5)),
             ),
             (
                 Abilities { has_descriptors: false, ..ALL },

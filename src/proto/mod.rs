@@ -137,6 +137,7 @@ mod tests {
             highest: ProtocolVersion::HIGHEST,
             has_descriptors: true,
             single_popper_lists: true,
+            shortest_polling: Wakeup::SHORTEST_INTERVAL,
             shard: None,
         })
     }

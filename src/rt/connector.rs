@@ -133,7 +133,7 @@ impl Connector {
             match handshake::connect(open().await?, config, config.protocol).await {
                 Ok(established) => Ok(established),
                 Err(failed) if failed.may_fall_back && config.falls_back => {
-                    tracing::debug!(error = %failed.error, "no version 4, trying version 3");
+                    tracing::info!(error = %failed.error, "no answer in version 4");
                     let version = ProtocolVersion::V3;
                     let again = handshake::connect(open().await?, config, version).await;
                     again.map_err(|failed| failed.error)

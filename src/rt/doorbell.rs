@@ -22,7 +22,6 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
-use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -35,11 +34,19 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::session::SessionInner;
 use crate::error::{Error, HandshakeError};
+use crate::wire::negotiation::printable;
+
+/// How much of the name of what it is instead is told, in bytes.
+const LONGEST_KIND: usize = 256;
 
 /// How `/proc` shows an eventfd.
 const KIND: &str = "anon_inode:[eventfd]";
 
-/// How long a peer is left alone that makes the file non-blocking again.
+/// How often in a row a peer may ring for nothing before that is heard less often. An honest one
+/// does when what it rings for has been seen already.
+const MOST_IN_VAIN: u32 = 16;
+
+/// How long a peer is left alone that rings for nothing, or makes the file non-blocking again.
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// What a side reads, besides the socket, to be woken; and what it does to wake the peer.
@@ -63,6 +70,7 @@ impl Doorbell {
         for fd in [&theirs, &ours] {
             let kind = kind_of(fd.as_fd())?;
             if kind != KIND {
+                let kind = printable(&kind, LONGEST_KIND);
                 return Err(HandshakeError::NotAnEventFd(kind).into());
             }
         }
@@ -94,6 +102,8 @@ pub(super) fn create_event_fds() -> Result<[OwnedFd; 2], Error> {
 pub(super) struct Bell {
     /// Has the eventfd registered.
     ring: RefCell<IoUring>,
+    /// Whether it could not be rung at, for want of memory.
+    is_owed: Cell<bool>,
 }
 
 impl Bell {
@@ -101,7 +111,7 @@ impl Bell {
     fn at(fd: &OwnedFd) -> io::Result<Self> {
         let ring = IoUring::new(1)?;
         ring.submitter().register_eventfd(fd.as_raw_fd())?;
-        Ok(Self { ring: RefCell::new(ring) })
+        Ok(Self { ring: RefCell::new(ring), is_owed: Cell::new(false) })
     }
 
     fn ring(&self) -> io::Result<()> {
@@ -113,8 +123,14 @@ impl Bell {
         let _ = pushed;
         // Signals come: the operation is still there for the next try.
         while let Err(error) = ring.submit() {
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(error);
+            match error.raw_os_error().map(Errno::from_raw) {
+                Some(Errno::EINTR) => {}
+                // It passes.
+                Some(Errno::EAGAIN | Errno::EBUSY | Errno::ENOMEM) => {
+                    self.is_owed.set(true);
+                    return Ok(());
+                }
+                _ => return Err(error),
             }
         }
         // It is done at once. What completed needs to be taken, so that there is room.
@@ -123,11 +139,22 @@ impl Bell {
     }
 }
 
+impl Doorbell {
+    /// Whether the peer should have been woken, and could not be.
+    pub(super) fn take_owed(&self) -> bool {
+        matches!(self, Self::EventFds { theirs, .. } if theirs.is_owed.take())
+    }
+}
+
 impl SessionInner {
     /// Wakes the peer, which sleeps.
     pub(super) fn ring_event_fd(&self, bell: &Bell) {
         if let Err(error) = bell.ring() {
-            self.fail(Error::os("ring at an eventfd", error));
+            return self.fail(Error::os("ring at an eventfd", error));
+        }
+        if bell.is_owed.get() {
+            // The next turn tries again.
+            self.lanes.must_look.set(true);
         }
     }
 
@@ -141,7 +168,7 @@ impl SessionInner {
                 }
             }
             &Doorbell::Polling(interval) => {
-                self.poller.spawn(look_at_intervals(Rc::clone(self), interval));
+                self.poller.look_at_intervals(self, interval);
             }
         }
     }
@@ -196,33 +223,26 @@ async fn read_event_fd(session: Rc<SessionInner>, fd: OwnedFd) {
         return session.fail(error);
     }
     let reading = async {
+        let mut in_vain = 0;
         loop {
             if let Err(error) = heard.wait().await {
                 return session.fail(error);
             }
             session.counters.sync_events_received.add(1);
             session.look_for_extension();
+            in_vain = if session.has_events() { 0 } else { in_vain + 1 };
             session.activate();
-            // A peer that never stops ringing must not keep the core.
-            yield_now().await;
+            if in_vain < MOST_IN_VAIN {
+                // A peer that never stops ringing must not keep the core.
+                yield_now().await;
+            } else {
+                // One that rings for nothing, or whose eventfd never runs empty, not even awake.
+                glommio::timer::sleep(PAUSE).await;
+            }
         }
     };
     or(session.is_over_at_last(), reading).await;
     let Heard { file } = heard;
     // Not at the next look at io_uring, when that may be: descriptors are counted by others.
     let _ = file.close().await;
-}
-
-/// Looks at the queue of a session that sleeps, for as long as it lives.
-async fn look_at_intervals(session: Rc<SessionInner>, interval: Duration) {
-    let mut over = pin!(session.is_over_at_last());
-    while !session.is_over() {
-        let due = async {
-            glommio::timer::sleep(interval).await;
-        };
-        or(&mut over, due).await;
-        if !session.activity.is_active.get() && !session.is_over() && session.has_events() {
-            session.activate();
-        }
-    }
 }

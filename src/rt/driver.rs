@@ -42,7 +42,7 @@ pub(super) enum Stay {
     Busy,
     /// Tasks wait for the peer, which tells nobody when it makes room.
     Waiting,
-    /// It sleeps until the socket wakes it.
+    /// It sleeps until its socket or its doorbell wakes it.
     Asleep,
 }
 

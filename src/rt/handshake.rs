@@ -87,13 +87,14 @@ pub(super) async fn connect(
     let features = offered_features(config);
     let mut handshake =
         ClientHandshake::new(version, config.memory, features, paths.clone()).map_err(fixed)?;
-    let (agreement, created) = match drive_client(&mut handshake, &socket, &paths, config).await {
-        Ok(established) => established,
-        Err(error) => {
-            let may_fall_back = handshake.may_fall_back() && is_end_of_connection(&error);
-            return Err(ConnectError { error, may_fall_back });
-        }
-    };
+    let mut inbox = Inbox::new();
+    let driven = drive_client(&mut handshake, &mut inbox, &socket, &paths, config).await;
+    let (agreement, created) = driven.map_err(|error| {
+        // Whoever has said a part of something knows the version.
+        let is_unheard = handshake.may_fall_back() && inbox.deframer.is_empty();
+        let may_fall_back = is_unheard && is_end_of_connection(&error);
+        ConnectError { error, may_fall_back }
+    })?;
     let Created { mut memory, doorbell, .. } = created;
     if agreement.version != ProtocolVersion::V2 {
         // The server has mapped them; without their names nothing is left behind, come what may.
@@ -122,11 +123,11 @@ fn is_end_of_connection(error: &Error) -> bool {
 
 async fn drive_client(
     handshake: &mut ClientHandshake,
+    inbox: &mut Inbox,
     socket: &Socket,
     paths: &MemoryPaths,
     config: &Config,
 ) -> Result<(Agreement, Created), Error> {
-    let mut inbox = Inbox::new();
     let mut created = None;
     loop {
         match handshake.step() {
@@ -167,6 +168,7 @@ pub(super) async fn accept(
         highest: config.accepted_protocol,
         has_descriptors: !socket.is_tcp(),
         single_popper_lists: config.single_popper_lists,
+        shortest_polling: config.shortest_polling,
         shard,
     });
     let mut inbox = Inbox::new();
@@ -436,6 +438,8 @@ fn map_descriptors(
     config: &Config,
     admission: &Rc<Admission>,
 ) -> Result<(SessionMemory, Doorbell), Error> {
+    // Before anything is made for it.
+    let admitted = admission.session()?;
     let mut descriptors = descriptors.into_iter();
     let (Some(buffer), Some(queue)) = (descriptors.next(), descriptors.next()) else {
         unreachable!("as many as were expected came");
@@ -445,7 +449,6 @@ fn map_descriptors(
         (Some(ours), Some(theirs)) => Doorbell::event_fds(theirs, ours)?,
         _ => without_descriptors(agreement),
     };
-    let admitted = admission.session()?;
     let limit = config.limits.mapped_bytes;
     let buffer = Region::map_descriptor(buffer, "buffer", limit)?;
     let queue = Region::map_descriptor(queue, "queue", limit)?;

@@ -11,6 +11,7 @@
 //!   not go over it yet.
 //! - [`doorbell`]: how a peer is woken otherwise than by the socket.
 //! - [`poller`]: the one task per core that polls the queues of active sessions.
+//! - [`ticks`]: a look at the queues of sessions that nobody wakes.
 //! - [`watch`]: a look at all sessions from time to time, for peers that have stopped.
 //! - [`activity`], [`spin`]: for how long they are looked at before they sleep.
 //! - [`stream`]: a stream's handle, of a [`read_half`] and a [`write_half`], each with a
@@ -65,6 +66,7 @@ mod socket_path;
 mod spin;
 mod stream;
 mod tasks;
+mod ticks;
 mod wakers;
 mod watch;
 mod write_half;

@@ -12,23 +12,22 @@
 //! handled what the stream put into the queue; and a close that finds the queue full waits for
 //! room, instead of going over the socket.
 //!
-//! When has it? An event is handled for sure when the peer has taken one more behind it. Of the
-//! last one it is known by the working flag: this side sets it when it publishes, and the peer
-//! clears it behind a drained queue. A peer that does not, since it never sleeps or has no use for
-//! the flag, is given [a while](LONGEST_HANDLING) from when it was seen to have taken the event.
+//! When has it? A peer handles its events one after the other, so when it has taken the next one.
+//! To be sure that there is a next one, the stream puts a barrier behind its last: a close of [a
+//! stream that there never is](NO_STREAM), which means nothing to anybody.
 
 use std::rc::Rc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
 
 use super::doorbell::Doorbell;
 use super::session::SessionInner;
-use crate::error::Result;
-use crate::shm::queue::Progress;
+use crate::error::{Error, Result};
 use crate::wire::{Event, EventState};
 
-/// How long a peer may take for an event that it has taken, if it does not say when it is done.
-const LONGEST_HANDLING: Duration = Duration::from_millis(20);
+/// Clients count their streams from 2 (WIRE chapter 5).
+const NO_STREAM: u32 = 0;
+/// How many closes may wait for room, beyond one for each stream that can be open.
+const SPARE_CLOSES: usize = 1 << 16;
 
 /// How far a stream is on its way to the socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -36,10 +35,8 @@ pub(super) enum Overtaking {
     /// It has not used the socket.
     #[default]
     Never,
-    /// It waits until the peer has handled so many events.
-    Until(i64),
-    /// The peer has taken the last of them, and was seen to have at this time.
-    Taken(i64, Instant),
+    /// It waits until the peer has taken its barrier, which is the event of this number.
+    Barrier(i64),
     /// There is nothing of it left to overtake.
     Nothing,
 }
@@ -59,33 +56,17 @@ impl SessionInner {
         if *state == Overtaking::Nothing || self.orders_paths() {
             return Poll::Ready(Ok(()));
         }
+        if *state == Overtaking::Never && self.put_event(closed(NO_STREAM))? {
+            *state = Overtaking::Barrier(self.lanes.producer.borrow().pushed());
+        }
         self.flush_queue();
-        let until = match *state {
-            Overtaking::Until(until) | Overtaking::Taken(until, _) => until,
-            _ => {
-                let producer = self.lanes.producer.borrow();
-                // Whom nobody wakes, nobody told that there is something to drain. One that is
-                // woken would be taken for awake from then on.
-                if matches!(self.doorbell(), Doorbell::Polling(_)) {
-                    producer.mark_working();
-                }
-                producer.published()
+        if let Overtaking::Barrier(number) = *state {
+            let in_flight = self.lanes.producer.borrow_mut().in_flight();
+            let (taken, _) = in_flight.map_err(|error| self.broken(error))?;
+            if taken >= number {
+                *state = Overtaking::Nothing;
+                return Poll::Ready(Ok(()));
             }
-        };
-        let progress = self.lanes.producer.borrow_mut().progress(until);
-        *state = match (progress.map_err(|error| self.broken(error))?, *state) {
-            (Progress::Handled, _) => Overtaking::Nothing,
-            (Progress::Taken, Overtaking::Taken(_, since))
-                if since.elapsed() >= LONGEST_HANDLING =>
-            {
-                Overtaking::Nothing
-            }
-            (Progress::Taken, state @ Overtaking::Taken(..)) => state,
-            (Progress::Taken, _) => Overtaking::Taken(until, Instant::now()),
-            (Progress::Pending, _) => Overtaking::Until(until),
-        };
-        if *state == Overtaking::Nothing {
-            return Poll::Ready(Ok(()));
         }
         // While somebody waits there, the session has its turns with the poller.
         self.activate();
@@ -96,25 +77,24 @@ impl SessionInner {
     /// Tells a peer that does not order its paths of a close, by the queue: now, or when there is
     /// room.
     pub(super) fn tell_closed_by_queue(self: &Rc<Self>, stream_id: u32) {
-        let status = EventState::Closed.to_status();
-        let event = Event { stream_id, offset: 0, status };
+        let waiting = self.lanes.kept_closes.borrow().len();
+        // A peer can open and close streams without taking anything.
+        if waiting > self.config.limits.streams.saturating_add(SPARE_CLOSES) {
+            return self.fail(Error::PeerNotReading);
+        }
         // Not before those that wait already.
-        let has_room = self.lanes.kept_closes.borrow().is_empty();
-        if !has_room || matches!(self.send_event(event), Ok(false)) {
+        if waiting > 0 || matches!(self.send_event(closed(stream_id)), Ok(false)) {
             self.lanes.kept_closes.borrow_mut().push_back(stream_id);
             self.activate();
         }
     }
 
-    /// Sends the closes that found the queue full, as far as there is room now. There are no more
-    /// of them than streams that the peer has heard of.
+    /// Sends the closes that found the queue full, as far as there is room now.
     pub(super) fn send_kept_closes(self: &Rc<Self>) {
         loop {
             let Some(&stream_id) = self.lanes.kept_closes.borrow().front() else { return };
-            let status = EventState::Closed.to_status();
-            let event = Event { stream_id, offset: 0, status };
             // An error has ended the session.
-            if !matches!(self.send_event(event), Ok(true)) {
+            if !matches!(self.send_event(closed(stream_id)), Ok(true)) {
                 return;
             }
             self.lanes.kept_closes.borrow_mut().pop_front();
@@ -124,4 +104,8 @@ impl SessionInner {
     pub(super) fn has_kept_closes(&self) -> bool {
         !self.lanes.kept_closes.borrow().is_empty()
     }
+}
+
+fn closed(stream_id: u32) -> Event {
+    Event { stream_id, offset: 0, status: EventState::Closed.to_status() }
 }

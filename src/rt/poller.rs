@@ -31,6 +31,7 @@ use super::driver::Stay;
 use super::session::SessionInner;
 use super::socket::{Received, Socket};
 use super::tasks::TaskSet;
+use super::ticks::Ticks;
 use super::wakers::WakerSlot;
 use super::watch::Watch;
 
@@ -39,6 +40,9 @@ const WAITING_INTERVAL: Duration = Duration::from_micros(100);
 
 /// How often the queues are looked at between a pass and the other tasks' turn.
 const LOOKS_PER_PASS: usize = 4;
+
+/// How long the executor is given to close what is left, when it is shut down.
+const LAST_LOOK: Duration = Duration::from_millis(1);
 
 /// How many sessions a task that waits for one looks at beside it.
 const LOOKED_AT_BESIDE: usize = 8;
@@ -84,6 +88,7 @@ pub(super) struct Poller {
     /// Its own, and those beside it.
     tasks: TaskSet,
     watch: Watch,
+    ticks: Ticks,
     last_reactor_pass: Cell<Option<Instant>>,
     /// Whether tasks did more since the last pass than run once: then the time has to be looked up.
     is_clock_stale: Cell<bool>,
@@ -112,6 +117,7 @@ impl Poller {
             task: WakerSlot::default(),
             tasks: TaskSet::default(),
             watch: Watch::default(),
+            ticks: Ticks::default(),
             last_reactor_pass: Cell::new(None),
             is_clock_stale: Cell::new(false),
             reactor_interval: Cell::new(Duration::MAX),
@@ -123,6 +129,10 @@ impl Poller {
 
     pub(super) fn watching(&self) -> &Watch {
         &self.watch
+    }
+
+    pub(super) fn ticks(&self) -> &Ticks {
+        &self.ticks
     }
 
     /// Looks at io_uring at least this often while a session is busy.
@@ -150,6 +160,8 @@ impl Poller {
         let current = CURRENT.with_borrow(Clone::clone);
         if let Some(poller) = current.filter(|poller| poller.executor == executor) {
             poller.tasks.cancel().await;
+            // What was dropped with them is closed by io_uring, when it is looked at the next time.
+            glommio::timer::sleep(LAST_LOOK).await;
         }
     }
 

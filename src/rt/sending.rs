@@ -58,7 +58,8 @@ impl SessionInner {
             let mut producer = self.lanes.producer.borrow_mut();
             producer.publish();
             // A peer that looks from time to time is never woken.
-            !matches!(self.doorbell(), Doorbell::Polling(_)) && producer.must_ring()
+            let is_woken = !matches!(self.doorbell(), Doorbell::Polling(_));
+            is_woken && (producer.must_ring() || self.doorbell().take_owed())
         };
         if must_ring {
             self.counters.sync_events_sent.add(1);

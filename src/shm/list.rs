@@ -319,8 +319,6 @@ impl BufferList {
         flags & FLAG_HAS_NEXT != 0
     }
 
-    /// Checks that the header of a slice is one of this list.
-    #[inline]
     /// Checks that a slice which this side has just taken is not marked as part of a message: both
     /// sides of this crate mark what they send, and take the mark off what they give.
     pub(super) fn check_mark<M: Memory>(&self, memory: &M, place: u32) -> Result<(), MemoryError> {
@@ -336,6 +334,8 @@ impl BufferList {
         Err(MemoryError::SliceHeader { offset, what, value, limit: u32::from(FLAG_HAS_NEXT) })
     }
 
+    /// Checks that the header of a slice is one of this list.
+    #[inline]
     pub(super) fn check_capacity<M: Memory>(
         &self,
         memory: &M,

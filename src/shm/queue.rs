@@ -161,18 +161,6 @@ impl<M: Memory> Ring<M> {
     }
 }
 
-/// How far a peer is with some events.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Progress {
-    /// It has not taken all of them.
-    Pending,
-    /// It has taken the last of them, and may be at it.
-    Taken,
-    /// It is done with them: it has taken one more, or has drained all and said so, in answer to
-    /// what was marked when they were published.
-    Handled,
-}
-
 /// The sending end of a queue.
 pub(crate) struct Producer<M> {
     ring: Ring<M>,
@@ -235,7 +223,8 @@ impl<M: Memory> Producer<M> {
         }
     }
 
-    /// Whether the peer sleeps and must be sent a SyncEvent. True once per sleep.
+    /// Whether the peer sleeps and must be woken, by a SyncEvent or an eventfd. True once per
+    /// sleep.
     ///
     /// Call it after [`publish`](Self::publish); the argument is on the module's page.
     #[inline]
@@ -248,31 +237,14 @@ impl<M: Memory> Producer<M> {
             && memory.compare_exchange_u32(flag, 0, 1).is_ok()
     }
 
-    /// How many events the peer has been shown, ever.
-    pub(crate) fn published(&self) -> i64 {
-        self.published
-    }
-
-    /// Says that there is something to drain, to a peer that nobody wakes.
-    pub(crate) fn mark_working(&self) {
-        // It says so itself when it has drained: the argument of the module's page, without a bell.
-        let _ = self.ring.memory.compare_exchange_u32(self.ring.flag, 0, 1);
-    }
-
-    /// How far the peer is with the first `count` events.
-    pub(crate) fn progress(&mut self, count: i64) -> Result<Progress, MemoryError> {
-        let (head, _) = self.in_flight()?;
-        // Acquire, pairs with the peer's store of 0 behind a drained queue.
-        let is_drained = || self.ring.memory.load_u32(self.ring.flag, Ordering::Acquire) == 0;
-        Ok(match head.cmp(&count) {
-            std::cmp::Ordering::Less => Progress::Pending,
-            std::cmp::Ordering::Equal if !is_drained() => Progress::Taken,
-            _ => Progress::Handled,
-        })
+    /// How many events there are and were, also those that the peer cannot see yet.
+    pub(crate) fn pushed(&self) -> i64 {
+        self.tail
     }
 
     /// The peer's head of this moment, and how many published events it has not taken yet.
     pub(crate) fn in_flight(&mut self) -> Result<(i64, u32), MemoryError> {
+        // Acquire, as in `is_full`.
         let head = self.ring.memory.load_i64(self.ring.head);
         check_index("head", head, self.known_head, self.published)?;
         self.known_head = head;

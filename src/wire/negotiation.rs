@@ -9,7 +9,8 @@
 //! side and within its range.
 //!
 //! Trust: none. A negotiation is at most [16 KiB](super::MAX_NEGOTIATION_LEN) long and
-//! [`MAX_DEPTH`] levels deep, and nothing of it is kept but what is known.
+//! [`MAX_DEPTH`] levels deep, and nothing of it is kept but what is known, and the first few words
+//! of what is wrong with it.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -287,8 +288,8 @@ impl NegotiationResponse {
     /// A refusal.
     pub fn refusal(code: &str, message: &str) -> Self {
         Self::Refused {
-            code: beginning(code, MAX_CODE_LEN),
-            message: beginning(message, MAX_WORDS_LEN),
+            code: printable(code, MAX_CODE_LEN),
+            message: printable(message, MAX_WORDS_LEN),
         }
     }
 
@@ -338,7 +339,8 @@ fn to_json(value: &impl Serialize) -> Vec<u8> {
 }
 
 fn from_json<'de, T: Deserialize<'de>>(json: &'de [u8]) -> Result<T, WireError> {
-    let wrong = |problem: String| WireError::Negotiation(problem);
+    // It may quote the peer.
+    let wrong = |problem: String| WireError::Negotiation(printable(&problem, MAX_WORDS_LEN));
     if json.len() > MAX_NEGOTIATION_LEN as usize {
         return Err(wrong(format!("{} bytes, more than {MAX_NEGOTIATION_LEN}", json.len())));
     }
@@ -371,11 +373,16 @@ fn is_flat(json: &[u8]) -> bool {
     true
 }
 
-/// As much of the beginning as fits `most` bytes.
-fn beginning(text: &str, most: usize) -> String {
-    let ends = text.char_indices().map(|(start, char)| start + char.len_utf8());
-    let end = ends.take_while(|&end| end <= most).last().unwrap_or(0);
-    text[..end].to_owned()
+/// As much of the beginning of a peer's text as fits `most` bytes, without what controls terminals.
+pub(crate) fn printable(text: &str, most: usize) -> String {
+    let mut kept = String::new();
+    for char in text.chars().map(|char| if char.is_control() { ' ' } else { char }) {
+        if kept.len() + char.len_utf8() > most {
+            break;
+        }
+        kept.push(char);
+    }
+    kept
 }
 
 #[cfg(test)]
@@ -522,6 +529,9 @@ mod tests {
         let refusal = NegotiationResponse::refusal(&"ü".repeat(100), &"x".repeat(1000));
         let NegotiationResponse::Refused { code, message } = refusal else { panic!() };
         assert_eq!((code.len(), message.len()), (64, 256));
+        let refusal = NegotiationResponse::refusal("a\nb", "\u{1b}[2J");
+        let NegotiationResponse::Refused { code, message } = refusal else { panic!() };
+        assert_eq!((code.as_str(), message.as_str()), ("a b", " [2J"));
     }
 
     fn any_features() -> impl Strategy<Value = Features> {

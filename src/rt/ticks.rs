@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A look at the queues of sessions that nobody wakes (`event_queue_polling` of version 4), from
+//! time to time: one timer for all of a core, at the shortest interval of any of them. A look at
+//! one that has nothing costs a few nanoseconds.
+
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::rc::{Rc, Weak};
+use std::task::Poll;
+use std::time::Duration;
+
+use futures_lite::future::or;
+
+use super::poller::Poller;
+use super::session::SessionInner;
+use super::wakers::WakerSlot;
+
+/// The sessions of a core that are looked at.
+#[derive(Default)]
+pub(super) struct Ticks {
+    sessions: RefCell<Vec<(Weak<SessionInner>, Duration)>>,
+    is_running: Cell<bool>,
+    /// The task, while it sleeps; and whether there is a session that it does not know of.
+    task: WakerSlot,
+    has_changed: Cell<bool>,
+}
+
+impl Ticks {
+    /// Gives those that sleep and have something to drain to the poller. The shortest interval of
+    /// those that are left.
+    fn look(&self) -> Option<Duration> {
+        let mut shortest = None;
+        let mut sessions = std::mem::take(&mut *self.sessions.borrow_mut());
+        sessions.retain(|(session, interval)| {
+            let Some(session) = session.upgrade().filter(|session| !session.is_over()) else {
+                return false;
+            };
+            if !session.activity.is_active.get() && session.has_events() {
+                session.activate();
+            }
+            shortest =
+                Some(shortest.map_or(*interval, |shortest: Duration| shortest.min(*interval)));
+            true
+        });
+        *self.sessions.borrow_mut() = sessions;
+        shortest
+    }
+}
+
+impl Poller {
+    /// Looks at a session's queue at this interval, for as long as it lives.
+    pub(super) fn look_at_intervals(
+        self: &Rc<Self>,
+        session: &Rc<SessionInner>,
+        interval: Duration,
+    ) {
+        let ticks = self.ticks();
+        ticks.sessions.borrow_mut().push((Rc::downgrade(session), interval));
+        ticks.has_changed.set(true);
+        if ticks.is_running.replace(true) {
+            ticks.task.wake();
+        } else {
+            self.spawn(tick(Rc::clone(self)));
+        }
+    }
+}
+
+async fn tick(poller: Rc<Poller>) {
+    let ticks = poller.ticks();
+    while let Some(interval) = ticks.look() {
+        let changed = poll_fn(|context| {
+            if ticks.has_changed.take() {
+                return Poll::Ready(());
+            }
+            ticks.task.register(context);
+            Poll::Pending
+        });
+        let due = async {
+            glommio::timer::sleep(interval).await;
+        };
+        or(changed, due).await;
+    }
+    ticks.is_running.set(false);
+}
