@@ -463,6 +463,11 @@ impl Rig {
     /// The same without ringing.
     pub(crate) fn put(&mut self, events: &[Event]) {
         let tail = read_i64(&self.queue, self.tail_at());
+        self.put_at(tail, events);
+    }
+
+    /// The same behind a tail that was read, and found to be one.
+    fn put_at(&mut self, tail: i64, events: &[Event]) {
         for (number, event) in (tail..).zip(events) {
             let slot = (number % i64::from(self.capacity)) as u32;
             let at = self.send_base() + element_offset(slot);
@@ -515,8 +520,10 @@ impl Rig {
     /// Puts events into a queue that may be broken by now.
     pub(crate) fn try_push(&mut self, events: &[Event]) {
         let tail = read_i64(&self.queue, self.tail_at());
+        // Once: somebody may be writing over it.
         if (0..1 << 40).contains(&tail) {
-            self.push(events);
+            self.put_at(tail, events);
+            self.ring();
         }
     }
 

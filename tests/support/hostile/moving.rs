@@ -86,6 +86,15 @@ fn fields_may_be_rewritten_while_they_are_read_in_version_4() {
     }
 }
 
+/// Sets a flag when it goes.
+struct SetAtLast<'a>(&'a AtomicBool);
+
+impl Drop for SetAtLast<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 fn rewrite_everything(bed: &Bed, next: impl Fn(&str) -> Rig) {
     for (place, words) in places() {
         for side in ["client", "server"] {
@@ -95,6 +104,8 @@ fn rewrite_everything(bed: &Bed, next: impl Fn(&str) -> Rig) {
             let slices = rig.all_slices();
             let is_over = AtomicBool::new(false);
             std::thread::scope(|scope| {
+                // Also when this side panics: the scope waits for the other one.
+                let _over = SetAtLast(&is_over);
                 scope.spawn(|| {
                     let mut random = 88_172_645_463_325_252_u64;
                     let mut next = || {
@@ -127,7 +138,6 @@ fn rewrite_everything(bed: &Bed, next: impl Fn(&str) -> Rig) {
                     let tail = read_i64(&rig.queue, rig.received_tail_at());
                     rig.queue.write_all_at(&tail.to_ne_bytes(), rig.head_at()).unwrap();
                 }
-                is_over.store(true, Ordering::Relaxed);
             });
             drop(rig);
             let name = format!("{place} rewritten by a {side}");
