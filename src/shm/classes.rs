@@ -98,7 +98,8 @@ impl Classes {
             let lists_of_this_size = stands.iter().skip(class).step_by(count);
             let capacities = lists_of_this_size.map(|stand| stand.list.capacity() as usize);
             // It may fill with slices of either side, so the shorter list bounds it.
-            let limit = capacities.min().map_or(0, |shorter| (shorter / 8).min(MAX_MAGAZINE));
+            let share = lists.sets.share_of_magazine();
+            let limit = capacities.min().map_or(0, |shorter| (shorter / share).min(MAX_MAGAZINE));
             Class::new(memory, &stands[lists.sets.own() * count + class], lists.sets, limit)
         };
         let classes = (0..count).map(class).collect::<Result<_, _>>()?;

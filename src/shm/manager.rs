@@ -24,9 +24,9 @@
 //! takes from its own alone, as [`popper`](super::popper) says. The magazine of a size holds slices
 //! of both: the slice in which a request came is still the one that the reply goes out in,
 //! whichever list it stands in. What overflows goes back to the lists that it stands in. The bound
-//! is an eighth of the shorter list. So an idle side keeps at most an eighth of the peer's set from
-//! it; everything else that the peer misses is in messages that are read by one of the two, or wait
-//! to be.
+//! is a quarter of the shorter list: more than in a list for both, since only what was received is
+//! the peer's, and no more than a quarter of its set is kept from it that way; everything else that
+//! the peer misses is in messages that are read by one of the two, or wait to be.
 //!
 //! [rests]: BufferManager::set_resting
 
@@ -895,7 +895,9 @@ mod tests {
         let [theirs, own] = smallest[..] else { panic!("{usage:?}") };
         assert_eq!((theirs.owner, own.owner), (ListOwner::Peer, ListOwner::Own));
         assert!(theirs.magazine > 0 && own.magazine > 0, "{usage:?}");
-        assert!((theirs.magazine + own.magazine) * 8 <= own.total, "{usage:?}");
+        let share = CLIENT.share_of_magazine() as u32;
+        assert!((theirs.magazine + own.magazine) * share <= own.total, "{usage:?}");
+        assert!(share >= 4, "the peer keeps three quarters of its set at the least");
         // The client has a batch of its own in its magazine.
         let missing = theirs.total.cast_signed() - theirs.free - theirs.magazine.cast_signed();
         assert!((1..=theirs.total.cast_signed() / 8).contains(&missing), "{usage:?}");

@@ -19,7 +19,7 @@ fn config(ours: Ours) -> Config {
     let builder = match ours {
         Ours::Spin | Ours::V4Spin => builder.spin(Spin::Forever),
         Ours::Sleep | Ours::V4Sleep | Ours::V4SleepEventFd => builder.spin(Spin::Never),
-        Ours::Adaptive | Ours::V4Adaptive | Ours::V4SharedLists => builder,
+        Ours::Adaptive | Ours::V4Adaptive | Ours::V4TwiceTheMemory | Ours::V4SharedLists => builder,
     };
     let builder = match ours {
         Ours::Spin | Ours::Adaptive | Ours::Sleep => builder,
@@ -27,6 +27,7 @@ fn config(ours: Ours) -> Config {
     };
     let builder = match ours {
         Ours::V4SleepEventFd => builder.wakeup(Wakeup::EventFd),
+        Ours::V4TwiceTheMemory => builder.buffer_size(64 << 20),
         Ours::V4SharedLists => builder.single_popper_lists(false),
         _ => builder,
     };

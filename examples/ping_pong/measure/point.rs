@@ -38,6 +38,8 @@ pub(crate) enum Ours {
     V4Spin,
     /// Version 4: each side has buffer lists for itself.
     V4Adaptive,
+    /// The same with twice the memory, so that each side has as much as both have in version 3.
+    V4TwiceTheMemory,
     /// Version 4, with lists that both sides take from, as in version 3.
     V4SharedLists,
     /// Version 4, without polling, woken by the socket.
@@ -65,6 +67,7 @@ impl Transport {
     pub(crate) const V4: &[Self] = &[
         Self::Ours(Ours::V4Spin),
         Self::Ours(Ours::V4Adaptive),
+        Self::Ours(Ours::V4TwiceTheMemory),
         Self::Ours(Ours::V4SharedLists),
         Self::Ours(Ours::V4Sleep),
         Self::Ours(Ours::V4SleepEventFd),
@@ -80,6 +83,7 @@ impl Transport {
             Self::Ours(Ours::Sleep) => "shmipc-glommio-sleep",
             Self::Ours(Ours::V4Spin) => "v4-spin",
             Self::Ours(Ours::V4Adaptive) => "v4-adaptive",
+            Self::Ours(Ours::V4TwiceTheMemory) => "v4-adaptive-64-mib",
             Self::Ours(Ours::V4SharedLists) => "v4-adaptive-shared-lists",
             Self::Ours(Ours::V4Sleep) => "v4-sleep",
             Self::Ours(Ours::V4SleepEventFd) => "v4-sleep-eventfd",
@@ -210,7 +214,12 @@ pub(crate) fn batch_for(transport: Transport, size: usize) -> u64 {
             | Transport::RawSame
             | Transport::RawRotating
             | Transport::Ours(
-                Ours::Spin | Ours::Adaptive | Ours::V4Spin | Ours::V4Adaptive | Ours::V4SharedLists
+                Ours::Spin
+                    | Ours::Adaptive
+                    | Ours::V4Spin
+                    | Ours::V4Adaptive
+                    | Ours::V4TwiceTheMemory
+                    | Ours::V4SharedLists
             )
     );
     if is_fast && size <= 4096 { 16 } else { 1 }
