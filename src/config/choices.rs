@@ -66,7 +66,7 @@ pub enum MemoryKind {
     /// Anonymous memory whose descriptors go over the Unix socket. Nothing is left behind by a
     /// crash, and nobody else can open it.
     Memfd,
-    /// Files below the [path prefix](ConfigBuilder::path_prefix). The only kind that works over
+    /// Files below the [path prefix](crate::ConfigBuilder::path_prefix). The only kind that works over
     /// TCP loopback, and the only kind that protocol version 2 knows.
     File,
 }
