@@ -66,8 +66,8 @@ pub enum MemoryKind {
     /// Anonymous memory whose descriptors go over the Unix socket. Nothing is left behind by a
     /// crash, and nobody else can open it.
     Memfd,
-    /// Files below the [path prefix](crate::ConfigBuilder::path_prefix). The only kind that works over
-    /// TCP loopback, and the only kind that protocol version 2 knows.
+    /// Files below the [path prefix](crate::ConfigBuilder::path_prefix). The only kind that works
+    /// over TCP loopback, and the only kind that protocol version 2 knows.
     File,
 }
 
@@ -115,8 +115,8 @@ pub enum Wakeup {
     /// By a SyncEvent, a message of eight bytes over the session's socket.
     Socket,
     /// By an eventfd for each direction. For [memfd memory](MemoryKind::Memfd) only, with which the
-    /// descriptors go over. Each side keeps two descriptors for it: the eventfd that it reads, and a
-    /// small io_uring that rings at the other one. On a core that spins for another session it is
+    /// descriptors go over. Each side keeps two descriptors for it: the eventfd that it reads, and
+    /// a small io_uring that rings at the other one. On a core that spins for another session it is
     /// heard at the next [look at io_uring](crate::ConfigBuilder::reactor_interval), up to 250 us
     /// later than a SyncEvent would be.
     EventFd,
