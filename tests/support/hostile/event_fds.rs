@@ -18,20 +18,23 @@ use super::connecting::RawServer;
 use super::due::{IsDue, due};
 use super::files::is_open_here;
 use super::negotiating::asking;
-use crate::bed;
 use crate::support::bed::Bed;
 use crate::support::negotiated::{
     KINDS, WITH_EVENT_FDS, announced, client, client_with, event_fd, negotiated, server,
 };
 use crate::support::raw::{
-    BY_FILE, Bell, CAPACITY, Memory, Rig, SYNC, Terms, honest_paths, memfd, message, open,
+    BY_FILE, Bell, CAPACITY, Memory, Rig, STREAM, SYNC, Terms, honest_paths, memfd, message, open,
 };
+use crate::{bed, config};
 
 /// The most that a write leaves in an eventfd: one more would wait.
 const FULL: u64 = u64::MAX - 1;
 
 /// For how long a peer does what it does.
 const A_WHILE: Duration = Duration::from_millis(150);
+
+/// How many streams a session may have where that matters.
+const STREAMS: usize = 16;
 
 /// How often the other side is made to ring, or is rung at.
 const ROUNDS: u32 = 30;
@@ -315,6 +318,23 @@ fn a_peer_that_never_says_that_it_is_done_is_not_waited_for_for_ever() {
         drop(rig);
         bed.must_see_it_gone(&format!("a peer that is always at it, as a {side}"));
     });
+}
+
+/// One that has streams refused without end and takes nothing: the closes that it has to be told of
+/// by its queue, since its paths are not in order, are not kept without end.
+#[test]
+fn closes_that_nobody_takes_end_their_session() {
+    let bed = Bed::start(config().max_streams(STREAMS).build().unwrap());
+    let is_due: IsDue = due!(Error::PeerNotReading);
+    for features in [KINDS[2], KINDS[3], KINDS[4]] {
+        let mut rig = client(bed.path(), bed.name(), features);
+        // As many as are kept, and those in the queue.
+        for stream in 0..(1 << 16) + 2 * (STREAMS as u32 + CAPACITY) {
+            rig.fall_back(STREAM + stream, 0, b"x");
+        }
+        bed.must_end(&format!("closes, with {features:?}"), is_due, rig);
+    }
+    bed.finish();
 }
 
 #[test]
