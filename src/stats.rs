@@ -131,7 +131,7 @@ macro_rules! counters {
         impl Counters {
             pub(crate) fn get(&self) -> SessionStats {
                 SessionStats {
-                    $($name: self.$name.0.get(),)*
+                    $($name: self.$name.get(),)*
                     cross_core_wakes: self.cross_core_wakes.load(Ordering::Relaxed),
                 }
             }
@@ -161,6 +161,11 @@ counters! {
 pub(crate) struct Count(Cell<u64>);
 
 impl Count {
+    #[inline]
+    pub(crate) fn get(&self) -> u64 {
+        self.0.get()
+    }
+
     #[inline]
     pub(crate) fn add(&self, count: u64) {
         self.0.set(self.0.get().wrapping_add(count));

@@ -3,6 +3,7 @@
 
 use std::cell::Cell;
 use std::future::Future;
+use std::io::IoSlice;
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
@@ -13,7 +14,7 @@ use futures_lite::future::{poll_fn, poll_once, yield_now, zip};
 use futures_lite::{AsyncReadExt, AsyncWriteExt, StreamExt};
 use shmipc_glommio::{
     Config, ConfigBuilder, Connector, Error, Listener, MemoryKind, Message, PeerTrust,
-    ProtocolVersion, Session, Stream,
+    ProtocolVersion, Session, Spin, Stream,
 };
 
 use support::executor::{SocketPath, run};
@@ -612,5 +613,158 @@ fn messages_are_cut_read_and_passed_on() {
         drop((near, far, near_other, far_other));
         until(|| all_free(&client, &server)).await;
         until(|| all_free(&strange_client, &strange_server)).await;
+    });
+}
+
+#[test]
+fn a_vectored_write_is_one_message_of_all_its_parts() {
+    run(LIMIT, || async {
+        let (client, server) = pair(small(), small()).await;
+        let (mut near, mut far) = open(&client, &server).await;
+        let many = [1000; 60];
+        for lens in [&[5][..], &[0, 5, 0, 7, 0], &[3000, 10, 20_000], &many, &[0, 100_000, 1]] {
+            let parts: Vec<_> = lens.iter().enumerate().map(|(n, &len)| pattern(n, len)).collect();
+            let slices: Vec<_> = parts.iter().map(|part| IoSlice::new(part)).collect();
+            let before = client.stats().events_sent;
+            let whole = parts.concat();
+            assert_eq!(near.write_vectored(&slices).await.unwrap(), whole.len(), "{lens:?}");
+            assert_eq!(client.stats().events_sent - before, 1, "{lens:?}");
+            assert_eq!(recv(&mut far).await.unwrap(), whole, "{lens:?}");
+        }
+        for nothing in [&[][..], &[IoSlice::new(b""), IoSlice::new(b"")]] {
+            assert_eq!(near.write_vectored(nothing).await.unwrap(), 0);
+        }
+    });
+}
+
+#[test]
+fn a_vectored_write_goes_on_where_the_last_one_ended() {
+    run(LIMIT, || async {
+        // Longer than one write takes, and than the pool holds, so that some of it uses the socket.
+        let config = || small().pool_wait(Duration::ZERO).stream_window(1 << 30);
+        let (client, server) = pair(config(), config()).await;
+        let (mut near, mut far) = open(&client, &server).await;
+        let parts: Vec<_> = (0..40).map(|number| pattern(number, 50_000 + number)).collect();
+        let whole = parts.concat();
+        let writing = async {
+            let mut slices: Vec<_> = parts.iter().map(|part| IoSlice::new(part)).collect();
+            let mut left = &mut slices[..];
+            let mut writes = 0;
+            while !left.is_empty() {
+                let count = near.write_vectored(left).await.unwrap();
+                assert!(count > 0);
+                IoSlice::advance_slices(&mut left, count);
+                writes += 1;
+            }
+            near.finish().await.unwrap();
+            writes
+        };
+        let reading = async {
+            until(|| client.stats().fallback_sent > 0).await;
+            let mut all = Vec::new();
+            far.read_to_end(&mut all).await.unwrap();
+            all
+        };
+        let (writes, all) = zip(writing, reading).await;
+        assert!(all == whole && writes > 7, "{writes} writes");
+    });
+}
+
+#[test]
+fn a_sleeping_sender_is_not_woken_for_credit_that_it_can_do_without() {
+    run(LIMIT, || async {
+        let config = || small().stream_window(64 << 10).spin(Spin::Never);
+        let (client, server) = pair(config(), config()).await;
+        let (mut near, mut far) = open(&client, &server).await;
+        let asleep = async |session: &Session| {
+            let before = session.stats().sleeps;
+            until(|| session.stats().sleeps > before).await;
+        };
+        // Five slices of 8 KiB: more than half the window.
+        for number in 0..5 {
+            zip(asleep(&client), async {
+                send(&mut near, &pattern(number, 5000)).await.unwrap();
+            })
+            .await;
+        }
+        let before = server.stats();
+        for number in 0..5 {
+            assert_eq!(recv(&mut far).await.unwrap(), pattern(number, 5000));
+        }
+        glommio::timer::sleep(Duration::from_millis(10)).await;
+        let after = server.stats();
+        assert_eq!(after.sync_events_sent, before.sync_events_sent, "it was woken");
+        assert_eq!(after.credits_sent, before.credits_sent);
+        // With the next thing that is sent anyway, the credit is sent too.
+        send(&mut far, b"answer").await.unwrap();
+        assert_eq!(recv(&mut near).await.unwrap(), b"answer");
+        until(|| server.stats().credits_sent == before.credits_sent + 1).await;
+        assert!(server.stats().sync_events_sent <= before.sync_events_sent + 1);
+    });
+}
+
+#[test]
+fn a_sleeping_sender_is_woken_for_credit_that_it_waits_for() {
+    run(LIMIT, || async {
+        let config = || small().stream_window(64 << 10).spin(Spin::Never);
+        let (client, server) = pair(config(), config()).await;
+        let (mut near, mut far) = open(&client, &server).await;
+        for round in 0..50 {
+            // What is read first is credited when nobody waits for it; then the window runs full.
+            let writing = async {
+                for number in 0..30 {
+                    send(&mut near, &pattern(number, 5000)).await.unwrap();
+                }
+            };
+            let reading = async {
+                let mut number = 0;
+                for pause in [round % 6, 5, 7] {
+                    for _ in 0..pause {
+                        assert_eq!(recv(&mut far).await.unwrap(), pattern(number, 5000));
+                        number += 1;
+                    }
+                    glommio::timer::sleep(Duration::from_millis(2)).await;
+                }
+                while number < 30 {
+                    assert_eq!(recv(&mut far).await.unwrap(), pattern(number, 5000));
+                    number += 1;
+                }
+            };
+            zip(writing, reading).await;
+        }
+        assert!(client.stats().window_full > 0, "it never had to wait");
+    });
+}
+
+#[test]
+fn a_session_that_stays_asleep_keeps_no_slices_to_itself() {
+    run(LIMIT, || async {
+        let (client, server) = pair(small(), small()).await;
+        let (mut near, mut far) = open(&client, &server).await;
+        let kept = |session: &Session| -> u32 {
+            session.pool_usage().lists.iter().map(|list| list.magazine).sum()
+        };
+        let mut has_kept = 0;
+        for _ in 0..20 {
+            let before = client.stats().sleeps;
+            send(&mut near, b"question").await.unwrap();
+            let question = far.recv().await.unwrap().unwrap();
+            far.forward(question).await.unwrap();
+            assert_eq!(recv(&mut near).await.unwrap(), b"question");
+            until(|| client.stats().sleeps > before).await;
+            has_kept += u32::from(kept(&client) > 0);
+        }
+        assert!(has_kept > 0, "it gives everything back whenever it sleeps");
+        let sleeps = client.stats().sleeps;
+        until(|| kept(&client) == 0 && kept(&server) == 0).await;
+        assert_eq!(client.stats().sleeps, sleeps, "it was woken for that");
+        assert!(all_free(&client, &server));
+        // And what is released while it sleeps goes back, too.
+        send(&mut near, b"late").await.unwrap();
+        let late = far.recv().await.unwrap().unwrap();
+        until(|| kept(&client) == 0 && kept(&server) == 0).await;
+        assert_eq!(server.pool_usage().held, 1);
+        drop(late);
+        assert!(all_free(&client, &server));
     });
 }

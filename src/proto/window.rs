@@ -10,6 +10,11 @@
 //! and one message. A receiver gives credit for half a window at once; since less than that is not
 //! yet given when everything was taken, a sender never waits for a reader that has nothing to read.
 //!
+//! A sender that sleeps is not woken for credit that it can do without: what is due is kept until
+//! this side sends something anyway, or until the sender may have come to its end. It has, when as
+//! much as a window has come without credit for it; all that a sender sent before it had to wait
+//! does come.
+//!
 //! Whom it trusts: nobody. Credit for more than was sent counts as credit for what was sent.
 
 use std::cell::Cell;
@@ -69,8 +74,21 @@ impl SendWindow {
 #[derive(Debug, Default)]
 pub(crate) struct ReceiveWindow {
     owed: Cell<u64>,
+    /// All that has come and that no credit was told for, taken or not.
+    uncredited: Cell<u64>,
     /// Whether some of it came over the socket: the peer waits for that, to leave the socket again.
     owes_for_socket: Cell<bool>,
+}
+
+/// Whether, and how urgently, the peer is told of credit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Due {
+    /// It is little as yet.
+    Not,
+    /// If the peer is awake, or when this side sends something else.
+    Soon,
+    /// Even if the peer has to be woken for it.
+    Now,
 }
 
 impl ReceiveWindow {
@@ -79,34 +97,47 @@ impl ReceiveWindow {
         let owed = self.owed.get();
         let credit = u32::try_from(owed).unwrap_or(u32::MAX);
         self.owed.set(owed - u64::from(credit));
+        // What is owed has come.
+        self.uncredited.set(self.uncredited.get().saturating_sub(credit.into()));
         credit
     }
 
     /// Puts credit back that could not be told.
     pub(crate) fn put_back(&self, credit: u32) {
         self.owed.set(self.owed.get() + u64::from(credit));
+        self.uncredited.set(self.uncredited.get() + u64::from(credit));
     }
 
-    /// The reader took a message. Gives the credit that is due now: half a window of it, or all
-    /// when the reader is `done` with what came over the socket.
+    /// A message came.
     #[inline]
-    pub(crate) fn note_taken(
-        &self,
-        size: u64,
-        over_socket: bool,
-        done: bool,
-        window: u64,
-    ) -> Option<u32> {
+    pub(crate) fn note_come(&self, size: u64) {
+        self.uncredited.set(self.uncredited.get().wrapping_add(size));
+    }
+
+    /// Whether the sender may wait for credit, or is about to: a little before it has to.
+    #[inline]
+    pub(crate) fn is_sender_near_its_end(&self, window: u64) -> bool {
+        self.uncredited.get() >= window - window / 4
+    }
+
+    /// The reader took a message. Credit is due once it is half a window, or when the reader is
+    /// `done` with what came over the socket.
+    #[inline]
+    pub(crate) fn note_taken(&self, size: u64, over_socket: bool, done: bool, window: u64) -> Due {
         let owed = self.owed.get() + size;
         self.owed.set(owed);
         if over_socket {
             self.owes_for_socket.set(true);
         }
-        if owed >= window / 2 || (done && self.owes_for_socket.get()) {
-            self.owes_for_socket.set(!done && self.owes_for_socket.get());
-            return Some(self.take());
+        if self.owes_for_socket.get() && (done || owed >= window / 2) {
+            self.owes_for_socket.set(!done);
+            return Due::Now;
         }
-        None
+        match owed >= window / 2 {
+            true if self.is_sender_near_its_end(window) => Due::Now,
+            true => Due::Soon,
+            false => Due::Not,
+        }
     }
 }
 
@@ -148,27 +179,71 @@ mod tests {
     #[test]
     fn credit_for_the_socket_comes_when_the_reader_is_done() {
         let window = ReceiveWindow::default();
-        assert_eq!(window.note_taken(10, true, false, 1000), None);
-        assert_eq!(window.note_taken(10, false, true, 1000), Some(20));
-        assert_eq!(window.note_taken(10, false, true, 1000), None);
+        (0..3).for_each(|_| window.note_come(10));
+        assert_eq!(window.note_taken(10, true, false, 1000), Due::Not);
+        assert_eq!(window.note_taken(10, false, true, 1000), Due::Now);
+        assert_eq!(window.take(), 20);
+        assert_eq!(window.note_taken(10, false, true, 1000), Due::Not);
+    }
+
+    #[test]
+    fn credit_waits_as_long_as_the_sender_has_room() {
+        let window = ReceiveWindow::default();
+        (0..7).for_each(|_| window.note_come(10));
+        let due: Vec<_> = (0..7).map(|_| window.note_taken(10, false, false, 100)).collect();
+        assert_eq!(due, [[Due::Not; 4].as_slice(), &[Due::Soon; 3]].concat());
+        assert!(!window.is_sender_near_its_end(100));
+        window.note_come(10);
+        assert!(window.is_sender_near_its_end(100));
+        assert_eq!(window.note_taken(10, false, false, 100), Due::Now);
+        assert_eq!(window.take(), 80);
+        window.put_back(80);
+        assert!(window.is_sender_near_its_end(100), "it was not told");
+        assert_eq!(window.take(), 80);
+        assert!(!window.is_sender_near_its_end(100));
     }
 
     proptest! {
+        /// The sender sleeps or not, as it likes; what it has sent comes when it comes.
         #[test]
         fn nobody_waits_for_a_reader_that_took_everything(
             window in 1u64..5000,
-            messages in prop::collection::vec((1u64..3000, any::<bool>(), 0u32..4), 1..200),
+            messages in prop::collection::vec(
+                (1u64..3000, any::<bool>(), 0u32..4, 0u32..3, any::<bool>()),
+                1..200,
+            ),
         ) {
             let (sender, receiver) = (SendWindow::default(), ReceiveWindow::default());
+            let mut way = std::collections::VecDeque::new();
             let mut queue = std::collections::VecDeque::new();
-            for (size, over_socket, reads) in messages {
+            let is_kept = Cell::new(false);
+            let tell = || {
+                is_kept.set(false);
+                sender.credit(u64::from(receiver.take()));
+            };
+            let come = |message: (u64, bool)| {
+                receiver.note_come(message.0);
+                if is_kept.get() && receiver.is_sender_near_its_end(window) {
+                    tell();
+                }
+                message
+            };
+            let read = |(size, over_socket), done, is_asleep| {
+                match receiver.note_taken(size, over_socket, done, window) {
+                    Due::Not => {}
+                    Due::Soon if is_asleep => is_kept.set(true),
+                    Due::Soon | Due::Now => tell(),
+                }
+            };
+            for (size, over_socket, comes, reads, is_asleep) in messages {
                 if !sender.has_room(window) {
+                    // Everything comes. That less than a window of it is unread is known then.
+                    queue.extend(way.drain(..).map(come));
+                    let unread: u64 = queue.iter().map(|(size, _)| size).sum();
+                    prop_assert!(sender.has_room(window) || unread >= window / 2);
                     // The reader takes everything: then there must be room.
-                    while let Some((size, over_socket)) = queue.pop_front() {
-                        let done = queue.is_empty();
-                        if let Some(credit) = receiver.note_taken(size, over_socket, done, window) {
-                            sender.credit(u64::from(credit));
-                        }
+                    while let Some(message) = queue.pop_front() {
+                        read(message, queue.is_empty(), true);
                     }
                     prop_assert!(sender.has_room(window));
                     prop_assert!(sender.is_socket_done());
@@ -178,15 +253,15 @@ mod tests {
                 } else {
                     sender.note_sent(size);
                 }
-                queue.push_back((size, over_socket));
-                let unread: u64 = queue.iter().map(|(size, _)| size).sum();
+                way.push_back((size, over_socket));
+                let unread: u64 = way.iter().chain(&queue).map(|(size, _)| size).sum();
                 prop_assert!(unread < window + size);
+                for _ in 0..comes {
+                    queue.extend(way.pop_front().map(come));
+                }
                 for _ in 0..reads {
-                    let Some((size, over_socket)) = queue.pop_front() else { break };
-                    let done = queue.is_empty();
-                    if let Some(credit) = receiver.note_taken(size, over_socket, done, window) {
-                        sender.credit(u64::from(credit));
-                    }
+                    let Some(message) = queue.pop_front() else { break };
+                    read(message, queue.is_empty(), is_asleep);
                 }
             }
         }

@@ -9,9 +9,12 @@ use super::spin::{After, SpinBudgets};
 /// Whether the core's poller looks at this session, and since when it found nothing.
 pub(super) struct Activity {
     pub(super) is_active: Cell<bool>,
+    /// Whether its magazines will be emptied if it stays asleep.
+    pub(super) will_rest: Cell<bool>,
     /// Turns in a row that found nothing.
     pub(super) idle_turns: Cell<u32>,
-    /// When the first [`Self::IDLE_TURNS`] of them were over.
+    /// How many of them are not timed, and when they were over.
+    untimed_turns: Cell<u32>,
     idle_since: Cell<Instant>,
     spin: SpinBudgets,
     /// What the present wait came after.
@@ -29,6 +32,9 @@ impl Activity {
     /// So many turns that find nothing are not worth a look at the clock: a session that exchanges
     /// messages has them all the time.
     const IDLE_TURNS: u32 = 16;
+    /// They are when waits were in vain for so long that to wait costs more than to wake up now and
+    /// then.
+    const FEWEST_TURNS: u32 = 2;
 
     /// How many bytes the peer is given a nanosecond for, before the budget begins: it has to read
     /// them, and to write an answer that may be as long.
@@ -38,7 +44,9 @@ impl Activity {
     pub(super) fn new() -> Self {
         Self {
             is_active: Cell::new(false),
+            will_rest: Cell::new(false),
             idle_turns: Cell::new(0),
+            untimed_turns: Cell::new(Self::IDLE_TURNS),
             idle_since: Cell::new(Instant::now()),
             spin: SpinBudgets::default(),
             waits_after: Cell::new(After::Receiving),
@@ -62,7 +70,7 @@ impl Activity {
     /// Something came: after how long a wait, if it was one that the clock was looked at for?
     #[inline]
     pub(super) fn note_end_of_wait(&self, full: Duration, now: Instant) {
-        if self.idle_turns.get() >= Self::IDLE_TURNS {
+        if self.idle_turns.get() >= self.untimed_turns.get() {
             let waited = now.saturating_duration_since(self.idle_since.get());
             self.spin.after(self.waits_after.get()).note_found(waited, full);
         }
@@ -78,18 +86,30 @@ impl Activity {
     pub(super) fn is_idle(&self, full: Duration, now: Instant) -> bool {
         let turns = self.idle_turns.get().saturating_add(1);
         self.idle_turns.set(turns);
-        if turns <= Self::IDLE_TURNS {
-            if turns == Self::IDLE_TURNS {
-                let has_sent = self.unanswered.get() > 0;
-                self.waits_after.set(if has_sent { After::Sending } else { After::Receiving });
+        if turns == 1 {
+            self.begin_wait();
+        }
+        let untimed = self.untimed_turns.get();
+        if turns <= untimed {
+            if turns == untimed {
                 self.idle_since.set(Instant::now());
             }
             return false;
         }
         let patience = Duration::from_nanos(self.unanswered.get() / Self::BYTES_PER_NANOSECOND);
+        let full = full.saturating_add(patience.min(Self::MOST_PATIENCE));
         let budget = self.spin.after(self.waits_after.get()).of(full);
-        let budget = budget.saturating_add(patience.min(Self::MOST_PATIENCE));
         now.saturating_duration_since(self.idle_since.get()) >= budget
+    }
+
+    /// The first turn that found nothing.
+    #[inline]
+    fn begin_wait(&self) {
+        let has_sent = self.unanswered.get() > 0;
+        let after = if has_sent { After::Sending } else { After::Receiving };
+        self.waits_after.set(after);
+        let is_in_vain = self.spin.after(after).is_least();
+        self.untimed_turns.set(if is_in_vain { Self::FEWEST_TURNS } else { Self::IDLE_TURNS });
     }
 }
 

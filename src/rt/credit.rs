@@ -12,6 +12,7 @@ use super::session::SessionInner;
 use super::stream::StreamInner;
 use crate::config::{Config, ProtocolVersion};
 use crate::proto::session::Role;
+use crate::proto::window::Due;
 use crate::shm::chain::Chain;
 use crate::shm::manager::BufferManager;
 use crate::wire::layout::{MANAGER_CLIENT_EXTENSION_OFFSET, MANAGER_SERVER_EXTENSION_OFFSET};
@@ -40,6 +41,8 @@ pub(super) struct Credit {
     had_time: Cell<bool>,
     /// Streams whose credit found the queue full, each once.
     kept: RefCell<VecDeque<u32>>,
+    /// Streams whose credit is not worth waking the peer, each once.
+    waiting: RefCell<Vec<u32>>,
 }
 
 /// Where this side's byte stands, and the peer's.
@@ -70,6 +73,7 @@ impl Credit {
             looks: Cell::new(LOOKS),
             had_time: Cell::new(false),
             kept: RefCell::default(),
+            waiting: RefCell::default(),
         };
         credit.look(manager, role);
         credit
@@ -173,9 +177,57 @@ impl SessionInner {
         // While the peer has not said that it knows of credit, none is due, but it is counted.
         let is_known = window != UNBOUNDED;
         let done = over_socket && is_known && stream.inbound.borrow().socket_len() == 0;
-        let due = stream.receiving.note_taken(occupied, over_socket, done, window);
-        if let Some(credit) = due {
-            self.send_credit(stream, credit);
+        match stream.receiving.note_taken(occupied, over_socket, done, window) {
+            Due::Not => {}
+            Due::Soon => self.give_credit_soon(stream),
+            Due::Now => self.send_credit(stream, stream.receiving.take()),
+        }
+    }
+
+    #[inline(never)]
+    fn give_credit_soon(self: &Rc<Self>, stream: &StreamInner) {
+        if !self.lanes.producer.borrow().is_peer_asleep() {
+            self.send_credit(stream, stream.receiving.take());
+        } else if !stream.has_waiting_credit.replace(true) {
+            self.credit.waiting.borrow_mut().push(stream.id());
+        }
+    }
+
+    /// A message of a stream came. Whoever sent it may have come to the end of its credit.
+    #[inline]
+    pub(super) fn note_come(self: &Rc<Self>, stream: &StreamInner, chain: &Chain) {
+        stream.receiving.note_come(chain.occupies());
+        if stream.has_waiting_credit.get()
+            && stream.receiving.is_sender_near_its_end(self.credit.window_here.get())
+        {
+            self.send_credit(stream, stream.receiving.take());
+        }
+    }
+
+    /// Sends the credit that waits until the peer is awake, or about to be woken anyway.
+    #[inline]
+    pub(super) fn send_waiting_credit(self: &Rc<Self>) {
+        if self.credit.waiting.borrow().is_empty() {
+            return;
+        }
+        let is_woken = self.lanes.must_look.get();
+        if is_woken || !self.lanes.producer.borrow().is_peer_asleep() {
+            self.send_all_waiting_credit();
+        }
+    }
+
+    #[inline(never)]
+    fn send_all_waiting_credit(self: &Rc<Self>) {
+        // The list does not grow meanwhile: credit goes out, or is kept for the queue.
+        for stream_id in self.credit.waiting.take() {
+            let stream = self.streams.borrow().get(stream_id).cloned();
+            let Some(stream) = stream else { continue };
+            stream.has_waiting_credit.set(false);
+            // It may have been sent since.
+            let credit = stream.receiving.take();
+            if credit > 0 {
+                self.send_credit(&stream, credit);
+            }
         }
     }
 

@@ -79,6 +79,7 @@ impl SessionInner {
         }
         self.send_kept_closes();
         self.send_kept_credit();
+        self.send_waiting_credit();
         self.wake_waiting(now);
         let sent = self.lanes.must_look.get();
         self.flush_queue();
@@ -94,7 +95,7 @@ impl SessionInner {
         }
     }
 
-    fn stay(&self, now: Instant, had_traffic: bool) -> Stay {
+    fn stay(self: &Rc<Self>, now: Instant, had_traffic: bool) -> Stay {
         if self.is_over() {
             return Stay::Asleep;
         }
@@ -121,8 +122,8 @@ impl SessionInner {
             Ok(true) => {
                 self.activity.in_place.credit.set(0);
                 self.activity.note_sleep();
-                self.lanes.manager.set_resting(true);
                 self.counters.sleeps.add(1);
+                self.poller.rest_soon(self);
                 Stay::Asleep
             }
             Ok(false) => Stay::Busy,
@@ -240,7 +241,9 @@ impl SessionInner {
                 && event.state() == EventState::Open
                 && !stream.has_news();
             if is_next {
-                chain = Some(self.adopt(event.offset)?).filter(|chain| chain.len() > 0);
+                let adopted = self.adopt(event.offset)?;
+                self.note_come(stream, &adopted);
+                chain = Some(adopted).filter(|chain| chain.len() > 0);
                 stream.note_received();
             } else {
                 self.handle_event(event)?;

@@ -12,10 +12,12 @@
 //! - [`doorbell`]: how a peer is woken otherwise than by the socket.
 //! - [`poller`]: the one task per core that polls the queues of active sessions.
 //! - [`ticks`]: a look at the queues of sessions that nobody wakes.
+//! - [`rests`]: what sleeping sessions give back.
 //! - [`watch`]: a look at all sessions from time to time, for peers that have stopped.
 //! - [`activity`], [`spin`]: for how long they are looked at before they sleep.
 //! - [`stream`]: a stream's handle, of a [`read_half`] and a [`write_half`], each with a
-//!   [`deadline`]; [`loan`]: messages as values; [`credit`]: how far a sender may go.
+//!   [`deadline`]; [`loan`]: messages as values, borrowed and sent by [`lending`]; [`credit`]: how
+//!   far a sender may go.
 //! - [`listener`], [`connector`]: how sessions come to be; [`admission`]: how many;
 //!   [`peer`]: with whom; [`socket_path`]: the files of sockets, and [turns](door_lock) at them.
 //! - [`client`], made by a [`client_builder`]: a core's [sessions](shard_sessions) to the shards of
@@ -44,6 +46,7 @@ mod driver;
 pub(crate) mod fuzzing;
 mod handshake;
 mod kept;
+mod lending;
 mod listener;
 mod loan;
 mod outbox;
@@ -53,6 +56,7 @@ mod peer;
 mod poller;
 mod read_half;
 mod receiving;
+mod rests;
 mod sending;
 mod server;
 mod server_builder;
@@ -77,6 +81,7 @@ pub use connector::Connector;
 pub use cores::Cores;
 pub use dealer::Deal;
 pub use kept::{SessionState, SessionStatus};
+pub use lending::{Alloc, Send};
 pub use listener::Listener;
 pub use loan::{Loan, Message, MessageBuf, Views, ViewsMut};
 pub use peer::PeerCredentials;
@@ -87,4 +92,4 @@ pub use server_builder::ServerBuilder;
 pub use session::Session;
 pub use shard::{Shard, ShardStats};
 pub use stream::Stream;
-pub use write_half::{Alloc, Send, WriteHalf};
+pub use write_half::WriteHalf;

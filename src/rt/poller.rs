@@ -28,6 +28,7 @@ use futures_lite::future::{or, poll_fn, yield_now};
 use glommio::{Latency, Shares, TaskQueueHandle};
 
 use super::driver::Stay;
+use super::rests::Rests;
 use super::session::SessionInner;
 use super::socket::{Received, Socket};
 use super::tasks::TaskSet;
@@ -89,6 +90,7 @@ pub(super) struct Poller {
     tasks: TaskSet,
     watch: Watch,
     ticks: Ticks,
+    rests: Rests,
     last_reactor_pass: Cell<Option<Instant>>,
     /// Whether tasks did more since the last pass than run once: then the time has to be looked up.
     is_clock_stale: Cell<bool>,
@@ -118,6 +120,7 @@ impl Poller {
             tasks: TaskSet::default(),
             watch: Watch::default(),
             ticks: Ticks::default(),
+            rests: Rests::default(),
             last_reactor_pass: Cell::new(None),
             is_clock_stale: Cell::new(false),
             reactor_interval: Cell::new(Duration::MAX),
@@ -133,6 +136,10 @@ impl Poller {
 
     pub(super) fn ticks(&self) -> &Ticks {
         &self.ticks
+    }
+
+    pub(super) fn rests(&self) -> &Rests {
+        &self.rests
     }
 
     /// Looks at io_uring at least this often while a session is busy.

@@ -143,6 +143,7 @@ impl SessionInner {
 
     #[inline]
     fn hand_over(self: &Rc<Self>, stream: &StreamInner, data: Chain) {
+        self.note_come(stream, &data);
         if !stream.has_reader() {
             stream.note_known_to_peer();
             return self.note_taken(stream, &data);

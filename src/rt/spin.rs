@@ -50,8 +50,8 @@ pub(super) struct SpinBudget {
 }
 
 impl SpinBudget {
-    /// The least budget is a sixteenth of the full one.
-    const MOST_HALVED: u32 = 4;
+    /// The least budget is a sixty-fourth of the full one.
+    const MOST_HALVED: u32 = 6;
     /// Of so many waits in vain one is as long as it may be.
     const PROBE: u32 = 64;
 
@@ -62,6 +62,11 @@ impl SpinBudget {
             return full;
         }
         full / (1 << self.halved.get())
+    }
+
+    /// Whether no less is left of it than can be.
+    pub(super) fn is_least(&self) -> bool {
+        self.halved.get() == Self::MOST_HALVED
     }
 
     /// Something came after such a wait.
@@ -92,14 +97,14 @@ mod tests {
     #[test]
     fn what_is_spent_in_vain_shrinks() {
         let budget = SpinBudget::default();
-        let waits: Vec<_> = (0..6)
+        let waits: Vec<_> = (0..8)
             .map(|_| {
                 let wait = micros(&budget);
                 budget.note_in_vain();
                 wait
             })
             .collect();
-        assert_eq!(waits, [64, 32, 16, 8, 4, 4]);
+        assert_eq!(waits, [64, 32, 16, 8, 4, 2, 1, 1]);
     }
 
     #[test]
@@ -113,14 +118,17 @@ mod tests {
             })
             .collect();
         assert_eq!(waits.iter().filter(|&&wait| wait == 64).count(), 10);
-        assert_eq!(waits.iter().filter(|&&wait| wait == 4).count(), 630);
+        assert_eq!(waits.iter().filter(|&&wait| wait == 1).count(), 630);
+        assert!(budget.is_least());
     }
 
     #[test]
     fn it_grows_to_twice_what_was_waited() {
         let budget = SpinBudget::default();
-        (0..5).for_each(|_| budget.note_in_vain());
-        for (waited, becomes) in [(1, 4), (2, 4), (3, 8), (3, 8), (10, 32), (2, 32), (33, 64)] {
+        (0..7).for_each(|_| budget.note_in_vain());
+        for (waited, becomes) in
+            [(0, 1), (1, 2), (2, 4), (3, 8), (3, 8), (10, 32), (2, 32), (33, 64)]
+        {
             budget.note_found(Duration::from_micros(waited), FULL);
             assert_eq!(micros(&budget), becomes, "after {waited}");
         }

@@ -3,7 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
-use std::io;
+use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -11,11 +11,12 @@ use std::time::Instant;
 
 use futures_lite::{AsyncBufRead, AsyncRead, AsyncWrite};
 
+use super::lending::{Alloc, Send};
 use super::loan::{Loan, Message};
 use super::read_half::{Messages, ReadHalf, Recv};
 use super::session::{Session, SessionGuard};
 use super::wakers::WakerSlot;
-use super::write_half::{Alloc, Send, WriteHalf};
+use super::write_half::WriteHalf;
 use crate::error::Result;
 use crate::proto::stream::{Side, StreamLife};
 use crate::proto::window::{ReceiveWindow, SendWindow};
@@ -35,6 +36,8 @@ pub(super) struct StreamInner {
     pub(super) receiving: ReceiveWindow,
     /// Whether its credit waits for room in the queue.
     pub(super) owes_credit: Cell<bool>,
+    /// Whether its credit waits until the peer is awake.
+    pub(super) has_waiting_credit: Cell<bool>,
     /// Whether this side's direction has ended and the peer is not known to understand that.
     pub(super) owes_end: Cell<bool>,
     /// Whether the peer has heard of the stream, and so must hear of its end.
@@ -71,6 +74,7 @@ impl StreamInner {
             sending: SendWindow::default(),
             receiving: ReceiveWindow::default(),
             owes_credit: Cell::new(false),
+            has_waiting_credit: Cell::new(false),
             owes_end: Cell::new(false),
             is_known_to_peer: Cell::new(false),
             has_received: Cell::new(false),
@@ -412,6 +416,14 @@ impl AsyncWrite for Stream {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.writer).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        parts: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.writer).poll_write_vectored(context, parts)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {

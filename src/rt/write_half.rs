@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The sending half of a stream.
 
-use std::future::{Future, poll_fn};
-use std::io;
+use std::future::poll_fn;
+use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use bytes::{Buf, Bytes};
 use futures_lite::AsyncWrite;
 
 use super::deadline::Deadline;
+use super::lending::{Alloc, Send};
 use super::loan::{Loan, Message};
 use super::overtaking::Overtaking;
 use super::session::{SessionGuard, SessionInner};
@@ -112,7 +112,7 @@ impl WriteHalf {
     /// The stream is closed, the session over, or the [deadline](Self::set_deadline) has passed.
     #[inline]
     pub fn alloc(&mut self, len: usize) -> Alloc<'_> {
-        Alloc { half: self, len }
+        Alloc::new(self, len)
     }
 
     /// Sends what was written into a loan, as one flush.
@@ -129,14 +129,14 @@ impl WriteHalf {
     /// sent goes back to the pool.
     #[inline]
     pub fn send(&mut self, loan: Loan) -> Send<'_> {
-        Send { half: self, chain: Some(loan.chain), bytes: Bytes::new() }
+        Send::new(self, loan.chain)
     }
 
     /// Passes a message on that was received on this stream or another one of the same session,
     /// without a copy: what of it is unread, as one flush. For the rest as [`send`](Self::send).
     #[inline]
     pub fn forward(&mut self, message: Message) -> Send<'_> {
-        Send { half: self, chain: Some(message.chain), bytes: Bytes::new() }
+        Send::new(self, message.chain)
     }
 
     /// Ends this direction: the peer reads the end after all that was sent. The other direction
@@ -195,7 +195,7 @@ impl WriteHalf {
         let session = self.session.inner();
         // A slice without bytes. The peer gives it back as soon as it comes, not when somebody
         // reads, so no credit will be given for it and none is asked for.
-        let written = session.lanes.manager.write_message(&[]);
+        let written = session.lanes.manager.write_message(&[], 0);
         if let Some(parcel) = written.map_err(|error| session.broken(error))? {
             return Poll::Ready(self.send_parcel(Parcel { occupies: 0, ..parcel }));
         }
@@ -206,7 +206,7 @@ impl WriteHalf {
 
     /// Which way data goes now.
     #[inline]
-    fn path(&self) -> Path {
+    pub(super) fn path(&self) -> Path {
         let path = self.inner.life().path();
         if path == Path::Socket && self.session().may_return_to_memory(&self.inner) {
             self.inner.life().return_to_memory();
@@ -216,7 +216,11 @@ impl WriteHalf {
     }
 
     #[inline]
-    fn poll_alloc(&mut self, context: &mut Context<'_>, len: usize) -> Poll<Result<Loan>> {
+    pub(super) fn poll_alloc(
+        &mut self,
+        context: &mut Context<'_>,
+        len: usize,
+    ) -> Poll<Result<Loan>> {
         self.check_open()?;
         if self.path() == Path::SharedMemory {
             let session = self.session.inner();
@@ -235,7 +239,7 @@ impl WriteHalf {
 
     /// Sends a chain if nothing has to be waited for; otherwise gives it back.
     #[inline]
-    fn send_now(&mut self, chain: Chain) -> Result<Option<Chain>> {
+    pub(super) fn send_now(&mut self, chain: Chain) -> Result<Option<Chain>> {
         self.check_open()?;
         if chain.len() == 0 {
             return Ok(None);
@@ -260,7 +264,7 @@ impl WriteHalf {
     }
 
     /// Waits until there is room for an event of this stream.
-    fn poll_room(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
+    pub(super) fn poll_room(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
         self.check_open()?;
         let session = self.session.inner();
         session.activate();
@@ -298,28 +302,40 @@ impl WriteHalf {
         Ok(())
     }
 
-    fn poll_write_some(&mut self, context: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
+    /// Writes what these parts are together, or the first of it.
+    #[inline]
+    fn poll_write_parts(
+        &mut self,
+        context: &mut Context<'_>,
+        parts: &[IoSlice<'_>],
+    ) -> Poll<Result<usize>> {
         self.check_open()?;
-        if bytes.is_empty() {
+        // Fits: they are in memory at the same time, or the same several times over.
+        let len = parts.iter().fold(0, |len: usize, part| len.saturating_add(part.len()));
+        if len == 0 {
             return Poll::Ready(Ok(0));
         }
         if self.path() == Path::SharedMemory
-            && let Some(count) = ready!(self.poll_send_slices(context, bytes))?
+            && let Some(count) = ready!(self.poll_send_slices(context, parts, len))?
         {
             return Poll::Ready(Ok(count));
         }
-        self.poll_send_fallback(context, bytes, FALLBACK_AT_MOST)
+        // One part at a time: the socket takes its time anyway.
+        let first = parts.iter().find(|part| !part.is_empty());
+        self.poll_send_fallback(context, first.map_or(&[], |part| part), FALLBACK_AT_MOST)
     }
 
     /// Sends through shared memory. `None`: there are no slices, and will not be in time.
+    #[inline]
     fn poll_send_slices(
         &mut self,
         context: &mut Context<'_>,
-        bytes: &[u8],
+        parts: &[IoSlice<'_>],
+        len: usize,
     ) -> Poll<Result<Option<usize>>> {
         ready!(self.poll_room(context))?;
-        let want = bytes.len().min(WRITE_AT_MOST);
-        let written = self.session().lanes.manager.write_message(&bytes[..want]);
+        let manager = &self.session().lanes.manager;
+        let written = manager.write_message(parts, len.min(WRITE_AT_MOST));
         let written = written.map_err(|error| self.session().broken(error))?;
         let Some(parcel) = written else {
             return self.poll_pool(context).map_ok(|()| None);
@@ -350,7 +366,7 @@ impl WriteHalf {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_send_fallback(
+    pub(super) fn poll_send_fallback(
         &mut self,
         context: &mut Context<'_>,
         bytes: &[u8],
@@ -394,7 +410,8 @@ impl Drop for WriteHalf {
 }
 
 /// Writes are sent at once: each goes into free slices and one event, and takes at most 256 KiB or
-/// what the pool has. Many small writes are better collected first, as with a socket.
+/// what the pool has. Many small writes are better collected first, as with a socket; a vectored
+/// write collects its parts in the slices themselves.
 ///
 /// Waits while the send queue is full, and while the peer's reader is too far behind. While the
 /// pool is empty, waits for [`pool_wait`](crate::ConfigBuilder::pool_wait), and then goes over the
@@ -411,7 +428,15 @@ impl AsyncWrite for WriteHalf {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.get_mut().poll_write_some(context, bytes).map_err(io::Error::from)
+        self.get_mut().poll_write_parts(context, &[IoSlice::new(bytes)]).map_err(io::Error::from)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        parts: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.get_mut().poll_write_parts(context, parts).map_err(io::Error::from)
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -423,116 +448,6 @@ impl AsyncWrite for WriteHalf {
     fn poll_close(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.finish_now();
         self.session().poll_flushed(context).map_err(io::Error::from)
-    }
-}
-
-/// Waits for memory to write a message into: see [`Stream::alloc`](crate::Stream::alloc).
-///
-/// ```
-/// use futures_lite::future::poll_once;
-///
-/// # let path = std::env::temp_dir().join(format!("shmipc-doc-alloc-{}", std::process::id()));
-/// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
-/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
-/// # let config = config.build().unwrap();
-/// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
-/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
-/// # let peer = listener.accept().await?;
-/// # let mut stream = session.open_stream()?;
-/// // Memory that is there now: nothing is waited for.
-/// if let Some(loan) = poll_once(stream.alloc(5)).await {
-///     let mut loan = loan?;
-///     loan.write(b"hello");
-///     stream.send(loan).await?;
-/// }
-/// # assert_eq!(peer.accept().await?.recv().await?.unwrap().into_bytes(), "hello");
-/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
-/// ```
-#[must_use = "futures do nothing unless they are awaited"]
-pub struct Alloc<'a> {
-    half: &'a mut WriteHalf,
-    len: usize,
-}
-
-impl Future for Alloc<'_> {
-    type Output = Result<Loan>;
-
-    #[inline]
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let len = self.len;
-        self.half.poll_alloc(context, len)
-    }
-}
-
-/// Sends a message: see [`Stream::send`](crate::Stream::send).
-///
-/// ```
-/// use futures_lite::future::poll_once;
-///
-/// # let path = std::env::temp_dir().join(format!("shmipc-doc-send-{}", std::process::id()));
-/// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
-/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
-/// # let config = config.build().unwrap();
-/// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
-/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
-/// # let peer = listener.accept().await?;
-/// # let mut stream = session.open_stream()?;
-/// let mut loan = stream.alloc(5).await?;
-/// loan.write(b"hello");
-/// // Now or not at all. What was not sent is given back.
-/// match poll_once(stream.send(loan)).await {
-///     Some(sent) => sent?,
-///     None => println!("the peer is far behind"),
-/// }
-/// # assert_eq!(peer.accept().await?.recv().await?.unwrap().into_bytes(), "hello");
-/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
-/// ```
-#[must_use = "futures do nothing unless they are awaited"]
-pub struct Send<'a> {
-    half: &'a mut WriteHalf,
-    chain: Option<Chain>,
-    /// What of the message still has to go over the socket.
-    bytes: Bytes,
-}
-
-impl Future for Send<'_> {
-    type Output = Result<()>;
-
-    #[inline]
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        if let Some(chain) = self.chain.take() {
-            match self.half.send_now(chain)? {
-                None => return Poll::Ready(Ok(())),
-                left => self.chain = left,
-            }
-        }
-        self.get_mut().poll_slowly(context)
-    }
-}
-
-impl Send<'_> {
-    #[inline(never)]
-    fn poll_slowly(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
-        while let Some(chain) = &self.chain {
-            if !chain.is_shared() || self.half.path() == Path::Socket {
-                // Also when the stream fell back after the loan was made: in order, it can only
-                // follow that way.
-                self.half.inner.life().fall_back();
-                self.bytes = self.chain.take().map(Chain::into_bytes).unwrap_or_default();
-                break;
-            }
-            ready!(self.half.poll_room(context))?;
-            if let Some(chain) = self.chain.take() {
-                self.chain = self.half.send_now(chain)?;
-            }
-        }
-        while !self.bytes.is_empty() {
-            // In one piece, since it is one flush, as long as the peer takes messages that long.
-            let at_most = self.half.session().config.limits.message_len as usize - 16;
-            let count = ready!(self.half.poll_send_fallback(context, &self.bytes, at_most))?;
-            self.bytes.advance(count);
-        }
-        Poll::Ready(Ok(()))
     }
 }
 

@@ -14,6 +14,7 @@ use super::ledger::{Entry, ListOwner, SliceId, SliceUsage};
 use super::list::{Batch, BufferList, MAX_BATCH};
 use super::magazine::Magazine;
 use super::popper::Popper;
+use super::scout::Scout;
 use super::setup::{ListSets, Lists};
 use crate::error::MemoryError;
 
@@ -39,6 +40,8 @@ pub(super) struct Class {
     pub(super) magazine: Magazine,
     /// The list that this side takes from.
     taker: Taker,
+    /// What that list is expected to give next.
+    scout: Scout,
     /// The number of that list's first slice.
     pub(super) first: SliceId,
 }
@@ -169,7 +172,8 @@ impl Class {
             ListSets::OnePerSide(_) => Taker::Alone(Popper::new(memory, own.list)?),
         };
         let (slice_capacity, magazine) = (own.list.slice_capacity(), Magazine::new(limit));
-        Ok(Self { slice_capacity, magazine, taker, first: own.first })
+        let scout = Scout::new(own.list.capacity());
+        Ok(Self { slice_capacity, magazine, taker, scout, first: own.first })
     }
 
     /// The list that this side takes from.
@@ -182,10 +186,19 @@ impl Class {
 
     /// Takes up to `want` slices from the list.
     pub(super) fn take<M: Memory>(&self, memory: &M, want: usize) -> Result<Batch, MemoryError> {
-        match &self.taker {
+        let list = self.list();
+        let head = match &self.taker {
+            Taker::Shared(list) => list.head(memory)?,
+            Taker::Alone(popper) => popper.head(),
+        };
+        let free = usize::try_from(list.free(memory)).unwrap_or_default();
+        self.scout.prefetch(memory, list, list.checked_place("list head", head)?, want.min(free));
+        let batch = match &self.taker {
             Taker::Shared(list) => list.take(memory, want),
             Taker::Alone(popper) => popper.take(memory, want),
-        }
+        }?;
+        self.scout.note(&batch);
+        Ok(batch)
     }
 
     /// Whether there seems to be a slice to take, in the magazine or in the list.

@@ -60,7 +60,7 @@ pub(crate) struct Batch {
 }
 
 impl Batch {
-    const EMPTY: Self = Self { places: [0; MAX_BATCH], len: 0 };
+    pub(super) const EMPTY: Self = Self { places: [0; MAX_BATCH], len: 0 };
 
     pub(crate) fn places(&self) -> &[u32] {
         &self.places[..self.len]

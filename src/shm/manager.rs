@@ -31,6 +31,7 @@
 //! [rests]: BufferManager::set_resting
 
 use std::cell::{Cell, RefCell};
+use std::io::IoSlice;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
@@ -246,25 +247,42 @@ impl<M: Memory> BufferManager<M> {
         Ok(enough.then(|| chain.with_capacity(len - missing)))
     }
 
-    /// Writes a message, or as much of it as there are slices for, ready to be sent. `None`: there
-    /// is no slice.
+    /// Writes the first `len` bytes of what these parts are together as a message, or as many of
+    /// them as there are slices for, ready to be sent. `None`: there is no slice.
     ///
     /// From here on the slices are the peer's, so the event must be on its way without fail.
     #[inline]
     pub(crate) fn write_message(
         self: &Rc<Self>,
-        bytes: &[u8],
+        parts: &[IoSlice<'_>],
+        len: usize,
     ) -> Result<Option<Parcel>, MemoryError> {
+        let mut left = len;
+        let mut cut = |part: &IoSlice<'_>| {
+            let count = part.len().min(left);
+            left -= count;
+            count
+        };
         // Most messages fit one slice, and need no chain to be built.
-        if let Some(id) = self.take_one_slice(bytes.len())? {
+        if let Some(id) = self.take_one_slice(len)? {
             let entry = self.entry(id);
-            self.memory.copy_in(entry.data(), bytes);
+            let mut at = entry.data();
+            for part in parts {
+                let count = cut(part);
+                self.memory.copy_in(at, &part[..count]);
+                at += count;
+            }
             // Fits: the slice holds them.
-            entry.len.set(bytes.len() as u32);
-            return Ok(Some(self.parcel(id, bytes.len())));
+            entry.len.set((at - entry.data()) as u32);
+            return Ok(Some(self.parcel(id, at - entry.data())));
         }
-        let Some(mut chain) = self.allocate_many(bytes.len(), true)? else { return Ok(None) };
-        chain.write(bytes);
+        let Some(mut chain) = self.allocate_many(len, true)? else { return Ok(None) };
+        for part in parts {
+            let count = cut(part);
+            if chain.write(&part[..count]) < count {
+                break;
+            }
+        }
         Ok(chain.into_parcel())
     }
 

@@ -37,5 +37,6 @@ mod models;
 mod popper;
 pub(crate) mod queue;
 pub(crate) mod region;
+mod scout;
 pub(crate) mod setup;
 pub(crate) mod views;

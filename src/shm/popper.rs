@@ -60,6 +60,11 @@ impl Popper {
         &self.list
     }
 
+    /// Where the first free slice stands, from the end of the list's header.
+    pub(super) fn head(&self) -> u32 {
+        self.head.get()
+    }
+
     /// Takes up to `want` slices. An empty batch: nothing that could be handed out.
     ///
     /// # Errors

@@ -237,6 +237,12 @@ impl<M: Memory> Producer<M> {
             && memory.compare_exchange_u32(flag, 0, 1).is_ok()
     }
 
+    /// Whether the peer seems to sleep. It may wake up, or go to sleep, meanwhile.
+    pub(crate) fn is_peer_asleep(&self) -> bool {
+        // Relaxed: nothing is concluded from it but whether something is done sooner or later.
+        self.ring.memory.load_u32(self.ring.flag, Ordering::Relaxed) == 0
+    }
+
     /// How many events there are and were, also those that the peer cannot see yet.
     pub(crate) fn pushed(&self) -> i64 {
         self.tail

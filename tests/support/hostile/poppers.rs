@@ -199,11 +199,14 @@ fn deadly() -> Vec<Attack> {
                 });
             }
         }),
-        spoilt("tails off the grid", IS_FIELD, |rig| {
+        attack("tails off the grid", IS_FIELD, |rig| {
             write_heads(rig, LIST_TAIL_OFFSET, 5);
+            // It takes several slices at once, and gives back what it has not needed for a while.
+            rig.fall_back(2, 0, b"x");
         }),
-        spoilt("tails outside", IS_FIELD, |rig| {
+        attack("tails outside", IS_FIELD, |rig| {
             write_heads(rig, LIST_TAIL_OFFSET, u32::MAX);
+            rig.fall_back(2, 0, b"x");
         }),
     ]
 }

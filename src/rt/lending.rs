@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The futures with which memory is borrowed for a message, and the message is sent.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes};
+
+use super::loan::Loan;
+use super::write_half::WriteHalf;
+use crate::error::Result;
+use crate::proto::stream::Path;
+use crate::shm::chain::Chain;
+
+/// Waits for memory to write a message into: see [`Stream::alloc`](crate::Stream::alloc).
+///
+/// ```
+/// use futures_lite::future::poll_once;
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-alloc-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
+/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+/// # let config = config.build().unwrap();
+/// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
+/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+/// # let peer = listener.accept().await?;
+/// # let mut stream = session.open_stream()?;
+/// // Memory that is there now: nothing is waited for.
+/// if let Some(loan) = poll_once(stream.alloc(5)).await {
+///     let mut loan = loan?;
+///     loan.write(b"hello");
+///     stream.send(loan).await?;
+/// }
+/// # assert_eq!(peer.accept().await?.recv().await?.unwrap().into_bytes(), "hello");
+/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
+#[must_use = "futures do nothing unless they are awaited"]
+pub struct Alloc<'a> {
+    half: &'a mut WriteHalf,
+    len: usize,
+}
+
+impl<'a> Alloc<'a> {
+    #[inline]
+    pub(super) fn new(half: &'a mut WriteHalf, len: usize) -> Self {
+        Self { half, len }
+    }
+}
+
+impl Future for Alloc<'_> {
+    type Output = Result<Loan>;
+
+    #[inline]
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let len = self.len;
+        self.half.poll_alloc(context, len)
+    }
+}
+
+/// Sends a message: see [`Stream::send`](crate::Stream::send).
+///
+/// ```
+/// use futures_lite::future::poll_once;
+///
+/// # let path = std::env::temp_dir().join(format!("shmipc-doc-send-{}", std::process::id()));
+/// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
+/// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+/// # let config = config.build().unwrap();
+/// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
+/// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+/// # let peer = listener.accept().await?;
+/// # let mut stream = session.open_stream()?;
+/// let mut loan = stream.alloc(5).await?;
+/// loan.write(b"hello");
+/// // Now or not at all. What was not sent is given back.
+/// match poll_once(stream.send(loan)).await {
+///     Some(sent) => sent?,
+///     None => println!("the peer is far behind"),
+/// }
+/// # assert_eq!(peer.accept().await?.recv().await?.unwrap().into_bytes(), "hello");
+/// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+/// ```
+#[must_use = "futures do nothing unless they are awaited"]
+pub struct Send<'a> {
+    half: &'a mut WriteHalf,
+    chain: Option<Chain>,
+    /// What of the message still has to go over the socket.
+    bytes: Bytes,
+}
+
+impl Future for Send<'_> {
+    type Output = Result<()>;
+
+    #[inline]
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        if let Some(chain) = self.chain.take() {
+            match self.half.send_now(chain)? {
+                None => return Poll::Ready(Ok(())),
+                left => self.chain = left,
+            }
+        }
+        self.get_mut().poll_slowly(context)
+    }
+}
+
+impl<'a> Send<'a> {
+    #[inline]
+    pub(super) fn new(half: &'a mut WriteHalf, chain: Chain) -> Self {
+        Self { half, chain: Some(chain), bytes: Bytes::new() }
+    }
+
+    #[inline(never)]
+    fn poll_slowly(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
+        while let Some(chain) = &self.chain {
+            if !chain.is_shared() || self.half.path() == Path::Socket {
+                // Also when the stream fell back after the loan was made: in order, it can only
+                // follow that way.
+                self.half.inner().life().fall_back();
+                self.bytes = self.chain.take().map(Chain::into_bytes).unwrap_or_default();
+                break;
+            }
+            ready!(self.half.poll_room(context))?;
+            if let Some(chain) = self.chain.take() {
+                self.chain = self.half.send_now(chain)?;
+            }
+        }
+        while !self.bytes.is_empty() {
+            // In one piece, since it is one flush, as long as the peer takes messages that long.
+            let at_most = self.half.session().config.limits.message_len as usize - 16;
+            let count = ready!(self.half.poll_send_fallback(context, &self.bytes, at_most))?;
+            self.bytes.advance(count);
+        }
+        Poll::Ready(Ok(()))
+    }
+}

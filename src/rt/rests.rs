@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Sessions that sleep and still keep free slices to themselves, until they have slept for a while.
+//!
+//! While a session sleeps nobody would give the slices of its magazines back to the peer, so they
+//! are given back. But one that wakes up a moment later, as most do that a clock drives, has given
+//! them for nothing: it has to take as many again, and to take a slice is to read a line that the
+//! peer has written. So that is done only to sessions that stay asleep, by one task for all of a
+//! core. Until then the peer has to do without an eighth of each list, as while they are awake.
+
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::rc::{Rc, Weak};
+use std::task::Poll;
+use std::time::Duration;
+
+use super::poller::Poller;
+use super::session::SessionInner;
+use super::wakers::WakerSlot;
+
+/// How long a session sleeps, at least, before its magazines are emptied. It is done when it has
+/// slept for twice as long at the most.
+const REST_AFTER: Duration = Duration::from_millis(50);
+
+/// The sessions of a core whose magazines are to be emptied.
+#[derive(Default)]
+pub(super) struct Rests {
+    /// Each with the number of times that it had slept when it was looked at.
+    sessions: RefCell<Vec<(Weak<SessionInner>, u64)>>,
+    is_running: Cell<bool>,
+    /// The task, while there is no session.
+    task: WakerSlot,
+}
+
+impl Rests {
+    /// Empties the magazines of those that have slept since the last look. Those that have woken up
+    /// meanwhile and sleep again are looked at once more.
+    fn look(&self) {
+        let mut sessions = std::mem::take(&mut *self.sessions.borrow_mut());
+        sessions.retain_mut(|(session, seen)| {
+            let Some(session) = session.upgrade().filter(|session| !session.is_over()) else {
+                return false;
+            };
+            let sleeps = session.counters.sleeps.get();
+            let is_awake = session.activity.is_active.get();
+            if !is_awake && std::mem::replace(seen, sleeps) != sleeps {
+                return true;
+            }
+            if !is_awake {
+                session.lanes.manager.set_resting(true);
+            }
+            // One that is awake comes back when it goes to sleep.
+            session.activity.will_rest.set(false);
+            false
+        });
+        let mut added = self.sessions.borrow_mut();
+        sessions.append(&mut added);
+        *added = sessions;
+    }
+}
+
+impl Poller {
+    /// Has the magazines of a session emptied that has gone to sleep, unless it wakes up soon.
+    #[inline]
+    pub(super) fn rest_soon(self: &Rc<Self>, session: &Rc<SessionInner>) {
+        if session.activity.will_rest.replace(true) {
+            return;
+        }
+        let rests = self.rests();
+        let sleeps = session.counters.sleeps.get();
+        rests.sessions.borrow_mut().push((Rc::downgrade(session), sleeps));
+        if rests.is_running.replace(true) {
+            rests.task.wake();
+        } else {
+            self.spawn(empty_magazines(Rc::clone(self)));
+        }
+    }
+}
+
+async fn empty_magazines(poller: Rc<Poller>) {
+    let rests = poller.rests();
+    loop {
+        poll_fn(|context| {
+            if !rests.sessions.borrow().is_empty() {
+                return Poll::Ready(());
+            }
+            rests.task.register(context);
+            Poll::Pending
+        })
+        .await;
+        glommio::timer::sleep(REST_AFTER).await;
+        rests.look();
+    }
+}
