@@ -45,6 +45,8 @@ mod report;
 mod slots;
 #[path = "kv_client/tally.rs"]
 mod tally;
+#[path = "kv_client/ticks.rs"]
+mod ticks;
 #[path = "kv_client/values.rs"]
 mod values;
 #[path = "kv_client/work.rs"]

@@ -5,6 +5,14 @@
 #[path = "../examples/kv/mod.rs"]
 #[allow(dead_code, reason = "the program is not here")]
 mod kv;
+#[path = "../examples/kv_client/outgoing.rs"]
+#[allow(dead_code, reason = "the program is not here")]
+mod outgoing;
 #[path = "../examples/kv_client/pace.rs"]
 #[allow(dead_code, reason = "the program is not here")]
 mod pace;
+#[path = "../examples/kv_client/ticks.rs"]
+mod ticks;
+#[path = "../examples/kv_client/values.rs"]
+#[allow(dead_code, reason = "the program is not here")]
+mod values;

@@ -143,7 +143,7 @@ impl Caller {
             self.execute_part(&mut store, spec, request, &owners, keys[here], exchange.replies());
         }
         let words = if spec.scope == Scope::Pairs { 2 } else { 1 };
-        let mut bytes = Vec::new();
+        let mut bytes = Replies::new();
         let mut others = Vec::new();
         for (shard, &keys) in keys.iter().enumerate() {
             if keys > 0 {
@@ -151,18 +151,18 @@ impl Caller {
             }
             if keys > 0 && shard != here {
                 Shard::add(&self.shard.counters.forwarded);
-                bytes.clear();
+                bytes.clear(usize::MAX);
                 reply::array(&mut bytes, 1 + keys * words);
                 reply::bulk(&mut bytes, spec.name.as_bytes());
-                exchange.queue(shard, &bytes);
+                exchange.queue(shard, bytes.bytes());
             }
         }
         for (index, argument) in request.from(1).enumerate() {
             let owner = owners[index / words];
             if owner != here {
-                bytes.clear();
+                bytes.clear(usize::MAX);
                 reply::bulk(&mut bytes, argument);
-                exchange.queue(owner, &bytes);
+                exchange.queue(owner, bytes.bytes());
             }
         }
         match spec.command {

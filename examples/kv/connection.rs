@@ -36,13 +36,23 @@ enum Turn {
     Over,
 }
 
+/// How a client is written to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Writes {
+    /// A write takes bytes from one place.
+    Plain,
+    /// A write collects bytes from several places.
+    Vectored,
+}
+
 /// Serves a client until it leaves, or breaks the protocol.
 pub(crate) async fn serve(
     shard: &Rc<Shard>,
     mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    writes: Writes,
 ) -> io::Result<()> {
     let _counted = Counted::new(&shard.counters.clients);
-    let mut connection = Connection::new(shard);
+    let mut connection = Connection::new(shard, writes);
     let mut turns = 0;
     loop {
         let turn = connection.take_commands();
@@ -72,12 +82,16 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(shard: &Rc<Shard>) -> Self {
+    fn new(shard: &Rc<Shard>, writes: Writes) -> Self {
         Self {
             input: Input::default(),
             parser: Parser::new(shard.settings.limits),
             caller: Caller::new(shard),
-            exchange: Exchange::new(shard.place.index, shard.place.count),
+            exchange: Exchange::new(
+                shard.place.index,
+                shard.place.count,
+                writes == Writes::Vectored,
+            ),
         }
     }
 

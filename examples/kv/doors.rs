@@ -19,7 +19,7 @@ use std::time::Duration;
 use futures_lite::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use glommio::{Task, net};
 
-use super::connection;
+use super::connection::{self, Writes};
 use super::shard::Shard;
 use super::socket::ReservedAddress;
 
@@ -170,7 +170,7 @@ fn welcome(shard: &Rc<Shard>, mut stream: impl AsyncRead + AsyncWrite + Unpin + 
             return stream.write_all(refusal).await.ok();
         }
         // A connection that fails has nobody left to be told.
-        connection::serve(&shard, stream).await.ok()
+        connection::serve(&shard, stream, Writes::Plain).await.ok()
     })
     .detach();
 }

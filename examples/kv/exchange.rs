@@ -9,7 +9,7 @@
 //! serves such a stream asks nobody else.
 
 use std::future::{pending, poll_fn};
-use std::io;
+use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -80,8 +80,13 @@ struct Outgoing {
 }
 
 impl Exchange {
-    /// For a client of the shard `here`, one of so many.
-    pub(crate) fn new(here: usize, shards: usize) -> Self {
+    /// For a client of the shard `here`, one of so many. `may_refer`: long values are sent from
+    /// where the store has them, if that goes.
+    pub(crate) fn new(here: usize, shards: usize, may_refer: bool) -> Self {
+        let source = |shard| match shard == here && may_refer {
+            true => Source::referring(),
+            false => Source::default(),
+        };
         Self {
             here,
             pieces: Vec::new(),
@@ -89,7 +94,7 @@ impl Exchange {
             commands: 0,
             queued: 0,
             outgoing: (0..shards).map(|_| Outgoing::default()).collect(),
-            sources: (0..shards).map(|_| Source::default()).collect(),
+            sources: (0..shards).map(source).collect(),
             output: Replies::new(),
         }
     }
@@ -161,6 +166,8 @@ impl Exchange {
             send(client, self.replies()).await?;
         } else {
             self.place();
+            // They are taken apart again.
+            self.replies().flatten();
             self.open_links(peers).await;
             let Self { here, pieces, outgoing, sources, output, .. } = self;
             let sending = async {
@@ -168,7 +175,6 @@ impl Exchange {
                 pending().await
             };
             or(sending, join_all(pieces, *here, sources, output, client)).await?;
-            self.output.shrink_to(OUTPUT_AT_MOST);
             self.drop_failed_links();
         }
         self.sources[self.here].forget_made_here(OUTPUT_AT_MOST);
@@ -246,14 +252,18 @@ fn poll_send_all(outgoing: &mut [Outgoing], context: &mut Context<'_>) -> Poll<(
 
 /// Sends replies to a client, and forgets them.
 async fn send(client: &mut (impl AsyncWrite + Unpin), replies: &mut Replies) -> io::Result<()> {
-    let mut sent = 0;
-    while sent < replies.len() {
-        match or(client.write(&replies[sent..]), too_late()).await? {
+    let mut parts = replies.parts();
+    let mut left = &mut parts[..];
+    // Empty parts go with those before them.
+    IoSlice::advance_slices(&mut left, 0);
+    while !left.is_empty() {
+        match or(client.write_vectored(left), too_late()).await? {
             0 => return Err(io::ErrorKind::WriteZero.into()),
-            count => sent += count,
+            count => IoSlice::advance_slices(&mut left, count),
         }
     }
-    replies.clear();
+    drop(parts);
+    replies.clear(OUTPUT_AT_MOST);
     Ok(())
 }
 
@@ -317,8 +327,9 @@ async fn join(
             let mut text = head.into_bytes();
             let mut result = Ok(());
             for source in sources {
-                let mut part = Vec::new();
+                let mut part = Replies::new();
                 result = result.and(source.copy_reply(&mut part).await);
+                let part = part.bytes();
                 let body = part.iter().position(|&byte| byte == b'\n').map_or(0, |end| end + 1);
                 text.extend_from_slice(part[body..].strip_suffix(b"\r\n").unwrap_or_default());
             }
@@ -411,7 +422,7 @@ mod tests {
             let door = |shard: usize| format!("{}.{shard}", path.display());
             let first = Listener::bind(door(0), config()).unwrap();
             let peers = Peers::new(&path, config()).unwrap();
-            let mut exchange = Exchange::new(0, 2);
+            let mut exchange = Exchange::new(0, 2, true);
             let replies = ask(&mut exchange, &peers).await;
             let lines: Vec<&str> = replies.split("\r\n").collect();
             assert_eq!((lines[0], lines[3], lines.len()), ("+first", "+last", 5), "{replies}");

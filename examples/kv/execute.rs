@@ -152,7 +152,7 @@ fn number(bytes: &[u8]) -> Result<i64, Refusal> {
 
 fn value(store: &mut Store, key: &[u8], replies: &mut Replies) {
     match store.get(key) {
-        Some(value) => reply::bulk(replies, value),
+        Some(value) => reply::value(replies, value),
         None => replies.extend_from_slice(NULL),
     }
 }
@@ -311,6 +311,6 @@ fn scan(
     reply::array(replies, 2);
     reply::bulk(replies, cursor::next(next, place.index, place.count).to_string().as_bytes());
     reply::array(replies, len);
-    replies.extend_from_slice(&keys);
+    replies.extend_from_slice(keys.bytes());
     Ok(())
 }

@@ -3,8 +3,8 @@
 
 use std::fmt::{self, Write};
 
-/// Where replies are collected until they are sent.
-pub(crate) type Replies = Vec<u8>;
+pub(crate) use super::replies::Replies;
+use super::store::Value;
 
 pub(crate) const OK: &[u8] = b"+OK\r\n";
 pub(crate) const NULL: &[u8] = b"$-1\r\n";
@@ -30,6 +30,13 @@ pub(crate) fn bulk(replies: &mut Replies, bytes: &[u8]) {
     replies.extend_from_slice(b"\r\n");
 }
 
+/// A value of the store's.
+pub(crate) fn value(replies: &mut Replies, value: &Value) {
+    header(replies, b'$', value.len() as i64);
+    replies.put_value(value);
+    replies.extend_from_slice(b"\r\n");
+}
+
 pub(crate) fn array(replies: &mut Replies, len: usize) {
     header(replies, b'*', len as i64);
 }
@@ -37,12 +44,12 @@ pub(crate) fn array(replies: &mut Replies, len: usize) {
 /// A letter, a number and a line end.
 fn header(replies: &mut Replies, letter: u8, value: i64) {
     replies.push(letter);
-    digits(replies, value);
+    digits(value, |digits| replies.extend_from_slice(digits));
     replies.extend_from_slice(b"\r\n");
 }
 
-/// A number as it is stored and sent.
-pub(crate) fn digits(to: &mut Vec<u8>, value: i64) {
+/// Writes a number as it is stored and sent.
+pub(crate) fn digits<T>(value: i64, write: impl FnOnce(&[u8]) -> T) -> T {
     let mut digits = [0; 20];
     let mut at = digits.len();
     let mut rest = value.unsigned_abs();
@@ -55,9 +62,10 @@ pub(crate) fn digits(to: &mut Vec<u8>, value: i64) {
         }
     }
     if value < 0 {
-        to.push(b'-');
+        at -= 1;
+        digits[at] = b'-';
     }
-    to.extend_from_slice(&digits[at..]);
+    write(&digits[at..])
 }
 
 struct OneLine<'a>(&'a mut Replies);
@@ -65,7 +73,7 @@ struct OneLine<'a>(&'a mut Replies);
 impl Write for OneLine<'_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         let one_line = text.bytes().map(|byte| if byte.is_ascii_control() { b' ' } else { byte });
-        self.0.extend(one_line);
+        one_line.for_each(|byte| self.0.push(byte));
         Ok(())
     }
 }
@@ -85,6 +93,6 @@ mod tests {
         error(&mut replies, format_args!("ERR {}", "two\r\nlines"));
         let expected = ":-9223372036854775808\r\n:0\r\n:9223372036854775807\r\n$3\r\na\r\n\r\n\
             *10\r\n-ERR two  lines\r\n";
-        assert_eq!(replies, expected.as_bytes());
+        assert_eq!(replies.bytes(), expected.as_bytes());
     }
 }

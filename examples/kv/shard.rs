@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use glommio::Task;
 use shmipc_glommio::{Config, Session, Shard as Core};
 
-use super::connection;
+use super::connection::{self, Writes};
 use super::doors::{self, Doors};
 use super::execute::Place;
 use super::peers::Peers;
@@ -114,7 +114,7 @@ pub(crate) async fn serve_session(shard: Rc<Shard>, session: Session) {
     let serve = |stream| {
         let shard = Rc::clone(&shard);
         // A stream that ends with an error has no reply to lose.
-        async move { connection::serve(&shard, stream).await.ok() }
+        async move { connection::serve(&shard, stream, Writes::Vectored).await.ok() }
     };
     session.serve_streams(serve).await;
 }

@@ -5,9 +5,13 @@
 //! somebody else. That the second count stays at zero is what the whole design is about. No lock
 //! and no atomic is in here; what tells the time is told from outside.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use hashbrown::HashTable;
+use smallvec::SmallVec;
 
 use super::reply::digits;
 use super::resp::integer;
@@ -16,14 +20,18 @@ use super::slab::Slab;
 /// A moment, in milliseconds since the store was made.
 pub(crate) type Moment = u64;
 
-/// What a value's memory may have beyond twice its length before some is given back.
-const SPARE_AT_MOST: usize = 64;
+/// A key. A short one stands in its entry, so that to compare it is one look at memory.
+type Key = SmallVec<[u8; 24]>;
+
+/// A value, which replies may still refer to after it was replaced.
+pub(crate) type Value = Arc<[u8]>;
 
 /// Keys, values, and when they expire.
 #[derive(Debug)]
 pub(crate) struct Store {
-    /// Where each key is.
-    slots: HashMap<Arc<[u8]>, u32>,
+    /// The slots of all entries, to be found by their keys. The numbers alone are few bytes each.
+    slots: HashTable<u32>,
+    hasher: RandomState,
     entries: Slab<Entry>,
     /// The entries that expire, the next one first.
     expiring: BTreeSet<(Moment, u32)>,
@@ -34,8 +42,8 @@ pub(crate) struct Store {
 
 #[derive(Debug)]
 struct Entry {
-    key: Arc<[u8]>,
-    value: Vec<u8>,
+    key: Key,
+    value: Value,
     expires: Option<Moment>,
 }
 
@@ -72,7 +80,8 @@ impl Store {
     /// An empty store. The thread that calls this is its owner.
     pub(crate) fn new() -> Self {
         Self {
-            slots: HashMap::new(),
+            slots: HashTable::new(),
+            hasher: RandomState::new(),
             entries: Slab::new(),
             expiring: BTreeSet::new(),
             now: 0,
@@ -99,7 +108,7 @@ impl Store {
         self.touches
     }
 
-    pub(crate) fn get(&mut self, key: &[u8]) -> Option<&[u8]> {
+    pub(crate) fn get(&mut self, key: &[u8]) -> Option<&Value> {
         let slot = self.find(key)?;
         Some(&self.entries.get(slot)?.value)
     }
@@ -110,13 +119,13 @@ impl Store {
 
     pub(crate) fn set(&mut self, key: &[u8], value: &[u8], expiry: Expiry) -> Result<(), Full> {
         let Some(slot) = self.find(key) else {
-            return self.insert(key, value.to_vec(), expiry);
+            return self.insert(key, value.into(), expiry);
         };
         if let Some(entry) = self.entries.get_mut(slot) {
-            entry.value.clear();
-            entry.value.extend_from_slice(value);
-            if entry.value.capacity() > 2 * value.len() + SPARE_AT_MOST {
-                entry.value.shrink_to_fit();
+            // In its place, if it fits exactly and nobody is about to send what stands there.
+            match Arc::get_mut(&mut entry.value).filter(|there| there.len() == value.len()) {
+                Some(there) => there.copy_from_slice(value),
+                None => entry.value = value.into(),
             }
         }
         match expiry {
@@ -140,11 +149,10 @@ impl Store {
 
     /// Adds to a number, or to zero when the key is not there. Gives the sum.
     pub(crate) fn add(&mut self, key: &[u8], by: i64) -> Result<Result<i64, CountError>, Full> {
+        let text = |number| digits(number, |text| Value::from(text));
         let found = self.find(key).and_then(|slot| self.entries.get_mut(slot));
         let Some(entry) = found else {
-            let mut value = Vec::new();
-            digits(&mut value, by);
-            return self.insert(key, value, Expiry::Never).map(|()| Ok(by));
+            return self.insert(key, text(by), Expiry::Never).map(|()| Ok(by));
         };
         let Some(number) = integer(&entry.value) else {
             return Ok(Err(CountError::NotANumber));
@@ -152,8 +160,7 @@ impl Store {
         let Some(sum) = number.checked_add(by) else {
             return Ok(Err(CountError::Overflow));
         };
-        entry.value.clear();
-        digits(&mut entry.value, sum);
+        entry.value = text(sum);
         Ok(Ok(sum))
     }
 
@@ -177,7 +184,7 @@ impl Store {
 
     pub(crate) fn clear(&mut self) {
         self.touch();
-        self.slots = HashMap::new();
+        self.slots = HashTable::new();
         self.entries = Slab::new();
         self.expiring.clear();
     }
@@ -229,8 +236,10 @@ impl Store {
     /// Where a key is, unless it has expired. Every access by key goes through here.
     fn find(&mut self, key: &[u8]) -> Option<u32> {
         self.touch();
-        let slot = *self.slots.get(key)?;
-        let expires = self.entries.get(slot)?.expires;
+        let Self { slots, entries, hasher, .. } = self;
+        let is_it = |&slot: &u32| entries.get(slot).is_some_and(|entry| entry.key[..] == *key);
+        let slot = *slots.find(hasher.hash_one(key), is_it)?;
+        let expires = entries.get(slot)?.expires;
         if expires.is_some_and(|moment| moment <= self.now) {
             self.take_out(slot);
             return None;
@@ -238,15 +247,18 @@ impl Store {
         Some(slot)
     }
 
-    fn insert(&mut self, key: &[u8], value: Vec<u8>, expiry: Expiry) -> Result<(), Full> {
+    fn insert(&mut self, key: &[u8], value: Value, expiry: Expiry) -> Result<(), Full> {
         let expires = match expiry {
             Expiry::At(moment) => Some(moment),
             Expiry::Never | Expiry::Kept => None,
         };
-        let key: Arc<[u8]> = key.into();
-        let entry = Entry { key: Arc::clone(&key), value, expires };
-        let slot = self.entries.insert(entry).ok_or(Full)?;
-        self.slots.insert(key, slot);
+        let Self { slots, entries, hasher, .. } = self;
+        let slot = entries.insert(Entry { key: key.into(), value, expires }).ok_or(Full)?;
+        let hash_of = |&slot: &u32| {
+            // Every slot that is in the table is taken.
+            entries.get(slot).map_or(0, |entry| hasher.hash_one(&entry.key[..]))
+        };
+        slots.insert_unique(hasher.hash_one(key), slot, hash_of);
         self.expiring.extend(expires.map(|moment| (moment, slot)));
         Ok(())
     }
@@ -263,7 +275,10 @@ impl Store {
     fn take_out(&mut self, slot: u32) {
         self.set_expires(slot, None);
         if let Some(entry) = self.entries.remove(slot) {
-            self.slots.remove(&entry.key);
+            let hash = self.hasher.hash_one(&entry.key[..]);
+            if let Ok(found) = self.slots.find_entry(hash, |&number| number == slot) {
+                found.remove();
+            }
         }
     }
 }
@@ -325,7 +340,11 @@ mod tests {
         assert_eq!(store.get(b"a"), None);
         store.set(b"a", b"1", Expiry::Never).unwrap();
         store.set(b"a", b"22", Expiry::Never).unwrap();
-        assert_eq!(store.get(b"a"), Some(&b"22"[..]));
+        let kept = store.get(b"a").cloned();
+        assert_eq!(kept.as_deref(), Some(&b"22"[..]));
+        store.set(b"a", b"33", Expiry::Never).unwrap();
+        assert_eq!(kept.as_deref(), Some(&b"22"[..]), "what is about to be sent stays as it was");
+        assert_eq!(store.get(b"a").map(|value| &value[..]), Some(&b"33"[..]));
         assert_eq!(store.len(), 1);
         assert!(store.remove(b"a") && !store.remove(b"a"));
         assert_eq!(store.len(), 0);
@@ -336,7 +355,7 @@ mod tests {
         let mut store = Store::new();
         assert_eq!(store.add(b"n", 5).unwrap(), Ok(5));
         assert_eq!(store.add(b"n", -7).unwrap(), Ok(-2));
-        assert_eq!(store.get(b"n"), Some(&b"-2"[..]));
+        assert_eq!(store.get(b"n").map(|value| &value[..]), Some(&b"-2"[..]));
         store.set(b"n", b"9223372036854775807", Expiry::Never).unwrap();
         assert_eq!(store.add(b"n", 1).unwrap(), Err(CountError::Overflow));
         store.set(b"n", b"1 ", Expiry::Never).unwrap();

@@ -6,6 +6,7 @@
 //! that are there, and again; it sleeps when none of that goes on. It goes on reading while it
 //! cannot write, since the server may do the same.
 
+use std::cell::RefCell;
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -23,6 +24,15 @@ use super::work::{Plan, Work};
 
 /// How much is read in one go: little enough to stay near the processor until it is verified.
 const BUFFER_LEN: usize = 64 << 10;
+
+/// What is read and not yet verified. Nothing stays in it, so all connections of an executor have
+/// the same one, which the processor keeps near.
+pub(crate) type ReadBuffer = Box<[u8]>;
+
+pub(crate) fn read_buffer() -> Rc<RefCell<ReadBuffer>> {
+    Rc::new(RefCell::new(vec![0; BUFFER_LEN].into()))
+}
+
 /// How many rounds are made at most before the other tasks of the executor get their turn.
 const ROUNDS: u32 = 64;
 
@@ -35,7 +45,7 @@ pub(crate) struct Connection {
     pace: Option<Pace>,
     tally: Tally,
     watch: Rc<Watch>,
-    buffer: Vec<u8>,
+    buffer: Rc<RefCell<ReadBuffer>>,
 }
 
 impl Connection {
@@ -46,6 +56,7 @@ impl Connection {
         values: Rc<Values>,
         latencies: Latencies,
         watch: Rc<Watch>,
+        buffer: Rc<RefCell<ReadBuffer>>,
     ) -> Self {
         let prefix = number as u32;
         Self {
@@ -57,7 +68,7 @@ impl Connection {
             pace: None,
             tally: Tally::new(latencies),
             watch,
-            buffer: vec![0; BUFFER_LEN],
+            buffer,
         }
     }
 
@@ -115,6 +126,7 @@ impl Connection {
     fn poll_lanes(&mut self, context: &mut Context<'_>) -> Result<bool, Failure> {
         let Self { lanes, format, tally, buffer, .. } = self;
         let outstanding = tally.outstanding;
+        let buffer = &mut **buffer.borrow_mut();
         let mut poll = || -> Result<bool, LaneFailure> {
             let mut has_moved = false;
             for lane in lanes.iter_mut().filter(|lane| !lane.is_idle()) {
@@ -151,7 +163,10 @@ impl Connection {
         let mut answer = Vec::new();
         lane.ask_info();
         watch.outstanding.set(1);
-        let text = poll_fn(|context| lane.poll_info(context, buffer, format, &mut answer)).await;
+        let text = poll_fn(|context| {
+            lane.poll_info(context, &mut buffer.borrow_mut(), format, &mut answer)
+        })
+        .await;
         watch.outstanding.set(0);
         let connection = self.number;
         text.map_err(|source| Failure::Lost { connection, outstanding: 1, source })

@@ -12,7 +12,7 @@ use glommio::net::{TcpStream, UnixStream};
 use hdrhistogram::Histogram;
 use shmipc_glommio::{Connector, Session};
 
-use super::connection::Connection;
+use super::connection::{Connection, read_buffer};
 use super::counts::Counts;
 use super::cpu::{self, Cpu};
 use super::crew::Shared;
@@ -21,6 +21,7 @@ use super::options::{Options, Target};
 use super::pace::Pace;
 use super::pipe::Pipe;
 use super::tally::{Latencies, Watch, latencies};
+use super::ticks::Ticks;
 use super::values::Values;
 use super::work::Plan;
 
@@ -83,10 +84,12 @@ impl Executor {
         shared.meet().await;
         let counts_before = Counts::of(&self.sessions);
         let started = Instant::now();
+        let ticks = (!options.tick.is_zero()).then(|| Ticks::start(started, options.tick));
         self.all(|number| {
+            let ticks = ticks.as_ref().map(|(ticks, _)| Rc::clone(ticks));
             let pace = options
                 .rate
-                .map(|rate| Pace::new(started, rate, options.tick, number, options.connections));
+                .map(|rate| Pace::new(started, rate, ticks, number, options.connections));
             (Plan::Mixed(options.share(options.requests, number)), pace)
         })
         .await?;
@@ -112,6 +115,7 @@ impl Executor {
     /// Opens the connections that are dealt to this executor.
     async fn connect(&mut self) -> Result<(), Failure> {
         let values = Rc::new(Values::new(self.options.seed, self.options.value));
+        let buffer = read_buffer();
         let mine = (self.number..self.options.connections).step_by(self.options.threads);
         for number in mine {
             let watch = Rc::new(Watch::new(number));
@@ -124,8 +128,9 @@ impl Executor {
             })?;
             watch.outstanding.set(0);
             let (values, latencies) = (Rc::clone(&values), Rc::clone(&self.latencies));
+            let buffer = Rc::clone(&buffer);
             let connection =
-                Connection::new(number, pipes, &self.options, values, latencies, watch);
+                Connection::new(number, pipes, &self.options, values, latencies, watch, buffer);
             self.connections.push(connection);
         }
         Ok(())

@@ -23,8 +23,8 @@ pub(crate) struct Lane {
 impl Lane {
     pub(crate) fn new(pipe: Pipe, depth: usize) -> Self {
         Self {
+            outgoing: Outgoing::new(pipe.copied_at_most()),
             pipe,
-            outgoing: Outgoing::default(),
             outstanding: VecDeque::with_capacity(depth),
             position: 0,
         }
@@ -52,9 +52,13 @@ impl Lane {
     ) -> io::Result<bool> {
         let mut has_moved = false;
         while !self.outgoing.is_empty() {
-            match self.pipe.poll_write(context, self.outgoing.next(format.values()))? {
+            let parts = self.outgoing.parts(format.values());
+            match self.pipe.poll_write(context, &parts)? {
                 Poll::Ready(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Poll::Ready(count) => self.outgoing.advance(count),
+                Poll::Ready(count) => {
+                    drop(parts);
+                    self.outgoing.advance(count);
+                }
                 Poll::Pending => break,
             }
             has_moved = true;

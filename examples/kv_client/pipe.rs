@@ -2,7 +2,7 @@
 //! What carries bytes to the server and back: a stream of a session, or a socket.
 
 use std::future::Future;
-use std::io;
+use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -28,16 +28,29 @@ pub(crate) struct Piece {
     pub(crate) has_more: bool,
 }
 
+/// Over shared memory a write takes all parts, so to copy them together first costs more than it
+/// saves, unless they are few. Over a socket it takes one.
+const COPIED_FOR_SHM: usize = 511;
+const COPIED_FOR_SOCKET: usize = 16 << 10;
+
 impl Pipe {
+    /// How long a value may be to be copied behind its command, so that both are one part.
+    pub(crate) fn copied_at_most(&self) -> usize {
+        match self {
+            Self::Shm { .. } => COPIED_FOR_SHM,
+            Self::Unix(_) | Self::Tcp(_) => COPIED_FOR_SOCKET,
+        }
+    }
+
     pub(crate) fn poll_write(
         &mut self,
         context: &mut Context<'_>,
-        bytes: &[u8],
+        parts: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         match self {
-            Self::Shm { stream, .. } => Pin::new(stream).poll_write(context, bytes),
-            Self::Unix(socket) => Pin::new(socket).poll_write(context, bytes),
-            Self::Tcp(socket) => Pin::new(socket).poll_write(context, bytes),
+            Self::Shm { stream, .. } => Pin::new(stream).poll_write_vectored(context, parts),
+            Self::Unix(socket) => Pin::new(socket).poll_write_vectored(context, parts),
+            Self::Tcp(socket) => Pin::new(socket).poll_write_vectored(context, parts),
         }
     }
 
