@@ -16,6 +16,7 @@ pub(super) struct Activity {
     /// How many of them are not timed, and when they were over.
     untimed_turns: Cell<u32>,
     idle_since: Cell<Instant>,
+    slept_at: Cell<Instant>,
     spin: SpinBudgets,
     /// What the present wait came after.
     waits_after: Cell<After>,
@@ -39,6 +40,9 @@ impl Activity {
     /// How many bytes the peer is given a nanosecond for, before the budget begins: it has to read
     /// them, and to write an answer that may be as long.
     const BYTES_PER_NANOSECOND: u64 = 16;
+    /// A sleep of less than so many full budgets is one that a wait might have bridged, if the
+    /// other side had not slept as well.
+    const FAR_TOO_LONG: u32 = 8;
     const MOST_PATIENCE: Duration = Duration::from_millis(1);
 
     pub(super) fn new() -> Self {
@@ -48,6 +52,7 @@ impl Activity {
             idle_turns: Cell::new(0),
             untimed_turns: Cell::new(Self::IDLE_TURNS),
             idle_since: Cell::new(Instant::now()),
+            slept_at: Cell::new(Instant::now()),
             spin: SpinBudgets::default(),
             waits_after: Cell::new(After::Receiving),
             unanswered: Cell::new(0),
@@ -70,15 +75,28 @@ impl Activity {
     /// Something came: after how long a wait, if it was one that the clock was looked at for?
     #[inline]
     pub(super) fn note_end_of_wait(&self, full: Duration, now: Instant) {
-        if self.idle_turns.get() >= self.untimed_turns.get() {
-            let waited = now.saturating_duration_since(self.idle_since.get());
-            self.spin.after(self.waits_after.get()).note_found(waited, full);
+        let turns = self.idle_turns.get();
+        if turns == 0 {
+            return;
         }
+        let budget = self.spin.after(self.waits_after.get());
+        if turns < self.untimed_turns.get() {
+            return budget.note_hope();
+        }
+        budget.note_found(now.saturating_duration_since(self.idle_since.get()), full);
     }
 
     /// Nothing came, and the session goes to sleep.
-    pub(super) fn note_sleep(&self) {
+    pub(super) fn note_sleep(&self, now: Instant) {
+        self.slept_at.set(now);
         self.spin.after(self.waits_after.get()).note_in_vain();
+    }
+
+    /// The session is looked at again.
+    pub(super) fn note_wake(&self, full: Duration) {
+        if self.slept_at.get().elapsed() < full.saturating_mul(Self::FAR_TOO_LONG) {
+            self.spin.after(self.waits_after.get()).note_hope();
+        }
     }
 
     /// Counts a turn that found nothing, and says whether there was nothing for as long as is left
@@ -108,7 +126,7 @@ impl Activity {
         let has_sent = self.unanswered.get() > 0;
         let after = if has_sent { After::Sending } else { After::Receiving };
         self.waits_after.set(after);
-        let is_in_vain = self.spin.after(after).is_least();
+        let is_in_vain = self.spin.after(after).is_hopeless();
         self.untimed_turns.set(if is_in_vain { Self::FEWEST_TURNS } else { Self::IDLE_TURNS });
     }
 }
