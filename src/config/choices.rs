@@ -152,8 +152,7 @@ pub enum Spin {
     /// Never: every message that meets a sleeping peer costs a wake-up, and an idle core sleeps.
     Never,
     /// For this long after the last traffic at most: less after waits that were in vain, down to a
-    /// sixteenth, and further when nothing has come in time for long, until a longer one finds
-    /// something again.
+    /// sixteenth, until a longer one finds something again.
     For(Duration),
     /// Always. The core never sleeps while the session lives.
     Forever,

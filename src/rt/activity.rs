@@ -13,10 +13,8 @@ pub(super) struct Activity {
     pub(super) will_rest: Cell<bool>,
     /// Turns in a row that found nothing.
     pub(super) idle_turns: Cell<u32>,
-    /// How many of them are not timed, and when they were over.
-    untimed_turns: Cell<u32>,
+    /// When the first [`Self::IDLE_TURNS`] of them were over.
     idle_since: Cell<Instant>,
-    slept_at: Cell<Instant>,
     spin: SpinBudgets,
     /// What the present wait came after.
     waits_after: Cell<After>,
@@ -33,16 +31,10 @@ impl Activity {
     /// So many turns that find nothing are not worth a look at the clock: a session that exchanges
     /// messages has them all the time.
     const IDLE_TURNS: u32 = 16;
-    /// They are when waits were in vain for so long that to wait costs more than to wake up now and
-    /// then.
-    const FEWEST_TURNS: u32 = 2;
 
     /// How many bytes the peer is given a nanosecond for, before the budget begins: it has to read
     /// them, and to write an answer that may be as long.
     const BYTES_PER_NANOSECOND: u64 = 16;
-    /// A sleep of less than so many full budgets is one that a wait might have bridged, if the
-    /// other side had not slept as well.
-    const FAR_TOO_LONG: u32 = 8;
     const MOST_PATIENCE: Duration = Duration::from_millis(1);
 
     pub(super) fn new() -> Self {
@@ -50,9 +42,7 @@ impl Activity {
             is_active: Cell::new(false),
             will_rest: Cell::new(false),
             idle_turns: Cell::new(0),
-            untimed_turns: Cell::new(Self::IDLE_TURNS),
             idle_since: Cell::new(Instant::now()),
-            slept_at: Cell::new(Instant::now()),
             spin: SpinBudgets::default(),
             waits_after: Cell::new(After::Receiving),
             unanswered: Cell::new(0),
@@ -75,28 +65,15 @@ impl Activity {
     /// Something came: after how long a wait, if it was one that the clock was looked at for?
     #[inline]
     pub(super) fn note_end_of_wait(&self, full: Duration, now: Instant) {
-        let turns = self.idle_turns.get();
-        if turns == 0 {
-            return;
+        if self.idle_turns.get() >= Self::IDLE_TURNS {
+            let waited = now.saturating_duration_since(self.idle_since.get());
+            self.spin.after(self.waits_after.get()).note_found(waited, full);
         }
-        let budget = self.spin.after(self.waits_after.get());
-        if turns < self.untimed_turns.get() {
-            return budget.note_hope();
-        }
-        budget.note_found(now.saturating_duration_since(self.idle_since.get()), full);
     }
 
     /// Nothing came, and the session goes to sleep.
-    pub(super) fn note_sleep(&self, now: Instant) {
-        self.slept_at.set(now);
+    pub(super) fn note_sleep(&self) {
         self.spin.after(self.waits_after.get()).note_in_vain();
-    }
-
-    /// The session is looked at again.
-    pub(super) fn note_wake(&self, full: Duration) {
-        if self.slept_at.get().elapsed() < full.saturating_mul(Self::FAR_TOO_LONG) {
-            self.spin.after(self.waits_after.get()).note_hope();
-        }
     }
 
     /// Counts a turn that found nothing, and says whether there was nothing for as long as is left
@@ -104,30 +81,18 @@ impl Activity {
     pub(super) fn is_idle(&self, full: Duration, now: Instant) -> bool {
         let turns = self.idle_turns.get().saturating_add(1);
         self.idle_turns.set(turns);
-        if turns == 1 {
-            self.begin_wait();
-        }
-        let untimed = self.untimed_turns.get();
-        if turns <= untimed {
-            if turns == untimed {
+        if turns <= Self::IDLE_TURNS {
+            if turns == Self::IDLE_TURNS {
+                let has_sent = self.unanswered.get() > 0;
+                self.waits_after.set(if has_sent { After::Sending } else { After::Receiving });
                 self.idle_since.set(Instant::now());
             }
             return false;
         }
         let patience = Duration::from_nanos(self.unanswered.get() / Self::BYTES_PER_NANOSECOND);
-        let full = full.saturating_add(patience.min(Self::MOST_PATIENCE));
         let budget = self.spin.after(self.waits_after.get()).of(full);
+        let budget = budget.saturating_add(patience.min(Self::MOST_PATIENCE));
         now.saturating_duration_since(self.idle_since.get()) >= budget
-    }
-
-    /// The first turn that found nothing.
-    #[inline]
-    fn begin_wait(&self) {
-        let has_sent = self.unanswered.get() > 0;
-        let after = if has_sent { After::Sending } else { After::Receiving };
-        self.waits_after.set(after);
-        let is_in_vain = self.spin.after(after).is_hopeless();
-        self.untimed_turns.set(if is_in_vain { Self::FEWEST_TURNS } else { Self::IDLE_TURNS });
     }
 }
 

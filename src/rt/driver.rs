@@ -121,7 +121,7 @@ impl SessionInner {
         match result {
             Ok(true) => {
                 self.activity.in_place.credit.set(0);
-                self.activity.note_sleep(now);
+                self.activity.note_sleep();
                 self.counters.sleeps.add(1);
                 self.poller.rest_soon(self);
                 Stay::Asleep

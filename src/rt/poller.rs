@@ -35,7 +35,6 @@ use super::tasks::TaskSet;
 use super::ticks::Ticks;
 use super::wakers::WakerSlot;
 use super::watch::Watch;
-use crate::config::Spin;
 
 /// How often queues are looked at when tasks wait for a peer that has not moved for a while.
 const WAITING_INTERVAL: Duration = Duration::from_micros(100);
@@ -179,9 +178,6 @@ impl Poller {
             session.lanes.consumer.borrow().set_working();
             session.lanes.manager.set_resting(false);
             session.activity.idle_turns.set(0);
-            if let Spin::For(full) = session.config.spin {
-                session.activity.note_wake(full);
-            }
             self.active.borrow_mut().push(Rc::clone(session));
             self.task.wake();
         }

@@ -11,9 +11,6 @@
 //! Once both sides sleep after every message, each sees nothing but the time that the other takes
 //! to wake up, and neither would find out that its peer answers at once. So now and then one of
 //! the waits is as long as it may be: when it meets the answer, the other side is met awake too.
-//!
-//! When the sleep behind each wait is many times as long as a budget could be, again and again, the
-//! peer is one that a clock drives, and what is left of the budget is cut once more.
 
 use std::cell::Cell;
 use std::time::Duration;
@@ -50,8 +47,6 @@ pub(super) struct SpinBudget {
     halved: Cell<u32>,
     /// How often it was spent in vain.
     in_vain: Cell<u32>,
-    /// How often in a row nothing came for long after it, either.
-    in_a_row: Cell<u32>,
 }
 
 impl SpinBudget {
@@ -59,10 +54,6 @@ impl SpinBudget {
     const MOST_HALVED: u32 = 4;
     /// Of so many waits in vain one is as long as it may be.
     const PROBE: u32 = 64;
-    /// After so many that were not nearly long enough, nothing that comes soon is expected.
-    const HOPELESS: u32 = 4 * Self::PROBE;
-    /// How many times more it is halved then.
-    const HALVED_MORE: u32 = 2;
 
     /// How long this wait may be, of a budget that is `full` at most.
     #[inline]
@@ -70,27 +61,12 @@ impl SpinBudget {
         if self.in_vain.get() % Self::PROBE == Self::PROBE - 1 {
             return full;
         }
-        let more = if self.is_hopeless() { Self::HALVED_MORE } else { 0 };
-        full / (1 << (self.halved.get() + more))
-    }
-
-    /// Whether nothing has come in time for so long that each wait costs more than it can save.
-    #[inline]
-    pub(super) fn is_hopeless(&self) -> bool {
-        self.in_a_row.get() >= Self::HOPELESS
-    }
-
-    /// Something came before the wait was worth a look at the clock, or so soon after it that one
-    /// of the next may be long enough.
-    #[inline]
-    pub(super) fn note_hope(&self) {
-        self.in_a_row.set(0);
+        full / (1 << self.halved.get())
     }
 
     /// Something came after such a wait.
     #[inline]
     pub(super) fn note_found(&self, waited: Duration, full: Duration) {
-        self.in_a_row.set(0);
         while self.halved.get() > 0 && full / (1 << self.halved.get()) < waited.saturating_mul(2) {
             self.halved.set(self.halved.get() - 1);
         }
@@ -99,7 +75,6 @@ impl SpinBudget {
     /// Nothing came, and the session goes to sleep.
     pub(super) fn note_in_vain(&self) {
         self.in_vain.set(self.in_vain.get().wrapping_add(1));
-        self.in_a_row.set(self.in_a_row.get().saturating_add(1));
         self.halved.set((self.halved.get() + 1).min(Self::MOST_HALVED));
     }
 }
@@ -128,25 +103,17 @@ mod tests {
     }
 
     #[test]
-    fn one_wait_of_many_is_full_and_hope_ends_when_none_of_them_helps() {
+    fn one_wait_of_many_is_full() {
         let budget = SpinBudget::default();
+        (0..10).for_each(|_| budget.note_in_vain());
         let waits: Vec<_> = (0..640)
             .map(|_| {
-                let wait = micros(&budget);
                 budget.note_in_vain();
-                wait
+                micros(&budget)
             })
             .collect();
-        assert_eq!(waits.iter().filter(|&&wait| wait == 64).count(), 1 + 10);
-        assert_eq!(waits[4..256].iter().filter(|&&wait| wait == 4).count(), 252 - 4);
-        assert_eq!(waits[256..].iter().filter(|&&wait| wait == 1).count(), 384 - 6);
-        assert!(budget.is_hopeless());
-        budget.note_hope();
-        assert_eq!(micros(&budget), 4);
-        (0..256).for_each(|_| budget.note_in_vain());
-        assert!(budget.is_hopeless());
-        budget.note_found(Duration::from_micros(5), FULL);
-        assert_eq!(micros(&budget), 16);
+        assert_eq!(waits.iter().filter(|&&wait| wait == 64).count(), 10);
+        assert_eq!(waits.iter().filter(|&&wait| wait == 4).count(), 630);
     }
 
     #[test]
@@ -173,10 +140,7 @@ mod tests {
     fn it_counts_for_ever() {
         let budget = SpinBudget::default();
         budget.in_vain.set(u32::MAX);
-        budget.in_a_row.set(u32::MAX);
         budget.note_in_vain();
-        assert_eq!(budget.in_a_row.get(), u32::MAX);
-        budget.note_hope();
         assert_eq!(micros(&budget), 32);
     }
 }
