@@ -5,7 +5,8 @@
 //! are given back. But one that wakes up a moment later, as most do that a clock drives, has given
 //! them for nothing: it has to take as many again, and to take a slice is to read a line that the
 //! peer has written. So that is done only to sessions that stay asleep, by one task for all of a
-//! core. Until then the peer has to do without an eighth of each list, as while they are awake.
+//! core. Until then the peer has to do without what they hold, an eighth or a quarter of each list
+//! at most, as while they are awake.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;

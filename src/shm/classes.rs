@@ -188,11 +188,14 @@ impl Class {
     pub(super) fn take<M: Memory>(&self, memory: &M, want: usize) -> Result<Batch, MemoryError> {
         let list = self.list();
         let head = match &self.taker {
-            Taker::Shared(list) => list.head(memory)?,
-            Taker::Alone(popper) => popper.head(),
+            Taker::Shared(list) => list.head(memory),
+            Taker::Alone(popper) => Ok(popper.head()),
         };
-        let free = usize::try_from(list.free(memory)).unwrap_or_default();
-        self.scout.prefetch(memory, list, list.checked_place("list head", head)?, want.min(free));
+        // For a guess only: what is wrong with the head is found, and named, by the take itself.
+        if let Ok(head) = head.and_then(|head| list.checked_place("list head", head)) {
+            let free = usize::try_from(list.free(memory)).unwrap_or_default();
+            self.scout.prefetch(memory, list, head, want.min(free));
+        }
         let batch = match &self.taker {
             Taker::Shared(list) => list.take(memory, want),
             Taker::Alone(popper) => popper.take(memory, want),
