@@ -151,8 +151,10 @@ impl Wakeup {
 pub enum Spin {
     /// Never: every message that meets a sleeping peer costs a wake-up, and an idle core sleeps.
     Never,
-    /// For this long after the last traffic at most: less after waits that were in vain, down to a
-    /// sixteenth, until a longer one finds something again.
+    /// For this long after the last traffic at most, which is also what a wake-up is taken to cost:
+    /// each session remembers how long its last waits were, and polls for as long as would have
+    /// cost it least. So it does not poll at all when nothing comes within this time anyway, but
+    /// for one wait of 64, since peers change.
     For(Duration),
     /// Always. The core never sleeps while the session lives.
     Forever,

@@ -18,6 +18,10 @@ pub(super) struct Activity {
     spin: SpinBudgets,
     /// What the present wait came after.
     waits_after: Cell<After>,
+    /// How long it may be.
+    budget: Cell<Duration>,
+    /// Whether the session went to sleep over it.
+    has_slept: Cell<bool>,
     /// Bytes sent since something came.
     unanswered: Cell<u64>,
     /// How many events came together the last time.
@@ -45,6 +49,8 @@ impl Activity {
             idle_since: Cell::new(Instant::now()),
             spin: SpinBudgets::default(),
             waits_after: Cell::new(After::Receiving),
+            budget: Cell::new(Duration::ZERO),
+            has_slept: Cell::new(false),
             unanswered: Cell::new(0),
             last_batch: Cell::new(0),
             waiting_readers: Cell::new(0),
@@ -65,34 +71,54 @@ impl Activity {
     /// Something came: after how long a wait, if it was one that the clock was looked at for?
     #[inline]
     pub(super) fn note_end_of_wait(&self, full: Duration, now: Instant) {
-        if self.idle_turns.get() >= Self::IDLE_TURNS {
+        if self.has_slept.get() || self.idle_turns.get() >= Self::IDLE_TURNS {
             let waited = now.saturating_duration_since(self.idle_since.get());
-            self.spin.after(self.waits_after.get()).note_found(waited, full);
+            let budget = self.spin.after(self.waits_after.get());
+            if self.has_slept.take() {
+                budget.note_woken(self.budget.get(), waited, full);
+            } else {
+                budget.note_found(waited, full);
+            }
+        }
+    }
+
+    /// This side has sent something, or was woken for something else, before anything came.
+    #[inline]
+    pub(super) fn note_wait_given_up(&self) {
+        if self.has_slept.take() {
+            self.spin.after(self.waits_after.get()).note_in_vain();
         }
     }
 
     /// Nothing came, and the session goes to sleep.
     pub(super) fn note_sleep(&self) {
-        self.spin.after(self.waits_after.get()).note_in_vain();
+        self.has_slept.set(true);
     }
 
     /// Counts a turn that found nothing, and says whether there was nothing for as long as is left
     /// of the budget, and as long as the peer needs for what it was sent.
+    #[inline]
     pub(super) fn is_idle(&self, full: Duration, now: Instant) -> bool {
         let turns = self.idle_turns.get().saturating_add(1);
         self.idle_turns.set(turns);
         if turns <= Self::IDLE_TURNS {
             if turns == Self::IDLE_TURNS {
-                let has_sent = self.unanswered.get() > 0;
-                self.waits_after.set(if has_sent { After::Sending } else { After::Receiving });
-                self.idle_since.set(Instant::now());
+                self.begin_wait(full);
             }
             return false;
         }
-        let patience = Duration::from_nanos(self.unanswered.get() / Self::BYTES_PER_NANOSECOND);
-        let budget = self.spin.after(self.waits_after.get()).of(full);
-        let budget = budget.saturating_add(patience.min(Self::MOST_PATIENCE));
-        now.saturating_duration_since(self.idle_since.get()) >= budget
+        now.saturating_duration_since(self.idle_since.get()) >= self.budget.get()
+    }
+
+    fn begin_wait(&self, full: Duration) {
+        self.note_wait_given_up();
+        let unanswered = self.unanswered.get();
+        let after = if unanswered > 0 { After::Sending } else { After::Receiving };
+        let patience = Duration::from_nanos(unanswered / Self::BYTES_PER_NANOSECOND);
+        let budget = self.spin.after(after).of(full);
+        self.waits_after.set(after);
+        self.budget.set(budget.saturating_add(patience.min(Self::MOST_PATIENCE)));
+        self.idle_since.set(Instant::now());
     }
 }
 

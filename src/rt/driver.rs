@@ -83,6 +83,9 @@ impl SessionInner {
         self.wake_waiting(now);
         let sent = self.lanes.must_look.get();
         self.flush_queue();
+        if sent {
+            self.activity.note_wait_given_up();
+        }
         let stay = self.stay(now, moved || sent);
         // Last, since slices go back when the session comes to rest, too.
         let is_lost = || self.lanes.are_lost().then_some(MemoryError::Lost);
