@@ -13,7 +13,8 @@ pub(super) struct Activity {
     pub(super) will_rest: Cell<bool>,
     /// Turns in a row that found nothing.
     pub(super) idle_turns: Cell<u32>,
-    /// When the first [`Self::IDLE_TURNS`] of them were over.
+    /// When the first [`Self::IDLE_TURNS`] of them were over, and the peer can have read what it
+    /// was sent.
     idle_since: Cell<Instant>,
     spin: SpinBudgets,
     /// What the present wait came after.
@@ -35,6 +36,8 @@ impl Activity {
     /// So many turns that find nothing are not worth a look at the clock: a session that exchanges
     /// messages has them all the time.
     const IDLE_TURNS: u32 = 16;
+    /// So many are enough when it is not worth a look at the queue either.
+    const IDLE_TURNS_AT_LEAST: u32 = 4;
 
     /// How many bytes the peer is given a nanosecond for, before the budget begins: it has to read
     /// them, and to write an answer that may be as long.
@@ -95,14 +98,17 @@ impl Activity {
         self.has_slept.set(true);
     }
 
-    /// Counts a turn that found nothing, and says whether there was nothing for as long as is left
-    /// of the budget, and as long as the peer needs for what it was sent.
+    /// Counts a turn that found nothing, and says whether there was nothing for as long as it is
+    /// worth to wait, after the time that the peer needs for what it was sent.
     #[inline]
     pub(super) fn is_idle(&self, full: Duration, now: Instant) -> bool {
         let turns = self.idle_turns.get().saturating_add(1);
         self.idle_turns.set(turns);
         if turns <= Self::IDLE_TURNS {
-            if turns == Self::IDLE_TURNS {
+            if turns == Self::IDLE_TURNS
+                || (turns == Self::IDLE_TURNS_AT_LEAST && self.spin.after(self.after()).is_none())
+            {
+                self.idle_turns.set(Self::IDLE_TURNS);
                 self.begin_wait(full);
             }
             return false;
@@ -110,15 +116,17 @@ impl Activity {
         now.saturating_duration_since(self.idle_since.get()) >= self.budget.get()
     }
 
+    fn after(&self) -> After {
+        if self.unanswered.get() > 0 { After::Sending } else { After::Receiving }
+    }
+
     fn begin_wait(&self, full: Duration) {
         self.note_wait_given_up();
-        let unanswered = self.unanswered.get();
-        let after = if unanswered > 0 { After::Sending } else { After::Receiving };
-        let patience = Duration::from_nanos(unanswered / Self::BYTES_PER_NANOSECOND);
-        let budget = self.spin.after(after).of(full);
+        let after = self.after();
+        let patience = Duration::from_nanos(self.unanswered.get() / Self::BYTES_PER_NANOSECOND);
         self.waits_after.set(after);
-        self.budget.set(budget.saturating_add(patience.min(Self::MOST_PATIENCE)));
-        self.idle_since.set(Instant::now());
+        self.budget.set(self.spin.after(after).of(full));
+        self.idle_since.set(Instant::now() + patience.min(Self::MOST_PATIENCE));
     }
 }
 

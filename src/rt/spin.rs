@@ -88,10 +88,21 @@ impl SpinBudget {
 
     /// How long the next wait may be, of a budget that is `full` at most.
     pub(super) fn of(&self, full: Duration) -> Duration {
-        if self.count.get() % Self::PROBE == Self::PROBE - 1 {
+        if self.is_probe() {
             return full;
         }
         part(full, self.within.get())
+    }
+
+    /// Whether the next wait is not worth a look.
+    #[inline]
+    pub(super) fn is_none(&self) -> bool {
+        self.within.get() == 0 && !self.is_probe()
+    }
+
+    #[inline]
+    fn is_probe(&self) -> bool {
+        self.count.get() % Self::PROBE == Self::PROBE - 1
     }
 
     /// Something came while this side looked for it.
