@@ -19,6 +19,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use shmipc_glommio::{Config, ProtocolVersion};
 
 use responder::store::{Fault, SharedStore};
 use responder::{IsMine, Shards, Wrong};
@@ -62,7 +63,8 @@ impl Server {
                 let both: [IsMine; 2] = [|key| shard_of(key, 2) == 0, |key| shard_of(key, 2) == 1];
                 let numbered = |number| directory.join(format!("kv.sock.{number}"));
                 let at = (0..2).map(|number| (numbered(number), both[number]));
-                shards = Some(Shards::start(at.collect(), &store, wrong));
+                let config = Config::default();
+                shards = Some(Shards::start(&config, at.collect(), &store, wrong));
                 format!("--shm {}", path.display())
             }
             Transport::Unix => {
@@ -74,12 +76,13 @@ impl Server {
         Self { address, store, directory, _shards: shards }
     }
 
-    /// A server that has one shard at the path itself, as foreign ones do.
+    /// A server that has one shard at the path itself, and version 3, as foreign ones do.
     fn foreign() -> Self {
         let (store, directory) = (SharedStore::default(), directory());
         let path = directory.join("kv.sock");
         let address = format!("--shm {}", path.display());
-        let shards = Shards::start(vec![(path, |_| true)], &store, None);
+        let config = Config::builder().accepted_protocol(ProtocolVersion::V3).build().unwrap();
+        let shards = Shards::start(&config, vec![(path, |_| true)], &store, None);
         Self { address, store, directory, _shards: Some(shards) }
     }
 
@@ -223,11 +226,30 @@ fn a_foreign_server_has_one_shard() {
     let server = Server::foreign();
     let report = server.measure(3000, "--depth 4 --connections 3 --spin 0");
     assert_eq!(report["shards"], 1, "{report}");
+    assert_eq!((&report["protocol"], &report["wakeup"]), (&3.into(), &"socket".into()), "{report}");
     for name in ["sync_events_sent", "fallback_sent", "fallback_received", "queue_full"] {
         assert!(report[name].is_u64(), "{name}: {report}");
     }
     // Nobody polls here, so somebody has to wake the server.
     assert!(report["sync_events_sent"].as_u64().unwrap() > 0, "{report}");
+}
+
+#[test]
+fn what_is_agreed_on_is_reported() {
+    let server = Server::right(Transport::Shm);
+    let cases = [
+        ("", 4, "eventfd"),
+        ("--protocol 3", 3, "socket"),
+        ("--wakeup socket", 4, "socket"),
+        ("--protocol 4 --wakeup polling:200", 4, "polling:200"),
+    ];
+    for (arguments, protocol, wakeup) in cases {
+        let report = server.measure(200, arguments);
+        assert_eq!(report["protocol"], protocol, "{arguments}: {report}");
+        assert_eq!(report["wakeup"], wakeup, "{arguments}: {report}");
+    }
+    let report = Server::right(Transport::Unix).measure(200, "");
+    assert!(report["protocol"].is_null() && report["wakeup"].is_null(), "{report}");
 }
 
 #[test]
@@ -261,10 +283,14 @@ fn the_seed_decides() {
 fn requests_come_at_their_rate() {
     for transport in ALL {
         let server = Server::right(transport);
-        let report = server.measure(400, "--rate 2000 --connections 2 --depth 8 --keys 10");
-        // The last one is due that late; how much later it is sent is for nobody to say.
-        assert!(report["seconds"].as_f64().unwrap() > 399.0 / 2000.0 - 1e-6, "{report}");
-        assert_eq!(report["rate"], 2000.0, "{report}");
+        for (tick, micros) in [("", 1000), ("--tick 0", 0), ("--tick 7000", 7000)] {
+            let arguments = format!("--rate 2000 --connections 2 --depth 8 --keys 10 {tick}");
+            let report = server.measure(400, &arguments);
+            // The last one is due that late; how much later it is sent is for nobody to say.
+            assert!(report["seconds"].as_f64().unwrap() > 399.0 / 2000.0 - 1e-6, "{report}");
+            assert_eq!(report["rate"], 2000.0, "{report}");
+            assert_eq!(report["tick_us"], micros, "{report}");
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What sessions count while it is measured, all of them together.
 
-use shmipc_glommio::{Session, SessionStats};
+use shmipc_glommio::{ProtocolVersion, Session, SessionStats, Wakeup};
 
 /// One that is reported, and its name.
 type Reported = (&'static str, fn(&SessionStats) -> u64);
@@ -19,6 +19,9 @@ const REPORTED: [Reported; 6] = [
 pub(crate) struct Counts {
     /// How many shards each connection reaches.
     pub(crate) shards: usize,
+    /// What was agreed on with them.
+    pub(crate) protocol: Option<ProtocolVersion>,
+    pub(crate) wakeup: Option<Wakeup>,
     sums: [u64; REPORTED.len()],
 }
 
@@ -27,7 +30,13 @@ impl Counts {
     pub(crate) fn of(sessions: &[Session]) -> Self {
         let stats: Vec<_> = sessions.iter().map(Session::stats).collect();
         let sums = REPORTED.map(|(_, count)| stats.iter().map(count).sum());
-        Self { shards: sessions.len(), sums }
+        let first = sessions.first();
+        Self {
+            shards: sessions.len(),
+            protocol: first.map(Session::protocol),
+            wakeup: first.map(Session::wakeup),
+            sums,
+        }
     }
 
     pub(crate) fn since(mut self, before: &Self) -> Self {

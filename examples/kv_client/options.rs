@@ -20,13 +20,14 @@ usage: kv_client --shm PATH | --unix PATH | --tcp ADDRESS [OPTION]…
   --keys N           keys of each connection (1000)
   --reads PERCENT    how many of the requests are GET, the others are SET (80)
   --rate R           requests per second in all, sent when they are due (as many as answered)
-  --tick MICROS      requests of a rate come together, each time that so much has passed (0)
+  --tick MICROS      requests of a rate come together, each time that so much has passed; with 0
+                     each comes at its own time, as far as timers can (1000, as with wrk2)
   --threads N        executors that the connections are dealt to (1)
   --cores LIST       processors for the executors, as 0,2 or 0-3 (any)
   --spin MICROS      how long a session polls after its last traffic (the library's default)
-  --protocol 3|4     version of the protocol, over shared memory (3)
+  --protocol 3|4     version of the protocol, over shared memory (4, or else what the server has)
   --wakeup socket|eventfd|polling:MICROS
-                     how the sides wake each other; others than socket with version 4 (socket)
+                     how the sides wake each other; with version 3 by socket only (eventfd)
   --pool BYTES       buffer memory of a session (the library's default)
   --seed N           which operations, keys and values (1)
   --warmup N         requests before those that are measured (0)
@@ -83,7 +84,8 @@ pub(crate) struct Options {
     pub(crate) cores: Vec<usize>,
     pub(crate) spin: Option<Spin>,
     pub(crate) version: ProtocolVersion,
-    pub(crate) wakeup: Wakeup,
+    /// If it was asked for.
+    pub(crate) wakeup: Option<Wakeup>,
     pub(crate) pool: Option<u64>,
     pub(crate) seed: u64,
     pub(crate) warmup: u64,
@@ -131,12 +133,12 @@ impl Options {
             keys: 1000,
             reads: 80,
             rate: None,
-            tick: Duration::ZERO,
+            tick: Duration::from_millis(1),
             threads: 1,
             cores: Vec::new(),
             spin: None,
-            version: ProtocolVersion::V3,
-            wakeup: Wakeup::Socket,
+            version: ProtocolVersion::V4,
+            wakeup: None,
             pool: None,
             seed: 1,
             warmup: 0,
@@ -167,7 +169,7 @@ impl Options {
                 });
             }
             "protocol" => self.version = parser.value()?.parse_with(protocol::protocol_version)?,
-            "wakeup" => self.wakeup = parser.value()?.parse_with(protocol::wakeup)?,
+            "wakeup" => self.wakeup = Some(parser.value()?.parse_with(protocol::wakeup)?),
             "pool" => self.pool = Some(number(1, u64::from(u32::MAX))?),
             "seed" => self.seed = number(0, u64::MAX)?,
             "warmup" => self.warmup = number(0, u64::MAX / 2)?,
@@ -189,7 +191,12 @@ impl Options {
 
     /// How sessions are set up.
     pub(crate) fn config(&self) -> Result<Config, shmipc_glommio::ConfigError> {
-        let mut builder = Config::builder().protocol(self.version).wakeup(self.wakeup);
+        let by_version = match self.version {
+            ProtocolVersion::V4 => Wakeup::EventFd,
+            _ => Wakeup::Socket,
+        };
+        let wakeup = self.wakeup.unwrap_or(by_version);
+        let mut builder = Config::builder().protocol(self.version).wakeup(wakeup);
         if let Some(spin) = self.spin {
             builder = builder.spin(spin);
         }

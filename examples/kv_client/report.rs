@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use shmipc_glommio::{ProtocolVersion, Wakeup};
 
 use super::crew::Outcome;
 use super::failure::Failure;
@@ -32,6 +33,8 @@ pub(crate) fn success(options: &Options, outcome: &Outcome) -> Value {
         "client_cpu_ns_per_request": client.map(per_request),
         "server_cpu_ns_per_request": server.map(per_request),
         "shards": outcome.counts.map(|counts| counts.shards),
+        "protocol": outcome.counts.and_then(|counts| counts.protocol).map(ProtocolVersion::as_u8),
+        "wakeup": outcome.counts.and_then(|counts| counts.wakeup).map(wakeup),
         "connections": options.connections,
         "depth": options.depth,
         "value": options.value,
@@ -44,6 +47,16 @@ pub(crate) fn success(options: &Options, outcome: &Outcome) -> Value {
         report.extend(counts.named().map(|(name, count)| (name.to_owned(), count.into())));
     }
     report
+}
+
+fn wakeup(wakeup: Wakeup) -> String {
+    match wakeup {
+        Wakeup::Socket => "socket".to_owned(),
+        Wakeup::EventFd => "eventfd".to_owned(),
+        Wakeup::Polling(interval) => format!("polling:{}", interval.as_micros()),
+        // A way that this client never asks for.
+        other => format!("{other:?}"),
+    }
 }
 
 pub(crate) fn failure(options: &Options, failure: &Failure) -> Value {

@@ -69,16 +69,21 @@ pub(crate) struct Shards {
 }
 
 impl Shards {
-    pub(crate) fn start(shards: Vec<(PathBuf, IsMine)>, store: &SharedStore, wrong: Wrong) -> Self {
+    pub(crate) fn start(
+        config: &Config,
+        shards: Vec<(PathBuf, IsMine)>,
+        store: &SharedStore,
+        wrong: Wrong,
+    ) -> Self {
         let (stop, stopped) = mpsc::channel();
         let (ready, is_ready) = mpsc::channel();
-        let store = store.clone();
+        let (config, store) = (config.clone(), store.clone());
         let thread = thread::spawn(move || {
             let executor = glommio::LocalExecutorBuilder::default().make().unwrap();
             executor.run(async move {
                 let mut serving = Vec::new();
                 for (path, is_mine) in shards {
-                    let listener = Listener::bind(path, Config::default()).unwrap();
+                    let listener = Listener::bind(path, config.clone()).unwrap();
                     let store = store.clone();
                     let answering = move || Answering::new(store.clone(), wrong, is_mine);
                     serving.push(glommio::spawn_local(accept(listener, answering)));
