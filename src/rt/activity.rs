@@ -9,6 +9,10 @@ use super::spin::{After, SpinBudgets};
 /// Whether the core's poller looks at this session, and since when it found nothing.
 pub(super) struct Activity {
     pub(super) is_active: Cell<bool>,
+    /// Whether it has no turns, but is looked at beside those that have.
+    pub(super) keeps_company: Cell<bool>,
+    /// How often it has stopped having turns.
+    pub(super) retirements: Cell<u64>,
     /// Whether its magazines will be emptied if it stays asleep.
     pub(super) will_rest: Cell<bool>,
     /// Turns in a row that found nothing.
@@ -47,6 +51,8 @@ impl Activity {
     pub(super) fn new() -> Self {
         Self {
             is_active: Cell::new(false),
+            keeps_company: Cell::new(false),
+            retirements: Cell::new(0),
             will_rest: Cell::new(false),
             idle_turns: Cell::new(0),
             idle_since: Cell::new(Instant::now()),
@@ -93,9 +99,16 @@ impl Activity {
         }
     }
 
-    /// Nothing came, and the session goes to sleep.
-    pub(super) fn note_sleep(&self) {
+    /// Nothing came, and the session is not looked at any more, or less.
+    pub(super) fn note_retired(&self) {
+        self.in_place.credit.set(0);
         self.has_slept.set(true);
+        self.retirements.set(self.retirements.get() + 1);
+    }
+
+    /// It was looked at all the time after all, and something came.
+    pub(super) fn note_looked_on(&self) {
+        self.budget.set(Duration::MAX);
     }
 
     /// Counts a turn that found nothing, and says whether there was nothing for as long as it is

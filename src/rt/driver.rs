@@ -42,8 +42,10 @@ pub(super) enum Stay {
     Busy,
     /// Tasks wait for the peer, which tells nobody when it makes room.
     Waiting,
-    /// It sleeps until its socket or its doorbell wakes it.
-    Asleep,
+    /// Its spin budget is over.
+    Idle,
+    /// It has ended.
+    Over,
 }
 
 impl SessionInner {
@@ -93,14 +95,14 @@ impl SessionInner {
             None => stay,
             Some(error) => {
                 self.fail(error.into());
-                Stay::Asleep
+                Stay::Over
             }
         }
     }
 
     fn stay(self: &Rc<Self>, now: Instant, had_traffic: bool) -> Stay {
         if self.is_over() {
-            return Stay::Asleep;
+            return Stay::Over;
         }
         let spins = match self.config.spin {
             Spin::Never => had_traffic,
@@ -120,21 +122,25 @@ impl SessionInner {
         if somebody_waits || is_paused || self.credit.has_kept() || self.has_kept_closes() {
             return Stay::Waiting;
         }
+        self.activity.note_retired();
+        Stay::Idle
+    }
+
+    /// Says that nobody looks at the queue any more, until the socket or the doorbell wakes this
+    /// side. `false`: something came meanwhile.
+    pub(super) fn fall_asleep(self: &Rc<Self>) -> bool {
         let result = self.lanes.consumer.borrow_mut().try_sleep();
         match result {
-            Ok(true) => {
-                self.activity.in_place.credit.set(0);
-                self.activity.note_sleep();
-                self.counters.sleeps.add(1);
-                self.poller.rest_soon(self);
-                Stay::Asleep
-            }
-            Ok(false) => Stay::Busy,
-            Err(error) => {
-                self.fail(error.into());
-                Stay::Asleep
-            }
+            Ok(true) => self.counters.sleeps.add(1),
+            Ok(false) => return false,
+            Err(error) => self.fail(error.into()),
         }
+        true
+    }
+
+    /// Whether it may be looked at when it has nothing to do.
+    pub(super) fn may_be_looked_at(&self) -> bool {
+        self.config.spin != Spin::Never
     }
 
     /// Takes up to `limit` events from the queue. Gives how many there were.

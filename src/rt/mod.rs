@@ -11,6 +11,7 @@
 //!   not go over it yet.
 //! - [`doorbell`]: how a peer is woken otherwise than by the socket.
 //! - [`poller`]: the one task per core that polls the queues of active sessions.
+//! - [`company`]: sessions without traffic beside some that have it.
 //! - [`ticks`]: a look at the queues of sessions that nobody wakes.
 //! - [`rests`]: what sleeping sessions give back.
 //! - [`watch`]: a look at all sessions from time to time, for peers that have stopped.
@@ -33,6 +34,7 @@ mod admission;
 mod backoff;
 mod client;
 mod client_builder;
+mod company;
 mod connector;
 mod cores;
 mod credit;

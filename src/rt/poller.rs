@@ -3,7 +3,8 @@
 //!
 //! A pass gives every active session a turn and then yields the whole task queue, so that the tasks
 //! it woke run. Sessions whose spin budget is over leave the list; the socket's reader, or the next
-//! send, brings them back. When the list is empty the task sleeps, and costs nothing.
+//! send, brings them back. While there are others to spin for, they [keep company](super::company)
+//! to those. When the list is empty the task sleeps, and costs nothing.
 //!
 //! A task that is always runnable starves io_uring: glommio looks at its rings only when a timer of
 //! 100 ms fires. So while the poller spins it makes that happen itself, at a fixed small interval,
@@ -27,6 +28,7 @@ use std::time::{Duration, Instant};
 use futures_lite::future::{or, poll_fn, yield_now};
 use glommio::{Latency, Shares, TaskQueueHandle};
 
+use super::company::Company;
 use super::driver::Stay;
 use super::rests::Rests;
 use super::session::SessionInner;
@@ -85,6 +87,9 @@ pub(super) struct Poller {
     executor: usize,
     queue: TaskQueueHandle,
     active: RefCell<Vec<Rc<SessionInner>>>,
+    company: Company,
+    /// Those that have become idle in this pass.
+    idle: RefCell<Vec<Rc<SessionInner>>>,
     task: WakerSlot,
     /// Its own, and those beside it.
     tasks: TaskSet,
@@ -116,6 +121,8 @@ impl Poller {
             executor,
             queue,
             active: RefCell::default(),
+            company: Company::default(),
+            idle: RefCell::default(),
             task: WakerSlot::default(),
             tasks: TaskSet::default(),
             watch: Watch::default(),
@@ -175,7 +182,9 @@ impl Poller {
     /// Puts a session among the active ones.
     pub(super) fn activate(&self, session: &Rc<SessionInner>) {
         if !session.activity.is_active.replace(true) {
-            session.lanes.consumer.borrow().set_working();
+            if !session.activity.keeps_company.take() {
+                session.lanes.consumer.borrow().set_working();
+            }
             session.lanes.manager.set_resting(false);
             session.activity.idle_turns.set(0);
             self.active.borrow_mut().push(Rc::clone(session));
@@ -184,27 +193,66 @@ impl Poller {
     }
 
     /// Gives every active session a turn. What the most wakeful of them wants.
-    fn pass(&self, now: Instant) -> Stay {
-        let mut pace = Stay::Asleep;
+    fn pass(self: &Rc<Self>, now: Instant) -> Pace {
+        self.company.look();
+        let mut pace = Pace::Asleep;
         let mut sessions = std::mem::take(&mut *self.active.borrow_mut());
         sessions.retain(|session| {
-            let stay = session.turn(now);
-            match (stay, pace) {
-                (Stay::Asleep, _) => session.activity.is_active.set(false),
-                (Stay::Moving, _) | (_, Stay::Moving) => pace = Stay::Moving,
-                (Stay::Busy, _) | (_, Stay::Busy) => pace = Stay::Busy,
-                (Stay::Waiting, _) => pace = Stay::Waiting,
-            }
-            stay != Stay::Asleep
+            let (stays, wants) = match session.turn(now) {
+                Stay::Moving => (true, Pace::Moving),
+                Stay::Busy => (true, Pace::Busy),
+                Stay::Waiting => (true, Pace::Waiting),
+                Stay::Idle => {
+                    self.idle.borrow_mut().push(Rc::clone(session));
+                    (false, Pace::Asleep)
+                }
+                Stay::Over => (false, Pace::Asleep),
+            };
+            session.activity.is_active.set(stays);
+            pace = pace.max(wants);
+            stays
         });
         // Sessions that became active during the pass are in the new list.
         let mut active = self.active.borrow_mut();
         if !active.is_empty() {
-            pace = Stay::Moving;
+            pace = Pace::Moving;
         }
         sessions.append(&mut active);
         *active = sessions;
+        drop(active);
+        if self.idle.borrow().is_empty() && (pace >= Pace::Busy || self.company.is_empty()) {
+            return pace;
+        }
+        self.retire(pace)
+    }
+
+    /// What becomes of sessions that have nothing to do, and of the pace by it: while there is
+    /// somebody to spin for, they keep it company, and else they go to sleep.
+    fn retire(self: &Rc<Self>, mut pace: Pace) -> Pace {
+        let mut idle = std::mem::take(&mut *self.idle.borrow_mut());
+        // One that has been activated meanwhile has turns again.
+        idle.retain(|session| !session.activity.is_active.get());
+        for session in &idle {
+            self.rest_soon(session);
+        }
+        if pace >= Pace::Busy {
+            idle = idle.into_iter().filter_map(|session| self.keep_company(session)).collect();
+        } else {
+            idle.append(&mut self.company.leave());
+        }
+        for session in idle {
+            if !session.fall_asleep() {
+                session.activity.note_looked_on();
+                session.activate();
+                pace = pace.max(Pace::Busy);
+            }
+        }
         pace
+    }
+
+    /// Gives a session back that is to sleep.
+    fn keep_company(&self, session: Rc<SessionInner>) -> Option<Rc<SessionInner>> {
+        if session.may_be_looked_at() { self.company.take_in(session) } else { Some(session) }
     }
 
     /// Looks at the queues a few more times before other tasks get their turn: when there are none,
@@ -248,6 +296,19 @@ impl Poller {
     }
 }
 
+/// How the poller goes on after a pass, by what its sessions want.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Pace {
+    /// They sleep.
+    Asleep,
+    /// Tasks wait for a peer, which tells nobody.
+    Waiting,
+    /// There was traffic a moment ago.
+    Busy,
+    /// There was traffic.
+    Moving,
+}
+
 /// The poller's task.
 async fn run(poller: Rc<Poller>) {
     // When the executor goes, its sessions go too, although they know the poller and it them.
@@ -259,12 +320,12 @@ async fn run(poller: Rc<Poller>) {
     loop {
         let now = clock.now(poller.is_clock_stale.take());
         match poller.pass(now) {
-            Stay::Moving => {
+            Pace::Moving => {
                 give_way.after_traffic();
                 kick.after_pass(&poller, now);
                 glommio::executor().yield_task_queue_now().await;
             }
-            Stay::Busy => {
+            Pace::Busy => {
                 kick.after_pass(&poller, now);
                 if poller.look_out() {
                     // The other tasks have had their turn; the next pass is followed by one.
@@ -273,7 +334,7 @@ async fn run(poller: Rc<Poller>) {
                 give_way.after_idle_pass(&poller);
                 glommio::executor().yield_task_queue_now().await;
             }
-            Stay::Waiting => {
+            Pace::Waiting => {
                 let pause = async {
                     glommio::timer::sleep(WAITING_INTERVAL).await;
                 };
@@ -281,7 +342,7 @@ async fn run(poller: Rc<Poller>) {
                 poller.last_reactor_pass.set(None);
                 clock = Clock::new();
             }
-            Stay::Asleep => {
+            Pace::Asleep => {
                 poller.activated().await;
                 poller.last_reactor_pass.set(None);
                 clock = Clock::new();
@@ -364,6 +425,7 @@ impl Drop for Cleanup {
     fn drop(&mut self) {
         let sessions = std::mem::take(&mut *self.0.active.borrow_mut());
         drop(sessions);
+        drop(self.0.company.leave());
         CURRENT.with_borrow_mut(|current| {
             if current.as_ref().is_some_and(|poller| Rc::ptr_eq(poller, &self.0)) {
                 *current = None;

@@ -25,7 +25,7 @@ const REST_AFTER: Duration = Duration::from_millis(50);
 /// The sessions of a core whose magazines are to be emptied.
 #[derive(Default)]
 pub(super) struct Rests {
-    /// Each with the number of times that it had slept when it was looked at.
+    /// Each with the number of times that it had retired when it was looked at.
     sessions: RefCell<Vec<(Weak<SessionInner>, u64)>>,
     is_running: Cell<bool>,
     /// The task, while there is no session.
@@ -41,9 +41,9 @@ impl Rests {
             let Some(session) = session.upgrade().filter(|session| !session.is_over()) else {
                 return false;
             };
-            let sleeps = session.counters.sleeps.get();
+            let retirements = session.activity.retirements.get();
             let is_awake = session.activity.is_active.get();
-            if !is_awake && std::mem::replace(seen, sleeps) != sleeps {
+            if !is_awake && std::mem::replace(seen, retirements) != retirements {
                 return true;
             }
             if !is_awake {
@@ -67,8 +67,8 @@ impl Poller {
             return;
         }
         let rests = self.rests();
-        let sleeps = session.counters.sleeps.get();
-        rests.sessions.borrow_mut().push((Rc::downgrade(session), sleeps));
+        let retirements = session.activity.retirements.get();
+        rests.sessions.borrow_mut().push((Rc::downgrade(session), retirements));
         if rests.is_running.replace(true) {
             rests.task.wake();
         } else {
