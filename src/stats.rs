@@ -60,7 +60,8 @@ pub struct SessionStats {
     pub window_full: u64,
     /// Times that this side told the peer how far a reader is.
     pub credits_sent: u64,
-    /// Times that this side's polling found nothing for the whole spin budget and went to sleep.
+    /// Times that this side stopped looking at its queue until it is woken: after it had found
+    /// nothing for as long as it polls, and with no other session that the core polls for.
     pub sleeps: u64,
     /// Tasks of [`serve_streams`](crate::Session::serve_streams) that panicked.
     pub panicked_streams: u64,

@@ -111,27 +111,26 @@ fn too_many_of_them_sleep() {
         }
         let asleep = || all.iter().flatten().filter(|end| end.stats().sleeps > 0).count();
         // Two ends of each session.
-        until(|| asleep() == MOST).await;
+        until(|| asleep() >= MOST).await;
         for round in 0..3_u32 {
             for streams in &mut speaking {
                 exchange(streams, &round.to_le_bytes()).await;
             }
             glommio::timer::sleep(PAUSE).await;
         }
-        // Those that are looked at make room when they end.
-        let gone = all.drain(..MOST - 1).count();
-        speaking.drain(..gone);
-        until(|| all.iter().flatten().all(|end| end.stream_count() == 1)).await;
-        glommio::timer::sleep(PAUSE).await;
-        let [ends] = &all[..] else { unreachable!() };
-        exchange(&mut speaking[0], b"last").await;
-        glommio::timer::sleep(PAUSE).await;
-        let before = (sleeps(ends), wake_ups(ends));
-        for _ in 0..10 {
-            exchange(&mut speaking[0], b"last").await;
+        let woken: u64 = all.iter().map(wake_ups).sum();
+        assert!(woken > 0, "nobody had to be woken");
+        // Those that have something to do from time to time have the room.
+        for (ends, streams) in all.iter().zip(&mut speaking) {
+            exchange(streams, b"first").await;
             glommio::timer::sleep(PAUSE).await;
+            let before = (sleeps(ends), wake_ups(ends));
+            for _ in 0..5 {
+                exchange(streams, b"again").await;
+                glommio::timer::sleep(PAUSE).await;
+            }
+            assert_eq!((sleeps(ends), wake_ups(ends)), before);
         }
-        assert_eq!((sleeps(ends), wake_ups(ends)), before);
     });
 }
 

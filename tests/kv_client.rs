@@ -19,7 +19,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use shmipc_glommio::{Config, ProtocolVersion};
+use shmipc_glommio::{Config, ProtocolVersion, Spin};
 
 use responder::store::{Fault, SharedStore};
 use responder::{IsMine, Shards, Wrong};
@@ -81,7 +81,8 @@ impl Server {
         let (store, directory) = (SharedStore::default(), directory());
         let path = directory.join("kv.sock");
         let address = format!("--shm {}", path.display());
-        let config = Config::builder().accepted_protocol(ProtocolVersion::V3).build().unwrap();
+        let config = Config::builder().accepted_protocol(ProtocolVersion::V3).spin(Spin::Never);
+        let config = config.build().unwrap();
         let shards = Shards::start(&config, vec![(path, |_| true)], &store, None);
         Self { address, store, directory, _shards: Some(shards) }
     }

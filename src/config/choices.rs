@@ -117,9 +117,9 @@ pub enum Wakeup {
     /// By an eventfd for each direction. For [memfd memory](MemoryKind::Memfd) only, with which the
     /// descriptors go over. Each side keeps two descriptors for it: the eventfd that it reads, and
     /// a small io_uring that rings at the other one. A session that sleeps while its core spins for
-    /// others hears it at the next [look at io_uring](crate::ConfigBuilder::reactor_interval), up to
-    /// 250 us later than a SyncEvent would be; but up to sixteen of a core's sessions do not sleep
-    /// then, since to look at them too costs less.
+    /// others hears it at the next [look at io_uring](crate::ConfigBuilder::reactor_interval), up
+    /// to 250 us later than a SyncEvent would be. But up to sixteen of a core's sessions do not
+    /// sleep then (unless they [never spin](Spin::Never)), since to look at them too costs less.
     EventFd,
     /// Not at all: each side looks at its queue at this interval, as long as the session lives. For
     /// sessions whose messages can wait: no side ever makes a system call for the other, and both

@@ -6,14 +6,23 @@ use std::time::{Duration, Instant};
 
 use super::spin::{After, SpinBudgets};
 
+/// What the core's poller does with a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// It has turns.
+    Active,
+    /// It has none, but is looked at beside those that have.
+    Company,
+    /// It sleeps, until somebody wakes it.
+    Away,
+}
+
 /// Whether the core's poller looks at this session, and since when it found nothing.
 pub(super) struct Activity {
-    pub(super) is_active: Cell<bool>,
-    /// Whether it has no turns, but is looked at beside those that have.
-    pub(super) keeps_company: Cell<bool>,
+    pub(super) place: Cell<Place>,
     /// How often it has stopped having turns.
     pub(super) retirements: Cell<u64>,
-    /// Whether its magazines will be emptied if it stays asleep.
+    /// Whether its magazines will be emptied if it has no turns for a while.
     pub(super) will_rest: Cell<bool>,
     /// Turns in a row that found nothing.
     pub(super) idle_turns: Cell<u32>,
@@ -25,8 +34,8 @@ pub(super) struct Activity {
     waits_after: Cell<After>,
     /// How long it may be.
     budget: Cell<Duration>,
-    /// Whether the session went to sleep over it.
-    has_slept: Cell<bool>,
+    /// Whether it went on behind the session's last turn.
+    has_retired: Cell<bool>,
     /// Bytes sent since something came.
     unanswered: Cell<u64>,
     /// How many events came together the last time.
@@ -50,8 +59,7 @@ impl Activity {
 
     pub(super) fn new() -> Self {
         Self {
-            is_active: Cell::new(false),
-            keeps_company: Cell::new(false),
+            place: Cell::new(Place::Away),
             retirements: Cell::new(0),
             will_rest: Cell::new(false),
             idle_turns: Cell::new(0),
@@ -59,7 +67,7 @@ impl Activity {
             spin: SpinBudgets::default(),
             waits_after: Cell::new(After::Receiving),
             budget: Cell::new(Duration::ZERO),
-            has_slept: Cell::new(false),
+            has_retired: Cell::new(false),
             unanswered: Cell::new(0),
             last_batch: Cell::new(0),
             waiting_readers: Cell::new(0),
@@ -80,10 +88,10 @@ impl Activity {
     /// Something came: after how long a wait, if it was one that the clock was looked at for?
     #[inline]
     pub(super) fn note_end_of_wait(&self, full: Duration, now: Instant) {
-        if self.has_slept.get() || self.idle_turns.get() >= Self::IDLE_TURNS {
+        if self.has_retired.get() || self.idle_turns.get() >= Self::IDLE_TURNS {
             let waited = now.saturating_duration_since(self.idle_since.get());
             let budget = self.spin.after(self.waits_after.get());
-            if self.has_slept.take() {
+            if self.has_retired.take() {
                 budget.note_woken(self.budget.get(), waited, full);
             } else {
                 budget.note_found(waited, full);
@@ -91,19 +99,35 @@ impl Activity {
         }
     }
 
+    /// Everything that was sent is shown to the peer: what is waited for now is something else.
+    #[inline]
+    pub(super) fn note_flushed(&self) {
+        self.note_wait_given_up();
+        self.idle_turns.set(0);
+    }
+
     /// This side has sent something, or was woken for something else, before anything came.
     #[inline]
     pub(super) fn note_wait_given_up(&self) {
-        if self.has_slept.take() {
+        if self.has_retired.take() {
             self.spin.after(self.waits_after.get()).note_in_vain();
         }
     }
 
-    /// Nothing came, and the session is not looked at any more, or less.
-    pub(super) fn note_retired(&self) {
+    /// Nothing came, and the session has no more turns. Whether that is to be learned from.
+    pub(super) fn note_retired(&self, learns: bool) {
         self.in_place.credit.set(0);
-        self.has_slept.set(true);
+        self.has_retired.set(learns);
         self.retirements.set(self.retirements.get() + 1);
+    }
+
+    /// Whether it has kept company, which it does not any more.
+    pub(super) fn leave_company(&self) -> bool {
+        let has_kept_it = self.place.get() == Place::Company;
+        if has_kept_it {
+            self.place.set(Place::Away);
+        }
+        has_kept_it
     }
 
     /// It was looked at all the time after all, and something came.

@@ -11,6 +11,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use super::activity::Place;
 use super::session::SessionInner;
 
 /// How many there are at most. The others sleep.
@@ -22,18 +23,14 @@ pub(super) struct Company {
 }
 
 impl Company {
-    /// Takes a session in that is not active any more. Gives it back if there is no room.
+    /// Takes a session in that is not active any more. Gives the one for which there is no room
+    /// then, which is to sleep: that which has had nothing to do for longest.
     pub(super) fn take_in(&self, session: Rc<SessionInner>) -> Option<Rc<SessionInner>> {
         let mut sessions = self.sessions.borrow_mut();
-        if sessions.len() >= MOST {
-            return Some(session);
-        }
-        session.activity.keeps_company.set(true);
-        // One that was activated by a task stays in the list until the next look.
-        if !sessions.iter().any(|known| Rc::ptr_eq(known, &session)) {
-            sessions.push(session);
-        }
-        None
+        let oldest = if sessions.len() < MOST { None } else { Some(sessions.remove(0)) };
+        session.activity.place.set(Place::Company);
+        sessions.push(session);
+        oldest.filter(|oldest| oldest.activity.leave_company())
     }
 
     /// Puts those before the poller for which something has come.
@@ -48,11 +45,12 @@ impl Company {
         // What is dropped here may look at the list.
         let mut sessions = std::mem::take(&mut *self.sessions.borrow_mut());
         sessions.retain(|session| {
-            if session.activity.keeps_company.get() && session.has_events() {
+            let place = &session.activity.place;
+            if place.get() == Place::Company && session.has_events() {
                 session.activity.note_looked_on();
                 session.activate();
             }
-            session.activity.keeps_company.get() && !session.is_over()
+            place.get() == Place::Company && !session.is_over()
         });
         let mut added = self.sessions.borrow_mut();
         sessions.append(&mut added);
@@ -62,11 +60,66 @@ impl Company {
     /// All of them, which are to sleep now.
     pub(super) fn leave(&self) -> Vec<Rc<SessionInner>> {
         let mut sessions = std::mem::take(&mut *self.sessions.borrow_mut());
-        sessions.retain(|session| session.activity.keeps_company.take());
+        sessions.retain(|session| session.activity.leave_company());
         sessions
     }
 
     pub(super) fn is_empty(&self) -> bool {
         self.sessions.borrow().is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use futures_lite::AsyncWriteExt;
+    use futures_lite::future::zip;
+    use glommio::LocalExecutorBuilder;
+
+    use super::*;
+    use crate::{Config, Connector, Listener, Session, Spin};
+
+    async fn pair(number: u32, spin: Spin) -> [Session; 2] {
+        let name = format!("shmipc-company-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let config = Config::builder().buffer_size(1 << 20).spin(spin).build().unwrap();
+        let listener = Listener::bind(&path, config.clone()).unwrap();
+        let connector = Connector::new(config);
+        let (client, server) = zip(connector.connect(&path), listener.accept()).await;
+        [client.unwrap(), server.unwrap()]
+    }
+
+    /// What comes over the socket is behind what is in the queue, and so somebody else than the
+    /// poller takes that. Only a turn tells the peer that there is room again.
+    #[test]
+    fn what_is_taken_out_of_turn_is_followed_by_one() {
+        let test = async {
+            let _restless = pair(0, Spin::Forever).await;
+            let [client, server] = pair(1, Spin::For(Duration::from_micros(1))).await;
+            let mut near = client.open_stream().unwrap();
+            near.write_all(b"first").await.unwrap();
+            let mut far = server.accept().await.unwrap();
+            assert_eq!(far.recv().await.unwrap().unwrap().into_bytes(), b"first"[..]);
+            let place = &server.inner().activity.place;
+            while place.get() != Place::Company {
+                glommio::timer::sleep(Duration::from_millis(1)).await;
+            }
+            // None of this lets another task run.
+            near.write_all(b"second").await.unwrap();
+            client.inner().flush_queue();
+            assert!(server.inner().has_events());
+            server.inner().drain_all();
+            assert!(!server.inner().has_events());
+            assert_eq!(place.get(), Place::Active);
+
+            let in_flight = || client.inner().lanes.producer.borrow_mut().in_flight().unwrap().1;
+            assert_eq!(in_flight(), 1);
+            while in_flight() > 0 {
+                glommio::timer::sleep(Duration::from_millis(1)).await;
+            }
+            assert_eq!(far.recv().await.unwrap().unwrap().into_bytes(), b"second"[..]);
+        };
+        LocalExecutorBuilder::default().make().unwrap().run(test);
     }
 }

@@ -4,6 +4,7 @@
 use std::rc::Rc;
 use std::time::Instant;
 
+use super::activity::Place;
 use super::session::SessionInner;
 use super::stream::StreamInner;
 use crate::config::Spin;
@@ -53,6 +54,9 @@ impl SessionInner {
     pub(super) fn turn(self: &Rc<Self>, now: Instant) -> Stay {
         let spins = self.config.spin != Spin::Never;
         self.activity.in_place.credit.set(if spins { IN_PLACE_CREDIT } else { 0 });
+        if self.lanes.must_look.get() {
+            self.activity.note_wait_given_up();
+        }
         let moved = match self.drain(EVENTS_PER_TURN) {
             Ok(0) => false,
             Ok(count) => {
@@ -85,11 +89,8 @@ impl SessionInner {
         self.wake_waiting(now);
         let sent = self.lanes.must_look.get();
         self.flush_queue();
-        if sent {
-            self.activity.note_wait_given_up();
-        }
         let stay = self.stay(now, moved || sent);
-        // Last, since slices go back when the session comes to rest, too.
+        // Last: all of this may have met what is wrong.
         let is_lost = || self.lanes.are_lost().then_some(MemoryError::Lost);
         match self.lanes.manager.take_broken().or_else(is_lost) {
             None => stay,
@@ -122,7 +123,7 @@ impl SessionInner {
         if somebody_waits || is_paused || self.credit.has_kept() || self.has_kept_closes() {
             return Stay::Waiting;
         }
-        self.activity.note_retired();
+        self.activity.note_retired(matches!(self.config.spin, Spin::For(_)));
         Stay::Idle
     }
 
@@ -131,6 +132,7 @@ impl SessionInner {
     pub(super) fn fall_asleep(self: &Rc<Self>) -> bool {
         let result = self.lanes.consumer.borrow_mut().try_sleep();
         match result {
+            Ok(true) if self.lanes.are_lost() => self.fail(MemoryError::Lost.into()),
             Ok(true) => self.counters.sleeps.add(1),
             Ok(false) => return false,
             Err(error) => self.fail(error.into()),
@@ -269,8 +271,11 @@ impl SessionInner {
         let available = self.lanes.consumer.borrow_mut().available_now();
         // They are known now, so one round takes them all.
         let result = available.and_then(|count| self.drain(count as usize));
-        if let Err(error) = result {
-            self.fail(error.into());
+        match result {
+            Ok(0) => {}
+            // What is to follow, as telling the peer that its slots are free, is done in a turn.
+            Ok(_) => self.activate(),
+            Err(error) => self.fail(error.into()),
         }
     }
 
@@ -296,7 +301,7 @@ impl SessionInner {
     /// Puts the session before the poller.
     #[inline]
     pub(super) fn activate(self: &Rc<Self>) {
-        if !self.activity.is_active.get() && !self.is_over() {
+        if self.activity.place.get() != Place::Active && !self.is_over() {
             self.poller.activate(self);
         }
     }

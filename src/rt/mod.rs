@@ -11,6 +11,7 @@
 //!   not go over it yet.
 //! - [`doorbell`]: how a peer is woken otherwise than by the socket.
 //! - [`poller`]: the one task per core that polls the queues of active sessions.
+//! - [`give_way`]: what it does on a processor that the peer needs, too.
 //! - [`company`]: sessions without traffic beside some that have it.
 //! - [`ticks`]: a look at the queues of sessions that nobody wakes.
 //! - [`rests`]: what sleeping sessions give back.
@@ -46,6 +47,7 @@ mod drain;
 mod driver;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod give_way;
 mod handshake;
 mod kept;
 mod lending;

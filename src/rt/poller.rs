@@ -28,8 +28,10 @@ use std::time::{Duration, Instant};
 use futures_lite::future::{or, poll_fn, yield_now};
 use glommio::{Latency, Shares, TaskQueueHandle};
 
+use super::activity::Place;
 use super::company::Company;
 use super::driver::Stay;
+use super::give_way::GiveWay;
 use super::rests::Rests;
 use super::session::SessionInner;
 use super::socket::{Received, Socket};
@@ -181,8 +183,10 @@ impl Poller {
 
     /// Puts a session among the active ones.
     pub(super) fn activate(&self, session: &Rc<SessionInner>) {
-        if !session.activity.is_active.replace(true) {
-            if !session.activity.keeps_company.take() {
+        let before = session.activity.place.replace(Place::Active);
+        if before != Place::Active {
+            // Those that keep company have never said that they sleep.
+            if before == Place::Away {
                 session.lanes.consumer.borrow().set_working();
             }
             session.lanes.manager.set_resting(false);
@@ -208,7 +212,9 @@ impl Poller {
                 }
                 Stay::Over => (false, Pace::Asleep),
             };
-            session.activity.is_active.set(stays);
+            if !stays {
+                session.activity.place.set(Place::Away);
+            }
             pace = pace.max(wants);
             stays
         });
@@ -231,26 +237,30 @@ impl Poller {
     fn retire(self: &Rc<Self>, mut pace: Pace) -> Pace {
         let mut idle = std::mem::take(&mut *self.idle.borrow_mut());
         // One that has been activated meanwhile has turns again.
-        idle.retain(|session| !session.activity.is_active.get());
+        idle.retain(|session| session.activity.place.get() != Place::Active);
         for session in &idle {
             self.rest_soon(session);
         }
-        if pace >= Pace::Busy {
-            idle = idle.into_iter().filter_map(|session| self.keep_company(session)).collect();
-        } else {
+        let is_awake = pace >= Pace::Busy;
+        if !is_awake {
             idle.append(&mut self.company.leave());
         }
-        for session in idle {
-            if !session.fall_asleep() {
+        for session in idle.drain(..) {
+            let tired = if is_awake { self.keep_company(session) } else { Some(session) };
+            if let Some(session) = tired
+                && !session.fall_asleep()
+            {
                 session.activity.note_looked_on();
                 session.activate();
                 pace = pace.max(Pace::Busy);
             }
         }
+        // Only its room is kept: nothing becomes idle but in a turn.
+        *self.idle.borrow_mut() = idle;
         pace
     }
 
-    /// Gives a session back that is to sleep.
+    /// Gives a session that is to sleep, this one or another.
     fn keep_company(&self, session: Rc<SessionInner>) -> Option<Rc<SessionInner>> {
         if session.may_be_looked_at() { self.company.take_in(session) } else { Some(session) }
     }
@@ -267,7 +277,7 @@ impl Poller {
         false
     }
 
-    fn has_events(&self) -> bool {
+    pub(super) fn has_events(&self) -> bool {
         self.active.borrow().iter().any(|session| session.has_events())
     }
 
@@ -351,52 +361,6 @@ async fn run(poller: Rc<Poller>) {
     }
 }
 
-/// Gives the processor away when the peer needs it to answer.
-///
-/// Two processes that poll on the same processor wait for each other until the kernel takes it
-/// from one of them, which is after milliseconds. Nobody tells a process that it shares its
-/// processor with its peer; but when it gives way, somebody else runs for a while, and then there
-/// is an answer, that is what it looks like.
-#[derive(Default)]
-struct GiveWay {
-    idle_passes: u32,
-    /// How sure it is that the peer is on this processor.
-    evidence: u32,
-}
-
-impl GiveWay {
-    /// How many passes find nothing before giving way is tried: longer than a peer on a processor
-    /// of its own takes to answer.
-    const PATIENCE: u32 = 64;
-    /// How many do when the peer is on this processor.
-    const PATIENCE_WHEN_SHARED: u32 = 2;
-    /// A system call that takes longer than this has let somebody else run.
-    const SOMEBODY_RAN: Duration = Duration::from_nanos(1200);
-    const MOST_EVIDENCE: u32 = 16;
-
-    fn after_traffic(&mut self) {
-        self.idle_passes = 0;
-    }
-
-    fn after_idle_pass(&mut self, poller: &Poller) {
-        self.idle_passes += 1;
-        let shared = self.evidence > 0;
-        let patience = if shared { Self::PATIENCE_WHEN_SHARED } else { Self::PATIENCE };
-        if self.idle_passes < patience {
-            return;
-        }
-        self.idle_passes = 0;
-        let began = Instant::now();
-        std::thread::yield_now();
-        let somebody_ran = began.elapsed() > Self::SOMEBODY_RAN;
-        if somebody_ran && poller.has_events() {
-            self.evidence = (self.evidence + 4).min(Self::MOST_EVIDENCE);
-        } else {
-            self.evidence = self.evidence.saturating_sub(1);
-        }
-    }
-}
-
 /// The time, looked up every few passes: a look costs as much as a pass of one session.
 struct Clock {
     now: Instant,
@@ -426,6 +390,8 @@ impl Drop for Cleanup {
         let sessions = std::mem::take(&mut *self.0.active.borrow_mut());
         drop(sessions);
         drop(self.0.company.leave());
+        let idle = std::mem::take(&mut *self.0.idle.borrow_mut());
+        drop(idle);
         CURRENT.with_borrow_mut(|current| {
             if current.as_ref().is_some_and(|poller| Rc::ptr_eq(poller, &self.0)) {
                 *current = None;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Sessions that sleep and still keep free slices to themselves, until they have slept for a while.
+//! Sessions that have nothing to do and still keep free slices to themselves, for a while.
 //!
-//! While a session sleeps nobody would give the slices of its magazines back to the peer, so they
-//! are given back. But one that wakes up a moment later, as most do that a clock drives, has given
-//! them for nothing: it has to take as many again, and to take a slice is to read a line that the
-//! peer has written. So that is done only to sessions that stay asleep, by one task for all of a
-//! core. Until then the peer has to do without what they hold, an eighth or a quarter of each list
-//! at most, as while they are awake.
+//! While a session has no turns, asleep or in company, nobody would give the slices of its
+//! magazines back to the peer, so they are given back. But one that has some a moment later, as
+//! most do that a clock drives, has given them for nothing: it has to take as many again, and to
+//! take a slice is to read a line that the peer has written. So that is done only to sessions that
+//! stay without, by one task for all of a core. Until then the peer has to do without what they
+//! hold, an eighth or a quarter of each list at most, as while they are awake.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -14,12 +14,13 @@ use std::rc::{Rc, Weak};
 use std::task::Poll;
 use std::time::Duration;
 
+use super::activity::Place;
 use super::poller::Poller;
 use super::session::SessionInner;
 use super::wakers::WakerSlot;
 
-/// How long a session sleeps, at least, before its magazines are emptied. It is done when it has
-/// slept for twice as long at the most.
+/// How long a session has no turns, at least, before its magazines are emptied. It is done after
+/// twice as long at the most.
 const REST_AFTER: Duration = Duration::from_millis(50);
 
 /// The sessions of a core whose magazines are to be emptied.
@@ -33,8 +34,8 @@ pub(super) struct Rests {
 }
 
 impl Rests {
-    /// Empties the magazines of those that have slept since the last look. Those that have woken up
-    /// meanwhile and sleep again are looked at once more.
+    /// Empties the magazines of those that have had no turn since the last look. Those that have
+    /// had some, and have none again, are looked at once more.
     fn look(&self) {
         let mut sessions = std::mem::take(&mut *self.sessions.borrow_mut());
         sessions.retain_mut(|(session, seen)| {
@@ -42,14 +43,14 @@ impl Rests {
                 return false;
             };
             let retirements = session.activity.retirements.get();
-            let is_awake = session.activity.is_active.get();
+            let is_awake = session.activity.place.get() == Place::Active;
             if !is_awake && std::mem::replace(seen, retirements) != retirements {
                 return true;
             }
             if !is_awake {
                 session.lanes.manager.set_resting(true);
             }
-            // One that is awake comes back when it goes to sleep.
+            // One that is awake comes back when it has nothing to do.
             session.activity.will_rest.set(false);
             false
         });
@@ -60,7 +61,7 @@ impl Rests {
 }
 
 impl Poller {
-    /// Has the magazines of a session emptied that has gone to sleep, unless it wakes up soon.
+    /// Has the magazines of a session emptied that has nothing to do, unless that changes soon.
     #[inline]
     pub(super) fn rest_soon(self: &Rc<Self>, session: &Rc<SessionInner>) {
         if session.activity.will_rest.replace(true) {

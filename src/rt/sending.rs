@@ -54,6 +54,7 @@ impl SessionInner {
         if !self.lanes.must_look.replace(false) || self.is_over() {
             return;
         }
+        self.activity.note_flushed();
         let must_ring = {
             let mut producer = self.lanes.producer.borrow_mut();
             producer.publish();

@@ -107,7 +107,7 @@ impl SpinBudget {
 
     /// Something came while this side looked for it.
     pub(super) fn note_found(&self, waited: Duration, full: Duration) {
-        if waited > part(full, self.within.get()) {
+        if waited > part(full, self.within.get()) && waited <= full {
             self.waits[LENGTHS].set(0);
         }
         self.note(index_of(waited, full));

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use futures_lite::future::or;
 
+use super::activity::Place;
 use super::poller::Poller;
 use super::session::SessionInner;
 use super::wakers::WakerSlot;
@@ -35,7 +36,7 @@ impl Ticks {
             let Some(session) = session.upgrade().filter(|session| !session.is_over()) else {
                 return false;
             };
-            if !session.activity.is_active.get() && session.has_events() {
+            if session.activity.place.get() != Place::Active && session.has_events() {
                 session.activate();
             }
             shortest =
