@@ -49,6 +49,8 @@ mod tally;
 mod ticks;
 #[path = "kv_client/values.rs"]
 mod values;
+#[path = "support/wakeup.rs"]
+mod wakeup;
 #[path = "kv_client/work.rs"]
 mod work;
 

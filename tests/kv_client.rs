@@ -76,7 +76,8 @@ impl Server {
         Self { address, store, directory, _shards: shards }
     }
 
-    /// A server that has one shard at the path itself, and version 3, as foreign ones do.
+    /// A server that has one shard at the path itself, and version 3, as foreign ones do. It never
+    /// polls.
     fn foreign() -> Self {
         let (store, directory) = (SharedStore::default(), directory());
         let path = directory.join("kv.sock");

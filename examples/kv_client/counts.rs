@@ -20,8 +20,7 @@ pub(crate) struct Counts {
     /// How many shards each connection reaches.
     pub(crate) shards: usize,
     /// What was agreed on with them.
-    pub(crate) protocol: Option<ProtocolVersion>,
-    pub(crate) wakeup: Option<Wakeup>,
+    pub(crate) agreement: Option<(ProtocolVersion, Wakeup)>,
     sums: [u64; REPORTED.len()],
 }
 
@@ -30,13 +29,8 @@ impl Counts {
     pub(crate) fn of(sessions: &[Session]) -> Self {
         let stats: Vec<_> = sessions.iter().map(Session::stats).collect();
         let sums = REPORTED.map(|(_, count)| stats.iter().map(count).sum());
-        let first = sessions.first();
-        Self {
-            shards: sessions.len(),
-            protocol: first.map(Session::protocol),
-            wakeup: first.map(Session::wakeup),
-            sums,
-        }
+        let agreement = sessions.first().map(|session| (session.protocol(), session.wakeup()));
+        Self { shards: sessions.len(), agreement, sums }
     }
 
     pub(crate) fn since(mut self, before: &Self) -> Self {

@@ -4,17 +4,18 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use shmipc_glommio::{ProtocolVersion, Wakeup};
 
 use super::crew::Outcome;
 use super::failure::Failure;
 use super::options::Options;
+use super::wakeup;
 
 pub(crate) fn success(options: &Options, outcome: &Outcome) -> Value {
     let latencies = &outcome.latencies;
     let quantile = |quantile| latencies.value_at_quantile(quantile);
     let per_request =
         |time: Duration| (time.as_nanos() as f64 / options.requests as f64 * 10.0).round() / 10.0;
+    let agreement = outcome.counts.and_then(|counts| counts.agreement);
     let client = outcome.cpu.map(|cpu| cpu.client);
     let server = outcome.cpu.and_then(|cpu| cpu.server);
     let both = client.zip(server).map(|(client, server)| client + server);
@@ -33,8 +34,8 @@ pub(crate) fn success(options: &Options, outcome: &Outcome) -> Value {
         "client_cpu_ns_per_request": client.map(per_request),
         "server_cpu_ns_per_request": server.map(per_request),
         "shards": outcome.counts.map(|counts| counts.shards),
-        "protocol": outcome.counts.and_then(|counts| counts.protocol).map(ProtocolVersion::as_u8),
-        "wakeup": outcome.counts.and_then(|counts| counts.wakeup).map(wakeup),
+        "protocol": agreement.map(|(protocol, _)| protocol.as_u8()),
+        "wakeup": agreement.map(|(_, wakeup)| wakeup::name(wakeup)),
         "connections": options.connections,
         "depth": options.depth,
         "value": options.value,
@@ -47,16 +48,6 @@ pub(crate) fn success(options: &Options, outcome: &Outcome) -> Value {
         report.extend(counts.named().map(|(name, count)| (name.to_owned(), count.into())));
     }
     report
-}
-
-fn wakeup(wakeup: Wakeup) -> String {
-    match wakeup {
-        Wakeup::Socket => "socket".to_owned(),
-        Wakeup::EventFd => "eventfd".to_owned(),
-        Wakeup::Polling(interval) => format!("polling:{}", interval.as_micros()),
-        // A way that this client never asks for.
-        other => format!("{other:?}"),
-    }
 }
 
 pub(crate) fn failure(options: &Options, failure: &Failure) -> Value {

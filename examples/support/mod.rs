@@ -1,5 +1,7 @@
 //! What `echo_server` and `echo_client` share: addresses, the command line, an executor, reports.
 
+mod wakeup;
+
 use std::fmt;
 use std::future::Future;
 use std::net::SocketAddr;
@@ -8,7 +10,7 @@ use std::process::ExitCode;
 
 use glommio::{LocalExecutorBuilder, Placement};
 use serde_json::{Value, json};
-use shmipc_glommio::{Session, Wakeup};
+use shmipc_glommio::Session;
 
 /// The exit status of a command that was called wrongly.
 const BAD_ARGUMENTS: u8 = 2;
@@ -69,7 +71,7 @@ pub(crate) fn with_report(mut object: Value, session: &Session) -> Value {
         .collect();
     let mut report = json!({
         "protocol": session.protocol().as_u8(),
-        "wakeup": wakeup_name(session.wakeup()),
+        "wakeup": wakeup::name(session.wakeup()),
         "single_popper_lists": session.has_single_popper_lists(),
         "pool_full": usage.is_full(),
         "free": free,
@@ -90,12 +92,4 @@ pub(crate) fn with_report(mut object: Value, session: &Session) -> Value {
         object.append(report);
     }
     object
-}
-
-fn wakeup_name(wakeup: Wakeup) -> String {
-    match wakeup {
-        Wakeup::EventFd => "eventfd".into(),
-        Wakeup::Polling(interval) => format!("polling:{}", interval.as_micros()),
-        _ => "socket".into(),
-    }
 }

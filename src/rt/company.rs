@@ -57,11 +57,11 @@ impl Company {
         *added = sessions;
     }
 
-    /// All of them, which are to sleep now.
-    pub(super) fn leave(&self) -> Vec<Rc<SessionInner>> {
+    /// Adds all of them to those that are to sleep now.
+    pub(super) fn leave(&self, tired: &mut Vec<Rc<SessionInner>>) {
         let mut sessions = std::mem::take(&mut *self.sessions.borrow_mut());
-        sessions.retain(|session| session.activity.leave_company());
-        sessions
+        tired.extend(sessions.drain(..).filter(|session| session.activity.leave_company()));
+        *self.sessions.borrow_mut() = sessions;
     }
 
     pub(super) fn is_empty(&self) -> bool {

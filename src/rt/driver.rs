@@ -34,19 +34,19 @@ const IN_PLACE_CREDIT: usize = 32;
 const IN_PLACE_COST: usize = 1;
 const IN_PLACE_BYTES: usize = 32 << 10;
 
-/// What a session does next with its place among the active ones.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What a session does next with its place among the active ones, from the least wakeful on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Stay {
-    /// It had traffic in this turn.
-    Moving,
-    /// It had traffic within its spin budget.
-    Busy,
-    /// Tasks wait for the peer, which tells nobody when it makes room.
-    Waiting,
-    /// Its spin budget is over.
-    Idle,
     /// It has ended.
     Over,
+    /// Its spin budget is over.
+    Idle,
+    /// Tasks wait for the peer, which tells nobody when it makes room.
+    Waiting,
+    /// It had traffic within its spin budget.
+    Busy,
+    /// It had traffic in this turn.
+    Moving,
 }
 
 impl SessionInner {

@@ -197,36 +197,31 @@ impl Poller {
     }
 
     /// Gives every active session a turn. What the most wakeful of them wants.
-    fn pass(self: &Rc<Self>, now: Instant) -> Pace {
+    fn pass(self: &Rc<Self>, now: Instant) -> Stay {
         self.company.look();
-        let mut pace = Pace::Asleep;
+        let mut pace = Stay::Over;
         let mut sessions = std::mem::take(&mut *self.active.borrow_mut());
         sessions.retain(|session| {
-            let (stays, wants) = match session.turn(now) {
-                Stay::Moving => (true, Pace::Moving),
-                Stay::Busy => (true, Pace::Busy),
-                Stay::Waiting => (true, Pace::Waiting),
-                Stay::Idle => {
-                    self.idle.borrow_mut().push(Rc::clone(session));
-                    (false, Pace::Asleep)
-                }
-                Stay::Over => (false, Pace::Asleep),
-            };
-            if !stays {
-                session.activity.place.set(Place::Away);
+            let stay = session.turn(now);
+            pace = pace.max(stay);
+            if stay > Stay::Idle {
+                return true;
             }
-            pace = pace.max(wants);
-            stays
+            session.activity.place.set(Place::Away);
+            if stay == Stay::Idle {
+                self.idle.borrow_mut().push(Rc::clone(session));
+            }
+            false
         });
         // Sessions that became active during the pass are in the new list.
         let mut active = self.active.borrow_mut();
         if !active.is_empty() {
-            pace = Pace::Moving;
+            pace = Stay::Moving;
         }
         sessions.append(&mut active);
         *active = sessions;
         drop(active);
-        if self.idle.borrow().is_empty() && (pace >= Pace::Busy || self.company.is_empty()) {
+        if self.idle.borrow().is_empty() && (pace >= Stay::Busy || self.company.is_empty()) {
             return pace;
         }
         self.retire(pace)
@@ -234,16 +229,16 @@ impl Poller {
 
     /// What becomes of sessions that have nothing to do, and of the pace by it: while there is
     /// somebody to spin for, they keep it company, and else they go to sleep.
-    fn retire(self: &Rc<Self>, mut pace: Pace) -> Pace {
+    fn retire(self: &Rc<Self>, mut pace: Stay) -> Stay {
         let mut idle = std::mem::take(&mut *self.idle.borrow_mut());
         // One that has been activated meanwhile has turns again.
         idle.retain(|session| session.activity.place.get() != Place::Active);
         for session in &idle {
             self.rest_soon(session);
         }
-        let is_awake = pace >= Pace::Busy;
+        let is_awake = pace >= Stay::Busy;
         if !is_awake {
-            idle.append(&mut self.company.leave());
+            self.company.leave(&mut idle);
         }
         for session in idle.drain(..) {
             let tired = if is_awake { self.keep_company(session) } else { Some(session) };
@@ -252,7 +247,7 @@ impl Poller {
             {
                 session.activity.note_looked_on();
                 session.activate();
-                pace = pace.max(Pace::Busy);
+                pace = pace.max(Stay::Busy);
             }
         }
         // Only its room is kept: nothing becomes idle but in a turn.
@@ -306,19 +301,6 @@ impl Poller {
     }
 }
 
-/// How the poller goes on after a pass, by what its sessions want.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Pace {
-    /// They sleep.
-    Asleep,
-    /// Tasks wait for a peer, which tells nobody.
-    Waiting,
-    /// There was traffic a moment ago.
-    Busy,
-    /// There was traffic.
-    Moving,
-}
-
 /// The poller's task.
 async fn run(poller: Rc<Poller>) {
     // When the executor goes, its sessions go too, although they know the poller and it them.
@@ -330,12 +312,12 @@ async fn run(poller: Rc<Poller>) {
     loop {
         let now = clock.now(poller.is_clock_stale.take());
         match poller.pass(now) {
-            Pace::Moving => {
+            Stay::Moving => {
                 give_way.after_traffic();
                 kick.after_pass(&poller, now);
                 glommio::executor().yield_task_queue_now().await;
             }
-            Pace::Busy => {
+            Stay::Busy => {
                 kick.after_pass(&poller, now);
                 if poller.look_out() {
                     // The other tasks have had their turn; the next pass is followed by one.
@@ -344,7 +326,7 @@ async fn run(poller: Rc<Poller>) {
                 give_way.after_idle_pass(&poller);
                 glommio::executor().yield_task_queue_now().await;
             }
-            Pace::Waiting => {
+            Stay::Waiting => {
                 let pause = async {
                     glommio::timer::sleep(WAITING_INTERVAL).await;
                 };
@@ -352,7 +334,7 @@ async fn run(poller: Rc<Poller>) {
                 poller.last_reactor_pass.set(None);
                 clock = Clock::new();
             }
-            Pace::Asleep => {
+            Stay::Idle | Stay::Over => {
                 poller.activated().await;
                 poller.last_reactor_pass.set(None);
                 clock = Clock::new();
@@ -389,8 +371,8 @@ impl Drop for Cleanup {
     fn drop(&mut self) {
         let sessions = std::mem::take(&mut *self.0.active.borrow_mut());
         drop(sessions);
-        drop(self.0.company.leave());
-        let idle = std::mem::take(&mut *self.0.idle.borrow_mut());
+        let mut idle = std::mem::take(&mut *self.0.idle.borrow_mut());
+        self.0.company.leave(&mut idle);
         drop(idle);
         CURRENT.with_borrow_mut(|current| {
             if current.as_ref().is_some_and(|poller| Rc::ptr_eq(poller, &self.0)) {
