@@ -17,6 +17,7 @@ mod support {
         mod event_fds;
         mod fields;
         pub(crate) mod files;
+        mod identity;
         mod limits;
         mod memories;
         mod moving;
@@ -27,6 +28,8 @@ mod support {
         mod soak;
     }
     pub(crate) mod bed;
+    #[allow(dead_code, reason = "other tests use the rest")]
+    pub(crate) mod executor;
     pub(crate) mod negotiated;
     pub(crate) mod raw;
 }

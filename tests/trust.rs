@@ -145,6 +145,88 @@ fn a_server_asks_at_every_door_and_a_panic_is_no_yes() {
     server.stop(LIMIT).unwrap();
 }
 
+/// What a server in a user namespace is told: the path of its socket.
+const NAMESPACE: &str = "SHMIPC_TRUST_NAMESPACE";
+
+/// Not a test by itself: a server that says what becomes of the peers that come.
+#[test]
+fn as_a_server_in_a_user_namespace() {
+    let Ok(at) = std::env::var(NAMESPACE) else { return };
+    run(LIMIT, move || async move {
+        println!("\nserver: user {}", geteuid());
+        let config = small().allowed_peers(AllowedPeers::SameUser).socket_mode(0o666);
+        let listener = Listener::bind(&at, config.build().unwrap()).unwrap();
+        listener.on_refused(|error| println!("\nserver: refused, {error:?}"));
+        println!("\nserver: ready");
+        loop {
+            let session = listener.accept().await.unwrap();
+            println!("\nserver: session, {:?}", session.peer());
+        }
+    });
+}
+
+/// Starts this test again in a user namespace of its own, in which user 0 outside is the one given.
+/// `None`: with nobody mapped at all.
+fn start_in_namespace(at: &str, inside: Option<u32>) -> std::io::Result<Child> {
+    use std::os::unix::process::CommandExt;
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "as_a_server_in_a_user_namespace", "--nocapture"]);
+    command.env(NAMESPACE, at).stdout(Stdio::piped());
+    let map = inside.map(|inside| format!("{inside} 0 1"));
+    let enter = move || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWUSER)?;
+        if let Some(map) = &map {
+            let flags = nix::fcntl::OFlag::O_WRONLY;
+            let mode = nix::sys::stat::Mode::empty();
+            let file = nix::fcntl::open(c"/proc/self/uid_map", flags, mode)?;
+            nix::unistd::write(file, map.as_bytes())?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec only system calls are made, and nothing is allocated.
+    unsafe { command.pre_exec(enter) };
+    command.spawn()
+}
+
+#[test]
+fn in_a_user_namespace_a_user_who_is_not_mapped_is_not_the_same_user() {
+    if !geteuid().is_root() {
+        println!("skipped: the peers are of several users, which only root can be");
+        return;
+    }
+    for inside in [None, Some(65534)] {
+        let path = SocketPath::new();
+        let mut server = match start_in_namespace(path.as_str(), inside) {
+            Ok(child) => Doomed(child),
+            Err(error) => {
+                println!("skipped: this kernel lets nobody make a user namespace: {error}");
+                return;
+            }
+        };
+        let said = std::io::BufReader::new(server.0.stdout.take().unwrap());
+        let mut said = std::io::BufRead::lines(said)
+            .map(Result::unwrap)
+            .filter_map(|line| line.strip_prefix("server: ").map(str::to_owned));
+        assert_eq!(said.next().unwrap(), "user 65534", "{inside:?}");
+        assert_eq!(said.next().unwrap(), "ready", "{inside:?}");
+        // A stranger, and one whose number the server has, seen from outside.
+        for uid in [4321, 65534] {
+            let at = path.as_str().to_owned();
+            let connecting = std::thread::spawn(move || {
+                // SAFETY: the system call changes this thread only (unlike that of the C library),
+                // which ends with this closure.
+                let result = unsafe { nix::libc::syscall(nix::libc::SYS_setresuid, -1, uid, -1) };
+                assert_eq!(result, 0);
+                std::os::unix::net::UnixStream::connect(at).unwrap()
+            });
+            let _socket = connecting.join().unwrap();
+            let fate = said.next().unwrap();
+            let is_due = fate == "refused, Handshake(PeerNotAllowed { uid: None })";
+            assert!(is_due, "user {uid} of a server with {inside:?}: {fate}");
+        }
+    }
+}
+
 /// What a child is told: the socket to connect to, and the prefix of its files.
 const TASK: &str = "SHMIPC_TRUST_TASK";
 

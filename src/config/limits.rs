@@ -6,7 +6,9 @@ use std::time::Duration;
 /// Who may be at the other end of a connection, by the user that the kernel names.
 ///
 /// Over TCP the kernel names the owner of the other end's socket, if it was built to (most are,
-/// `CONFIG_INET_DIAG`); a peer that it does not name is let in by [`Any`](Self::Any) alone.
+/// `CONFIG_INET_DIAG`) and the peer has not closed it. A peer that it does not name is let in by
+/// [`Any`](Self::Any) alone; so is the overflow user (65534) in a user namespace that does not map
+/// all users, where it stands for every user that is not mapped.
 ///
 /// ```
 /// use shmipc_glommio::{AllowedPeers, Config};

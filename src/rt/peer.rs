@@ -4,6 +4,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::OnceLock;
 
 use nix::sys::socket::{
     AddressFamily, GetSockOpt, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType,
@@ -33,7 +34,12 @@ use crate::error::{Error, HandshakeError};
 #[non_exhaustive]
 pub struct PeerCredentials {
     /// The effective user. Over TCP the one whose socket it is, if the kernel tells
-    /// (`CONFIG_INET_DIAG`).
+    /// (`CONFIG_INET_DIAG`) and the socket is still open and connected; of a server that has not
+    /// accepted yet, the one whose listening socket it is.
+    ///
+    /// In a user namespace that maps only some users, all others appear as the overflow user
+    /// (65534 unless `/proc/sys/kernel/overflowuid` says otherwise). That number stands for nobody
+    /// in particular there, and is `None` here, as is the overflow group.
     pub uid: Option<u32>,
     /// The effective group. Not known over TCP.
     pub gid: Option<u32>,
@@ -54,11 +60,17 @@ impl PeerCredentials {
                 (Some(here), Some(there)) => owner_of_tcp(there, here).ok().flatten(),
                 _ => None,
             };
+            // As long as this end is connected, its two addresses belong to this connection. A
+            // reset frees them for a socket of another user, so the answer counts only if this end
+            // was still connected after it.
+            let is_connected = getpeername::<SockaddrStorage>(raw).is_ok();
+            let uid = uid.filter(|_| is_connected).and_then(|uid| known(uid, IdKind::User));
             return Ok(Self { uid, ..Self::default() });
         }
         let found = sockopt::PeerCredentials.get(&socket).map_err(failed)?;
         let pid = u32::try_from(found.pid()).ok().filter(|&pid| pid != 0);
-        Ok(Self { uid: Some(found.uid()), gid: Some(found.gid()), pid })
+        let (uid, gid) = (known(found.uid(), IdKind::User), known(found.gid(), IdKind::Group));
+        Ok(Self { uid, gid, pid })
     }
 
     /// Whether a peer like this may be spoken to at all.
@@ -77,6 +89,48 @@ fn internet(address: &SockaddrStorage) -> Option<SocketAddr> {
     four.or_else(|| address.as_sockaddr_in6().map(|&address| SocketAddr::V6(address.into())))
 }
 
+/// What kind of number a user namespace maps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum IdKind {
+    User,
+    Group,
+}
+
+/// The number of a user or group, unless it is the one that stands for all that are not mapped.
+fn known(id: u32, kind: IdKind) -> Option<u32> {
+    static USER: OnceLock<u32> = OnceLock::new();
+    static GROUP: OnceLock<u32> = OnceLock::new();
+    let (overflow, setting, map) = match kind {
+        IdKind::User => (&USER, "/proc/sys/kernel/overflowuid", "/proc/self/uid_map"),
+        IdKind::Group => (&GROUP, "/proc/sys/kernel/overflowgid", "/proc/self/gid_map"),
+    };
+    let overflow = *overflow.get_or_init(|| overflow_id(&read_to_string(setting)));
+    if id != overflow {
+        return Some(id);
+    }
+    // Read anew each time: a process may have entered a namespace since, and it is read for peers
+    // with this one number only.
+    (!stands_for_others(id, overflow, &read_to_string(map))).then_some(id)
+}
+
+/// The text of a file of /proc, which is in memory; empty when it cannot be read.
+fn read_to_string(path: &str) -> String {
+    std::fs::read_to_string(path).unwrap_or_default()
+}
+
+/// The number in a setting of the kernel, or the kernel's default.
+fn overflow_id(setting: &str) -> u32 {
+    const DEFAULT: u32 = 65534;
+    setting.trim().parse().unwrap_or(DEFAULT)
+}
+
+/// Whether `id` may be any of the users that a namespace with this map does not map.
+fn stands_for_others(id: u32, overflow: u32, map: &str) -> bool {
+    let numbers = map.split_ascii_whitespace().map(str::parse);
+    let maps_everybody = numbers.eq([Ok(0), Ok(0), Ok(u32::MAX)]);
+    id == overflow && !maps_everybody
+}
+
 /// Lengths and numbers of the kernel's interface (`linux/netlink.h`, `linux/inet_diag.h`).
 mod diag {
     pub(super) const NETLINK_HEADER_LEN: usize = 16;
@@ -86,16 +140,107 @@ mod diag {
     /// `NLM_F_REQUEST`
     pub(super) const FLAGS: u16 = 1;
     pub(super) const TCP: u8 = 6;
-    /// Where the user stands in an answer: behind four bytes, the socket's identity of 48, and
-    /// three numbers.
-    pub(super) const UID: usize = NETLINK_HEADER_LEN + 4 + 48 + 12;
+    pub(super) const ESTABLISHED: u8 = 1;
+    pub(super) const CLOSE_WAIT: u8 = 8;
+    pub(super) const LISTEN: u8 = 10;
+    /// Where things stand in an answer, behind the header: family, state and two bytes; the
+    /// socket's identity of 48 bytes, which starts with two ports and two addresses; three numbers;
+    /// user and inode.
+    pub(super) const FAMILY: usize = NETLINK_HEADER_LEN;
+    pub(super) const STATE: usize = FAMILY + 1;
+    pub(super) const LOCAL_PORT: usize = FAMILY + 4;
+    pub(super) const REMOTE_PORT: usize = LOCAL_PORT + 2;
+    pub(super) const LOCAL_ADDRESS: usize = REMOTE_PORT + 2;
+    pub(super) const REMOTE_ADDRESS: usize = LOCAL_ADDRESS + 16;
+    pub(super) const UID: usize = FAMILY + 4 + 48 + 12;
+    pub(super) const INODE: usize = UID + 4;
+}
+
+/// What the kernel says of a TCP socket of this host.
+#[derive(Debug, Clone, Copy)]
+struct TcpSocket {
+    state: u8,
+    local: SocketAddr,
+    remote: SocketAddr,
+    uid: u32,
+    /// 0 for a socket that no process has: closed by its owner, or not yet accepted.
+    inode: u32,
+}
+
+impl TcpSocket {
+    fn parse(answer: &[u8]) -> Option<Self> {
+        let byte = |at: usize| answer.get(at).copied();
+        let number = |at: usize| {
+            let bytes = answer.get(at..at + 4)?;
+            bytes.try_into().ok().map(u32::from_ne_bytes)
+        };
+        let address = |port: usize, ip: usize| {
+            let port = u16::from_be_bytes(answer.get(port..port + 2)?.try_into().ok()?);
+            let ip: [u8; 16] = answer.get(ip..ip + 16)?.try_into().ok()?;
+            let ip = if byte(diag::FAMILY)? == AddressFamily::Inet as u8 {
+                IpAddr::V4([ip[0], ip[1], ip[2], ip[3]].into())
+            } else {
+                // A socket of IPv6 may serve addresses of IPv4.
+                IpAddr::V6(ip.into()).to_canonical()
+            };
+            Some(SocketAddr::new(ip, port))
+        };
+        if answer.get(4..6)? != diag::TYPE.to_ne_bytes() {
+            return None;
+        }
+        Some(Self {
+            state: byte(diag::STATE)?,
+            local: address(diag::LOCAL_PORT, diag::LOCAL_ADDRESS)?,
+            remote: address(diag::REMOTE_PORT, diag::REMOTE_ADDRESS)?,
+            uid: number(diag::UID)?,
+            inode: number(diag::INODE)?,
+        })
+    }
+
+    /// Whether a process has it. Of others the kernel says that they are those of user 0.
+    fn is_held(&self) -> bool {
+        self.inode != 0
+    }
 }
 
 /// Who owns the socket of this host that is bound to `local` and connected to `remote`. `None`:
-/// there is no such socket here, or the kernel does not say.
+/// there is no such socket here any more, or the kernel does not say.
 ///
-/// Asks for one socket by its identity, so it takes the same time however many there are.
+/// Only a socket in a live state has an owner. What remains of one that was closed (in `FIN_WAIT2`
+/// or `TIME_WAIT`, for instance) belongs to the kernel, which then answers with user 0.
 fn owner_of_tcp(local: SocketAddr, remote: SocketAddr) -> io::Result<Option<u32>> {
+    let same = |one: SocketAddr, other: SocketAddr| {
+        (one.ip().to_canonical(), one.port()) == (other.ip().to_canonical(), other.port())
+    };
+    let found = find_tcp(local, remote)?;
+    // Where there is no such connection the kernel answers with a socket that listens there.
+    let Some(found) = found.filter(|it| same(it.local, local) && same(it.remote, remote)) else {
+        return Ok(None);
+    };
+    match found.state {
+        diag::ESTABLISHED | diag::CLOSE_WAIT if found.is_held() => Ok(Some(found.uid)),
+        // Nobody has accepted it: it is as good as the listener's.
+        diag::ESTABLISHED => {
+            let anybody = match local {
+                SocketAddr::V4(_) => SocketAddr::from(([0; 4], 0)),
+                SocketAddr::V6(_) => SocketAddr::from(([0_u16; 8], 0)),
+            };
+            let listener = find_tcp(local, anybody)?.filter(|it| {
+                let ip = it.local.ip();
+                it.state == diag::LISTEN
+                    && it.is_held()
+                    && it.local.port() == local.port()
+                    && (ip.is_unspecified() || ip == local.ip().to_canonical())
+            });
+            Ok(listener.map(|it| it.uid))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Asks the kernel for one socket by its identity, so it takes the same time however many there
+/// are.
+fn find_tcp(local: SocketAddr, remote: SocketAddr) -> io::Result<Option<TcpSocket>> {
     let mut request = [0; diag::REQUEST_LEN];
     request[..4].copy_from_slice(&(diag::REQUEST_LEN as u32).to_ne_bytes());
     request[4..6].copy_from_slice(&diag::TYPE.to_ne_bytes());
@@ -128,10 +273,7 @@ fn owner_of_tcp(local: SocketAddr, remote: SocketAddr) -> io::Result<Option<u32>
     // The kernel answers before sending returns.
     let mut answer = [0; 512];
     let len = nix::sys::socket::recv(raw, &mut answer, MsgFlags::empty())?;
-    let answer = &answer[..len];
-    let is_answer = answer.get(4..6) == Some(&diag::TYPE.to_ne_bytes());
-    let uid = answer.get(diag::UID..diag::UID + 4).filter(|_| is_answer);
-    Ok(uid.and_then(|bytes| bytes.try_into().ok()).map(u32::from_ne_bytes))
+    Ok(TcpSocket::parse(&answer[..len]))
 }
 
 #[cfg(test)]
@@ -172,6 +314,142 @@ mod tests {
                 (listener.local_addr().unwrap(), "127.0.0.1:1".parse::<SocketAddr>().unwrap());
             assert!(!matches!(owner_of_tcp(there, here), Ok(Some(_))), "there is none");
         }
+    }
+
+    /// Both ends of a connection over TCP, the one that connected first.
+    fn connection() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (client, listener.accept().unwrap().0)
+    }
+
+    fn state(local: SocketAddr, remote: SocketAddr) -> Option<u8> {
+        find_tcp(local, remote).unwrap().map(|socket| socket.state)
+    }
+
+    /// Waits for a state that the kernel reaches by itself.
+    fn until(is_so: impl Fn() -> bool) {
+        let began = std::time::Instant::now();
+        while !is_so() {
+            assert!(began.elapsed() < std::time::Duration::from_secs(20));
+            std::thread::yield_now();
+        }
+    }
+
+    /// `linux/tcp_states.h`
+    const FIN_WAIT2: u8 = 5;
+    const TIME_WAIT: u8 = 6;
+
+    fn tells_owners() -> bool {
+        let (client, _server) = connection();
+        let ends = (client.local_addr().unwrap(), client.peer_addr().unwrap());
+        let tells = matches!(owner_of_tcp(ends.0, ends.1), Ok(Some(_)));
+        if !tells {
+            println!("skipped: this kernel does not tell whose TCP sockets are");
+        }
+        tells
+    }
+
+    #[test]
+    fn a_tcp_socket_that_was_closed_has_no_owner() {
+        if !tells_owners() {
+            return;
+        }
+        let (client, server) = connection();
+        let (at, to) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
+        drop(client);
+        until(|| state(at, to) == Some(FIN_WAIT2));
+        assert_eq!(owner_of_tcp(at, to).unwrap(), None, "FIN_WAIT2");
+        assert_eq!(PeerCredentials::of(server.as_fd(), true).unwrap().uid, None);
+        drop(server);
+        until(|| state(at, to) == Some(TIME_WAIT));
+        assert_eq!(owner_of_tcp(at, to).unwrap(), None, "TIME_WAIT");
+    }
+
+    #[test]
+    fn a_tcp_peer_that_sends_nothing_more_is_not_live() {
+        if !tells_owners() {
+            return;
+        }
+        let (client, server) = connection();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        let (at, to) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
+        until(|| state(at, to) == Some(FIN_WAIT2));
+        assert_eq!(PeerCredentials::of(server.as_fd(), true).unwrap().uid, None);
+        // The other way round it only has not closed yet.
+        let me = nix::unistd::geteuid().as_raw();
+        assert_eq!(PeerCredentials::of(client.as_fd(), true).unwrap().uid, Some(me));
+    }
+
+    #[test]
+    fn a_tcp_peer_that_reset_the_connection_is_nobody() {
+        let (client, server) = connection();
+        let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+        nix::sys::socket::setsockopt(&client, sockopt::Linger, &linger).unwrap();
+        drop(client);
+        until(|| getpeername::<SockaddrStorage>(server.as_raw_fd()).is_err());
+        let peer = PeerCredentials::of(server.as_fd(), true);
+        assert!(!peer.is_ok_and(|peer| peer.uid.is_some()));
+    }
+
+    #[test]
+    fn a_tcp_server_that_has_not_accepted_yet_is_known_by_its_listener() {
+        if !tells_owners() {
+            return;
+        }
+        let me = nix::unistd::geteuid().as_raw();
+        for address in ["127.0.0.1:0", "0.0.0.0:0", "[::1]:0", "[::]:0"] {
+            let Ok(listener) = TcpListener::bind(address) else { continue };
+            let mut at = listener.local_addr().unwrap();
+            if at.ip().is_unspecified() {
+                at.set_ip(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST));
+            }
+            let client = TcpStream::connect(at).unwrap();
+            let (here, there) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
+            let found = find_tcp(there, here).unwrap().unwrap();
+            assert!(!found.is_held(), "{address}");
+            assert_eq!(owner_of_tcp(there, here).unwrap(), Some(me), "{address}");
+            drop(listener);
+            // Reset by the kernel, since nobody will accept it any more.
+            until(|| getpeername::<SockaddrStorage>(client.as_raw_fd()).is_err());
+            assert_eq!(owner_of_tcp(there, here).unwrap(), None, "{address}");
+        }
+    }
+
+    #[test]
+    fn one_that_only_listens_at_the_address_of_a_peer_that_has_gone_is_not_the_peer() {
+        if !tells_owners() {
+            return;
+        }
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let at = listener.local_addr().unwrap();
+        let elsewhere = "127.0.0.1:9".parse().unwrap();
+        // The kernel answers, with the listening socket.
+        assert_eq!(state(at, elsewhere), Some(diag::LISTEN));
+        assert_eq!(owner_of_tcp(at, elsewhere).unwrap(), None);
+    }
+
+    #[test]
+    fn the_overflow_user_is_somebody_only_where_all_users_are_mapped() {
+        let everybody = "         0          0 4294967295\n";
+        assert!(!stands_for_others(65534, 65534, everybody));
+        let maps = [
+            "",
+            "         0     100000      65536\n",
+            "         0       1000          1\n",
+            "     65534      65534          1\n",
+            "         0          1 4294967295\n",
+            "         0          0      65536\n     65536      65536 4294901759\n",
+        ];
+        for map in maps {
+            assert!(stands_for_others(65534, 65534, map), "{map}");
+            assert!(stands_for_others(4321, 4321, map), "another setting: {map}");
+            assert!(!stands_for_others(65534, 4321, map), "{map}");
+            assert!(!stands_for_others(0, 65534, map), "{map}");
+        }
+        assert_eq!(overflow_id("4321\n"), 4321);
+        assert_eq!(overflow_id(""), 65534);
+        assert_eq!(known(7, IdKind::User), Some(7));
     }
 
     #[test]
