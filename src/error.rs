@@ -369,6 +369,10 @@ pub enum Error {
     /// The peer closed the stream; what is written to it now would reach nobody.
     #[error("the peer closed the stream")]
     StreamClosedByPeer,
+    /// The peer ended the stream as a failure (see [`Stream::reset`](crate::Stream::reset)): what it
+    /// sent must not be taken for all there was.
+    #[error("the peer reset the stream")]
+    StreamReset,
     /// The deadline of this stream's reads or writes passed first.
     #[error("the deadline has passed")]
     DeadlinePassed,
@@ -426,7 +430,7 @@ impl Error {
             Self::NoSuchShard { .. } => io::ErrorKind::NotFound,
             Self::Unavailable { source, .. } => source.kind(),
             Self::Os { source, .. } => source.kind(),
-            Self::PeerClosed => io::ErrorKind::ConnectionReset,
+            Self::PeerClosed | Self::StreamReset => io::ErrorKind::ConnectionReset,
             Self::PeerNotReading | Self::PeerStalled(_) => io::ErrorKind::TimedOut,
             Self::SessionClosed => io::ErrorKind::ConnectionAborted,
             Self::StreamClosed => io::ErrorKind::NotConnected,

@@ -16,6 +16,16 @@ pub(crate) enum Side {
     HalfClosed,
     /// It neither sends nor reads.
     Closed,
+    /// As closed, and what it sent must not be taken for all there was.
+    Reset,
+}
+
+impl Side {
+    /// Whether it neither sends nor reads any more.
+    #[inline]
+    pub(crate) fn is_gone(self) -> bool {
+        matches!(self, Self::Closed | Self::Reset)
+    }
 }
 
 /// Which way data of this stream goes out.
@@ -74,14 +84,14 @@ impl StreamLife {
     /// Whether what this side sends reaches a reader.
     #[inline]
     pub(crate) fn can_send(&self) -> bool {
-        self.here.get() == Side::Open && self.peer.get() != Side::Closed
+        self.here.get() == Side::Open && !self.peer.get().is_gone()
     }
 
     /// Whether something may still come that this side reads.
     #[inline]
     pub(crate) fn can_receive(&self) -> bool {
         let may_come = self.peer.get() == Side::Open && !self.is_drained.get();
-        self.here.get() != Side::Closed && may_come
+        !self.here.get().is_gone() && may_come
     }
 
     /// This side waits for nothing more: behind what has come is the end, as if the peer had ended
@@ -113,14 +123,14 @@ impl StreamLife {
     /// This side closes.
     pub(crate) fn close(&self) -> OnClose {
         match self.here.replace(Side::Closed) {
-            Side::Closed => OnClose::Nothing,
+            Side::Closed | Side::Reset => OnClose::Nothing,
             Side::Open | Side::HalfClosed => self.tell_unless_closed(),
         }
     }
 
     fn tell_unless_closed(&self) -> OnClose {
         match self.peer.get() {
-            Side::Closed => OnClose::Nothing,
+            Side::Closed | Side::Reset => OnClose::Nothing,
             Side::Open | Side::HalfClosed => OnClose::Tell(self.path.get()),
         }
     }
@@ -134,7 +144,17 @@ impl StreamLife {
 
     /// The peer has closed.
     pub(crate) fn peer_closed(&self) {
-        self.peer.set(Side::Closed);
+        if !self.peer.get().is_gone() {
+            self.peer.set(Side::Closed);
+        }
+    }
+
+    /// The peer has ended the stream as a failure. A close says that all had been sent before, and
+    /// nothing comes behind one.
+    pub(crate) fn peer_reset(&self) {
+        if !self.peer.get().is_gone() {
+            self.peer.set(Side::Reset);
+        }
     }
 }
 
@@ -167,6 +187,22 @@ mod tests {
         assert!(life.can_send() && !life.can_receive());
         assert_eq!(life.peer(), Side::Open);
         assert_eq!(life.close(), OnClose::Tell(Path::SharedMemory));
+    }
+
+    #[test]
+    fn a_reset_is_a_close_that_stays_one_of_its_kind() {
+        let life = StreamLife::new();
+        life.peer_half_closed();
+        life.peer_reset();
+        assert!(!life.can_send() && !life.can_receive());
+        life.peer_closed();
+        assert_eq!(life.peer(), Side::Reset);
+        assert_eq!(life.close(), OnClose::Nothing);
+
+        let life = StreamLife::new();
+        life.peer_closed();
+        life.peer_reset();
+        assert_eq!(life.peer(), Side::Closed, "it had sent everything");
     }
 
     #[test]

@@ -127,6 +127,12 @@ impl SessionInner {
         }
     }
 
+    /// Whether the peer has the extension too, as far as it has said by now.
+    pub(super) fn peer_knows_extension(self: &Rc<Self>) -> bool {
+        self.look_for_extension();
+        self.credit.is_known()
+    }
+
     /// Gives a peer that has not said what it knows a moment to do so, once. A server says it when
     /// it maps the memory, which a client of version 2 does not wait for.
     pub(super) async fn give_time_to_say(self: &Rc<Self>) {

@@ -115,8 +115,8 @@ impl ReadHalf {
     ///
     /// # Errors
     ///
-    /// The session is over, and everything that had arrived was taken; or the
-    /// [deadline](Self::set_deadline) has passed.
+    /// Everything that had arrived was taken, and the session is over, or the peer has
+    /// [reset](crate::Stream::reset) the stream; or the [deadline](Self::set_deadline) has passed.
     #[inline]
     pub fn recv(&mut self) -> Recv<'_> {
         Recv { half: self }
@@ -176,6 +176,9 @@ impl ReadHalf {
         if inner.life().here() == Side::Closed {
             return Poll::Ready(Err(Error::StreamClosed));
         }
+        if inner.life().peer() == Side::Reset {
+            return Poll::Ready(Err(Error::StreamReset));
+        }
         if !inner.life().can_receive() {
             return Poll::Ready(Ok(None));
         }
@@ -230,8 +233,8 @@ impl Drop for ReadHalf {
 
 /// Reads what has arrived. `Ok(0)` is the end: the peer sends nothing more, and all was read.
 ///
-/// When the session is over, what had arrived is read first, then the error of the session.
-/// Cancel-safe.
+/// When the session is over, or the peer has [reset](crate::Stream::reset) the stream, what had
+/// arrived is read first, then the error. Cancel-safe.
 impl AsyncRead for ReadHalf {
     fn poll_read(
         mut self: Pin<&mut Self>,

@@ -21,9 +21,9 @@ use super::session::SessionInner;
 use super::socket::Received;
 use super::stream::StreamInner;
 use crate::error::{Error, HandshakeError, MemoryError};
-use crate::proto::stream::Path;
+use crate::proto::stream::{Path, StreamLife};
 use crate::shm::chain::Chain;
-use crate::wire::{Event, EventState, Header, Message};
+use crate::wire::{Event, EventState, Header, Message, is_reset};
 
 /// The most receives in a row from one socket.
 const RECEIVES_PER_TURN: usize = 16;
@@ -37,6 +37,9 @@ impl SessionInner {
     pub(super) fn handle_event(self: &Rc<Self>, event: Event) -> Result<(), MemoryError> {
         match event.state() {
             EventState::Open => self.receive_slices(event)?,
+            EventState::Closed if event.is_reset() && self.peer_knows_extension() => {
+                self.peer_reset(event.stream_id);
+            }
             EventState::Closed => {
                 let mut closing = self.inbox.closing.borrow_mut();
                 // Each stream closes once, and the list is empty whenever the socket is.
@@ -190,9 +193,20 @@ impl SessionInner {
     }
 
     fn peer_closed(&self, id: u32) {
+        self.peer_ended(id, StreamLife::peer_closed);
+    }
+
+    /// The peer ended a stream as a failure. Unlike a close, this need not wait for what may still
+    /// be in the socket: that is read before the failure when it comes in time, and else is lost.
+    #[cold]
+    fn peer_reset(&self, id: u32) {
+        self.peer_ended(id, StreamLife::peer_reset);
+    }
+
+    fn peer_ended(&self, id: u32, how: fn(&StreamLife)) {
         let stream = self.streams.borrow().get(id).cloned();
         if let Some(stream) = stream {
-            stream.life().peer_closed();
+            how(stream.life());
             self.wake_reader(&stream);
             stream.writer.wake();
         }
@@ -322,6 +336,9 @@ impl SessionInner {
         self.counters.fallback_received.add(1);
         self.look_for_extension();
         match EventState::from_status(status) {
+            EventState::Closed if is_reset(status) && self.credit.is_known() => {
+                self.peer_reset(stream_id);
+            }
             EventState::Closed => self.peer_closed(stream_id),
             EventState::Open | EventState::HalfClosed => {
                 if !data.is_empty() {

@@ -12,7 +12,7 @@ use crate::config::ProtocolVersion;
 use crate::error::Error;
 use crate::proto::session::Role;
 use crate::proto::stream::{OnClose, Path};
-use crate::wire::{Event, EventState, Message, fallback_header, sync_event};
+use crate::wire::{Event, EventState, Message, RESET_STATUS, fallback_header, sync_event};
 
 /// How many events are shown to the peer with one store, in the middle of a batch.
 const PUBLISH_EVERY: i64 = 8;
@@ -104,7 +104,10 @@ impl SessionInner {
 
     /// Sends data of a stream over the socket.
     pub(super) fn send_fallback(self: &Rc<Self>, stream_id: u32, data: &[u8], state: EventState) {
-        let status = state.to_status();
+        self.send_fallback_with_status(stream_id, data, state.to_status());
+    }
+
+    fn send_fallback_with_status(self: &Rc<Self>, stream_id: u32, data: &[u8], status: u32) {
         // Fits: the caller sends pieces of bounded length.
         let header = fallback_header(self.version_byte(), stream_id, status, data.len() as u32);
         let mut message = Vec::with_capacity(header.len() + data.len());
@@ -117,6 +120,22 @@ impl SessionInner {
     /// This side closes a stream: strikes it out, gives back what it has not read, and tells the
     /// peer. Never waits.
     pub(super) fn close_stream(self: &Rc<Self>, stream: &StreamInner) {
+        self.end_stream(stream, |path| self.tell_closed(stream.id(), path));
+    }
+
+    /// As [`close_stream`](Self::close_stream), and what was sent must not be taken for all there
+    /// was. A peer that is not of this crate sees a close.
+    pub(super) fn reset_stream(self: &Rc<Self>, stream: &StreamInner) {
+        self.end_stream(stream, |path| {
+            if self.peer_knows_extension() {
+                self.tell_reset(stream.id(), path);
+            } else {
+                self.tell_closed(stream.id(), path);
+            }
+        });
+    }
+
+    fn end_stream(self: &Rc<Self>, stream: &StreamInner, tell: impl FnOnce(Path)) {
         self.note_unread(stream.discard());
         let on_close = stream.life().close();
         self.wake_reader(stream);
@@ -130,7 +149,7 @@ impl SessionInner {
                 // One that was about to use the socket may still have something in the queue.
                 let has_used = stream.sending.has_used_socket();
                 let path = if has_used || self.orders_paths() { path } else { Path::SharedMemory };
-                self.tell_closed(stream.id(), path);
+                tell(path);
             }
         }
     }
@@ -176,6 +195,8 @@ impl SessionInner {
     /// One half of a stream's handle is gone.
     pub(super) fn drop_half(self: &Rc<Self>, stream: &StreamInner, half: Half) {
         match (stream.drop_half(half), half) {
+            // A task that panics was not done.
+            (Halves::None, _) if std::thread::panicking() => self.reset_stream(stream),
             (Halves::None, _) => self.close_stream(stream),
             (_, Half::Write) => self.half_close_stream(stream),
             // What comes from now on is thrown away on arrival.
@@ -191,6 +212,15 @@ impl SessionInner {
         while let Some(chain) = { stream.inbound.borrow_mut().pop() } {
             self.note_taken(stream, &chain);
         }
+    }
+
+    fn tell_reset(self: &Rc<Self>, stream_id: u32, path: Path) {
+        let event = Event { stream_id, offset: 0, status: RESET_STATUS };
+        if path == Path::SharedMemory && !matches!(self.send_event(event), Ok(false)) {
+            return;
+        }
+        self.flush_queue();
+        self.send_fallback_with_status(stream_id, &[], RESET_STATUS);
     }
 
     pub(super) fn tell_closed(self: &Rc<Self>, stream_id: u32, path: Path) {

@@ -426,6 +426,28 @@ impl Session {
         self.inner().agreement.single_popper_lists
     }
 
+    /// Whether the peer knows the end of one direction of a stream and a reset, as far as it has said
+    /// by now: one of this crate does. Any other learns of an end only when the whole stream is
+    /// closed, and takes a reset for a close.
+    ///
+    /// A server that is met in [version 2](ProtocolVersion::V2) says so when it maps the memory,
+    /// which the client does not wait for: for some milliseconds this may be `false` and become
+    /// `true`. It never becomes `false` again.
+    ///
+    /// ```
+    /// use shmipc_glommio::{Config, Connector, Listener};
+    ///
+    /// # let path = std::env::temp_dir().join(format!("shmipc-doc-half-{}", std::process::id()));
+    /// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
+    /// # let listener = Listener::bind(&path, Config::default())?;
+    /// let session = Connector::new(Config::default()).connect(&path).await?;
+    /// assert!(session.peer_knows_half_close()); // a listener of this crate
+    /// # shmipc_glommio::Result::<()>::Ok(()) }).unwrap().join().unwrap().unwrap();
+    /// ```
+    pub fn peer_knows_half_close(&self) -> bool {
+        self.inner().peer_knows_extension()
+    }
+
     /// Which shard of its server the session is with, and how many there are, if the server has
     /// said so: a [`Server`](crate::Server) does, in version 4.
     ///

@@ -17,7 +17,7 @@ use super::read_half::{Messages, ReadHalf, Recv};
 use super::session::{Session, SessionGuard};
 use super::wakers::WakerSlot;
 use super::write_half::WriteHalf;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::proto::stream::{Side, StreamLife};
 use crate::proto::window::{ReceiveWindow, SendWindow};
 use crate::shm::chain::Chain;
@@ -175,7 +175,9 @@ impl StreamInner {
 ///
 /// What was written or sent is on its way when that returns; [`flush`] waits only for data that had
 /// to go over the socket. Dropping a stream closes it, gives all its memory back, and loses nothing
-/// that was written. What a peer sent before it closed is read first, then comes the end.
+/// that was written. What a peer sent before it closed is read first, then comes the end. A stream
+/// that ends because something failed is [reset](Self::reset) instead, or dropped by a panic: then
+/// the peer reads an error in place of the end.
 ///
 /// ```
 /// use shmipc_glommio::{Config, Connector, Error, Listener};
@@ -244,6 +246,12 @@ impl Stream {
         self.writer.inner().life().peer() != Side::Open
     }
 
+    /// Whether the peer knows the end of one direction, and a reset: see
+    /// [`Session::peer_knows_half_close`](crate::Session::peer_knows_half_close).
+    pub fn peer_knows_half_close(&self) -> bool {
+        self.writer.session().peer_knows_extension()
+    }
+
     /// Whether this stream sends over the socket now, because the pool had no slice for it. With a
     /// peer of this crate that ends when its reader has taken what went that way.
     pub fn is_fallen_back(&self) -> bool {
@@ -306,8 +314,8 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// The session is over, and everything that had arrived was taken; or the
-    /// [deadline](Self::set_read_deadline) has passed.
+    /// Everything that had arrived was taken, and the session is over, or the peer has
+    /// [reset](Self::reset) the stream; or the [deadline](Self::set_read_deadline) has passed.
     #[inline]
     pub fn recv(&mut self) -> Recv<'_> {
         self.reader.recv()
@@ -362,6 +370,43 @@ impl Stream {
         poll_fn(|context| session.poll_flushed(context)).await
     }
 
+    /// Closes the stream as a failure: what was sent must not be taken for all there was.
+    ///
+    /// The peer reads what it got before, and then [`Error::StreamReset`](crate::Error::StreamReset)
+    /// in place of the end; so it does when it writes. A peer that is not of this crate sees an
+    /// ordinary close, since it knows no other. Unread data is thrown away. After this, reads and
+    /// writes here fail as after [`close`](Self::close). Nothing happens when the stream is closed
+    /// already.
+    ///
+    /// ```
+    /// use futures_lite::AsyncWriteExt;
+    /// use shmipc_glommio::Error;
+    ///
+    /// # let path = std::env::temp_dir().join(format!("shmipc-doc-reset-{}", std::process::id()));
+    /// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
+    /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+    /// # let config = config.build().unwrap();
+    /// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
+    /// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+    /// # let peer = listener.accept().await?;
+    /// let mut sending = session.open_stream()?;
+    /// sending.write_all(b"the first half").await?;
+    /// sending.reset(); // the second half is nowhere to be found
+    /// let mut receiving = peer.accept().await?;
+    /// assert_eq!(receiving.recv().await?.unwrap().into_bytes(), "the first half");
+    /// assert!(matches!(receiving.recv().await, Err(Error::StreamReset)));
+    /// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+    /// ```
+    pub fn reset(&mut self) {
+        self.writer.reset();
+        self.reader.forget_lent();
+    }
+
+    /// Waits until what is sent would reach no reader any more: see [`WriteHalf::closed`].
+    pub async fn closed(&mut self) -> Error {
+        self.writer.closed().await
+    }
+
     /// Takes the two directions apart, so that two tasks of this core can have one each.
     pub fn split(self) -> (ReadHalf, WriteHalf) {
         (self.reader, self.writer)
@@ -384,8 +429,8 @@ impl Stream {
 
 /// Reads what has arrived. `Ok(0)` is the end: the peer sends nothing more, and all was read.
 ///
-/// When the session is over, what had arrived is read first, then the error of the session.
-/// Cancel-safe.
+/// When the session is over, or the peer has [reset](Stream::reset) the stream, what had arrived is
+/// read first, then the error. Cancel-safe.
 impl AsyncRead for Stream {
     fn poll_read(
         mut self: Pin<&mut Self>,

@@ -154,6 +154,57 @@ impl WriteHalf {
         poll_fn(|context| session.poll_flushed(context)).await
     }
 
+    /// Closes the whole stream as a failure: see [`Stream::reset`](crate::Stream::reset).
+    pub fn reset(&mut self) {
+        let session = self.session.inner();
+        session.reset_stream(&self.inner);
+        session.flush_queue();
+    }
+
+    /// Waits until what is sent would reach no reader any more, and says why: the peer has closed
+    /// or reset the stream, the session is over, or this side has closed the stream. A peer that
+    /// has only finished its own direction still reads. Cancel-safe.
+    ///
+    /// For those that have nothing to send, or wait for something else to send: a server that works
+    /// on an answer for a client that may have gone.
+    ///
+    /// ```
+    /// use futures_lite::AsyncWriteExt;
+    /// use shmipc_glommio::Error;
+    ///
+    /// # let path = std::env::temp_dir().join(format!("shmipc-doc-closed-{}", std::process::id()));
+    /// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
+    /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
+    /// # let config = config.build().unwrap();
+    /// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
+    /// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
+    /// # let peer = listener.accept().await?;
+    /// let mut asking = session.open_stream()?;
+    /// asking.write_all(b"how long will it take?").await?;
+    /// let (_, mut answering) = peer.accept().await?.split();
+    /// drop(asking); // who asked has no time
+    /// assert!(matches!(answering.closed().await, Error::StreamClosedByPeer));
+    /// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
+    /// ```
+    pub async fn closed(&mut self) -> Error {
+        poll_fn(|context| self.poll_closed(context)).await
+    }
+
+    fn poll_closed(&mut self, context: &Context<'_>) -> Poll<Error> {
+        let session = self.session.inner();
+        let life = self.inner.life();
+        Poll::Ready(match (life.here(), life.peer()) {
+            (Side::Closed | Side::Reset, _) => Error::StreamClosed,
+            (_, Side::Reset) => Error::StreamReset,
+            (_, Side::Closed) => Error::StreamClosedByPeer,
+            _ if session.is_over() => session.end_error(),
+            (Side::Open | Side::HalfClosed, Side::Open | Side::HalfClosed) => {
+                self.inner.writer.register(context);
+                return Poll::Pending;
+            }
+        })
+    }
+
     fn finish_now(&self) {
         let session = self.session.inner();
         session.half_close_stream(&self.inner);
@@ -176,8 +227,10 @@ impl WriteHalf {
         if life.here() != Side::Open {
             return Err(Error::StreamClosed);
         }
-        if life.peer() == Side::Closed {
-            return Err(Error::StreamClosedByPeer);
+        match life.peer() {
+            Side::Closed => return Err(Error::StreamClosedByPeer),
+            Side::Reset => return Err(Error::StreamReset),
+            Side::Open | Side::HalfClosed => {}
         }
         Err(self.session().end_error())
     }
@@ -419,7 +472,8 @@ impl Drop for WriteHalf {
 ///
 /// # Errors
 ///
-/// `BrokenPipe` when the peer has closed the stream, `NotConnected` when this side has, `TimedOut`
+/// `BrokenPipe` when the peer has closed the stream, `ConnectionReset` when it has
+/// [reset](crate::Stream::reset) it, `NotConnected` when this side has closed it, `TimedOut`
 /// when the deadline has passed, otherwise the end of the session. Cancel-safe: a write that is
 /// dropped has sent nothing, or returned.
 impl AsyncWrite for WriteHalf {

@@ -24,7 +24,7 @@ pub const EVENT_LEN: usize = 12;
 pub enum EventState {
     /// The stream is open, the event carries data.
     Open,
-    /// The stream is closed.
+    /// The stream is closed, or [reset](Event::is_reset).
     Closed,
     /// The stream is closed in one direction: the sender sends nothing more.
     HalfClosed,
@@ -60,6 +60,20 @@ impl EventState {
     }
 }
 
+/// The status of a stream that its sender ends as a failure: closed, and a mark among the bits that
+/// the spec leaves undefined. Not in the spec: only between two sides that have the
+/// [extension](super::Extension); for all others it is a close.
+pub const RESET_STATUS: u32 = EventState::Closed.to_status() | RESET_MARK;
+
+/// The lowest of the undefined bits.
+const RESET_MARK: u32 = 1 << 8;
+
+/// Whether a status, of an event or of a FallbackData message, says that the stream is reset. From
+/// a peer without the [extension](super::Extension) it says nothing: the bit is undefined there.
+pub const fn is_reset(status: u32) -> bool {
+    matches!(EventState::from_status(status), EventState::Closed) && status & RESET_MARK != 0
+}
+
 /// An element of an IO queue.
 ///
 /// ```
@@ -84,6 +98,11 @@ impl Event {
     /// The state in [`status`](Self::status).
     pub const fn state(&self) -> EventState {
         EventState::from_status(self.status)
+    }
+
+    /// Whether the [status](Self::status) says that the stream is [reset](is_reset).
+    pub const fn is_reset(&self) -> bool {
+        is_reset(self.status)
     }
 
     /// The event as the three words that stand in the queue.
@@ -139,6 +158,15 @@ mod tests {
         assert_eq!(EventState::HalfClosed.to_status(), 2);
         for status in 0..=255 {
             assert_eq!(EventState::from_status(status).to_status(), status);
+        }
+    }
+
+    #[test]
+    fn a_reset_is_a_close_with_a_mark() {
+        assert_eq!(EventState::from_status(RESET_STATUS), EventState::Closed);
+        assert!(is_reset(RESET_STATUS) && is_reset(0xffff_ff01));
+        for status in [0, 1, 2, 3, 0x100, 0x102, 0x201, 0xffff_fe01] {
+            assert!(!is_reset(status), "{status:#x}");
         }
     }
 

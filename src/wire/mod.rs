@@ -23,7 +23,7 @@ pub mod message;
 pub mod negotiation;
 
 pub use deframe::Deframer;
-pub use event::{EVENT_LEN, Event, EventState};
+pub use event::{EVENT_LEN, Event, EventState, RESET_STATUS, is_reset};
 pub use extension::Extension;
 pub use header::{HEADER_LEN, Header, MAGIC, MAX_NEGOTIATION_LEN, MessageType};
 pub use layout::{BufferManagerHeader, ListHeader, QueueHeader, QueueLayout, SliceHeader};
