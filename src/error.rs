@@ -6,20 +6,30 @@
 //! - [`MemoryError`]: the shared memory that the peer gave us, or writes to, does not hold
 //!   together.
 //! - [`ConfigError`]: the caller asked for something that cannot be.
-//! - [`ResourceError`]: the machine has too little of something.
+//! - [`ResourceError`]: the machine has too little of something, or does not let this process have
+//!   it.
 //! - [`Error`]: all of these, the operating system, and the ends of sessions and streams.
 //!
 //! Every one of them converts into [`std::io::Error`] with a fitting kind, so that code written for
 //! sockets needs no second error type.
 
 mod handshake;
+mod resource;
+mod retry;
 
+use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use handshake::HandshakeError;
+pub use resource::{IoUringProblem, ResourceError};
+
+pub(crate) use retry::{
+    FULL, JSON_PARSE_ERROR, NOT_ALLOWED, STOPPING, TOO_LARGE, VERSION_NOT_SUPPORTED,
+};
 
 /// Result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -113,7 +123,8 @@ pub enum MemoryError {
         have: u64,
     },
     /// The memory is larger than this side is willing, or able, to map.
-    #[error("{what} has {have} bytes, the limit is {limit}")]
+    #[error("{what} has {have} bytes, the limit is {limit} (`{setting}`)")]
+    #[non_exhaustive]
     TooLarge {
         /// Which part.
         what: &'static str,
@@ -121,6 +132,9 @@ pub enum MemoryError {
         have: u64,
         /// The limit in bytes.
         limit: u64,
+        /// Which setting of this side's [configuration](crate::ConfigBuilder) the limit is, or what
+        /// else.
+        setting: &'static str,
     },
     /// A field of a header holds what it must not.
     #[error("{what} is {value}: {problem}")]
@@ -182,6 +196,16 @@ pub enum MemoryError {
     },
 }
 
+/// The longest path of a Unix socket, in bytes: the kernel's field has one more, for the end.
+pub(crate) const MAX_SOCKET_PATH: usize = 107;
+
+fn appended(suffix: &str) -> String {
+    match suffix.strip_prefix('.') {
+        Some(shard) => format!(" (`{suffix}` is appended for shard {shard})"),
+        None => String::new(),
+    }
+}
+
 /// The caller asked for something that cannot be.
 ///
 /// ```
@@ -223,6 +247,20 @@ pub enum ConfigError {
     /// The path prefix of shared-memory files is too long or not absolute.
     #[error("path prefix {0:?} must be absolute and leave room for the file names")]
     PathPrefix(PathBuf),
+    /// The path of a Unix socket is longer than the system takes.
+    #[error(
+        "a Unix socket path holds {MAX_SOCKET_PATH} bytes, {} has {len}{}: choose a shorter one",
+        path.display(),
+        appended(suffix)
+    )]
+    SocketPath {
+        /// The whole path, with what is appended.
+        path: PathBuf,
+        /// How long it is, in bytes.
+        len: usize,
+        /// What of it was appended for a shard: `.0` for shard 0. Empty for none.
+        suffix: String,
+    },
     /// The processors that shards should run on are not there, or not for this process.
     #[error("processors: {0}")]
     Cores(String),
@@ -235,51 +273,6 @@ pub enum ConfigError {
         value: u64,
         /// Why that cannot be.
         problem: &'static str,
-    },
-}
-
-/// This machine, or what this process may have of it, cannot hold what was asked for.
-///
-/// ```
-/// use shmipc_glommio::{Config, Error, MemoryKind, ResourceError};
-///
-/// let config = Config::builder().memory(MemoryKind::File).build()?;
-/// // No machine has a million gigabytes in `/dev/shm`.
-/// let error = config.footprint(1, 1 << 20, 1 << 15).check().unwrap_err();
-/// assert!(matches!(error, Error::Resource(ResourceError::SharedMemory { .. })));
-/// # shmipc_glommio::Result::<()>::Ok(())
-/// ```
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ResourceError {
-    /// The file system of shared-memory files has too little space. In containers `/dev/shm` often
-    /// has 64 MiB.
-    #[error("{directory:?} has {available} bytes left, the shared memory takes {needed}")]
-    SharedMemory {
-        /// Where the files would be.
-        directory: PathBuf,
-        /// How many bytes they would take.
-        needed: u64,
-        /// How many there are.
-        available: u64,
-    },
-    /// A control group of this process may not use as much memory.
-    #[error("control group {group:?} has {available} bytes left, the shared memory takes {needed}")]
-    ControlGroup {
-        /// Where the system shows the group.
-        group: PathBuf,
-        /// How many bytes are needed.
-        needed: u64,
-        /// How many the group has left.
-        available: u64,
-    },
-    /// This process may not lock enough memory for the rings of its executors.
-    #[error("{limit} bytes of memory may be locked, the executors take {needed}: see `ulimit -l`")]
-    LockedMemory {
-        /// How many bytes are needed.
-        needed: u64,
-        /// The limit.
-        limit: u64,
     },
 }
 
@@ -315,8 +308,8 @@ pub enum Error {
     /// The configuration cannot be.
     #[error("configuration: {0}")]
     Config(#[from] ConfigError),
-    /// The machine has too little of something.
-    #[error("too little memory: {0}")]
+    /// The machine has too little of something, or this process may not have it.
+    #[error("{0}")]
     Resource(#[from] ResourceError),
     /// A server has no shard of this number.
     #[error("there is no shard {index}, the server has {count}")]
@@ -327,10 +320,13 @@ pub enum Error {
         count: usize,
     },
     /// No session to a shard came up for as long as the caller could wait.
-    #[error("no session to shard {shard}: {source}")]
+    #[error("no session to shard {shard} of {}: {source}", server.display())]
+    #[non_exhaustive]
     Unavailable {
         /// Which shard.
         shard: usize,
+        /// The path of its server.
+        server: Arc<Path>,
         /// Why the last one ended, or could not be made.
         source: Arc<Error>,
     },
@@ -343,12 +339,17 @@ pub enum Error {
         source: Arc<dyn std::error::Error + Send + Sync>,
     },
     /// The operating system said no.
-    #[error("{operation}: {source}")]
+    #[error("{operation}{}: {source}{}", of(target.as_deref()), advised(advice.as_deref()))]
+    #[non_exhaustive]
     Os {
         /// What was being done.
         operation: &'static str,
+        /// To what: the path of a socket or of a file, or an address. `None` where there is none.
+        target: Option<Arc<Target>>,
         /// What the system said.
         source: Arc<io::Error>,
+        /// Which setting or limit is in the way, and what to do about it, where that is known.
+        advice: Option<Arc<str>>,
     },
     /// The peer went away: it closed its socket, or died.
     #[error("the peer closed the session")]
@@ -358,7 +359,7 @@ pub enum Error {
     PeerNotReading,
     /// The peer has left what was sent to it where it is for so long
     /// (see [`stall_limit`](crate::ConfigBuilder::stall_limit)).
-    #[error("the peer has not moved for {0:?}")]
+    #[error("the peer has not moved for {0:?} (`stall_limit`)")]
     PeerStalled(Duration),
     /// The session was closed on this side.
     #[error("the session was closed here")]
@@ -386,14 +387,105 @@ pub enum Error {
     #[error("a server cannot open streams, it accepts them")]
     NotClient,
     /// As many streams are open as the configuration allows.
-    #[error("{0} streams are open, the limit")]
+    #[error("{0} streams are open, as many as `max_streams` allows")]
     TooManyStreams(usize),
+}
+
+/// What an operation of the system was about.
+///
+/// ```
+/// use std::path::Path;
+/// use shmipc_glommio::{Config, Connector};
+///
+/// # glommio::LocalExecutorBuilder::default().spawn(|| async {
+/// let connector = Connector::new(Config::default());
+/// let error = connector.connect("/nowhere/store.sock").await.unwrap_err();
+/// assert_eq!(error.path(), Some(Path::new("/nowhere/store.sock")));
+/// # }).unwrap().join().unwrap();
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Target {
+    /// A socket, a file or a directory.
+    Path(PathBuf),
+    /// An address.
+    Address(SocketAddr),
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(formatter),
+            Self::Address(address) => address.fmt(formatter),
+        }
+    }
+}
+
+impl From<&Path> for Target {
+    fn from(path: &Path) -> Self {
+        Self::Path(path.to_owned())
+    }
+}
+
+impl From<SocketAddr> for Target {
+    fn from(address: SocketAddr) -> Self {
+        Self::Address(address)
+    }
+}
+
+fn of(target: Option<&Target>) -> String {
+    target.map_or_else(String::new, |target| format!(" {target}"))
+}
+
+fn advised(advice: Option<&str>) -> String {
+    advice.map_or_else(String::new, |advice| format!("; {advice}"))
 }
 
 impl Error {
     /// An error of the operating system, with what was being done.
     pub(crate) fn os(operation: &'static str, source: impl Into<io::Error>) -> Self {
-        Self::Os { operation, source: Arc::new(source.into()) }
+        let source = source.into();
+        let advice = resource::advice(&source).map(Arc::from);
+        Self::Os { operation, target: None, source: Arc::new(source), advice }
+    }
+
+    /// The same, about a path or an address.
+    pub(crate) fn os_at(
+        operation: &'static str,
+        target: impl Into<Target>,
+        source: impl Into<io::Error>,
+    ) -> Self {
+        Self::os(operation, source).at(target)
+    }
+
+    /// Says what an error of the operating system is about, if it does not by itself.
+    pub(crate) fn at(mut self, about: impl Into<Target>) -> Self {
+        if let Self::Os { target: target @ None, .. } = &mut self {
+            *target = Some(Arc::new(about.into()));
+        }
+        self
+    }
+
+    /// Says what can be done about an error of the operating system.
+    pub(crate) fn advise(mut self, text: impl Into<String>) -> Self {
+        if let Self::Os { advice, .. } = &mut self {
+            *advice = Some(Arc::from(text.into()));
+        }
+        self
+    }
+
+    /// The path that an operation of the system was about, if it was about one.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Os { target, .. } => match target.as_deref() {
+                Some(Target::Path(path)) => Some(path),
+                _ => None,
+            },
+            Self::Config(ConfigError::SocketPath { path, .. }) => Some(path),
+            Self::Resource(ResourceError::SharedMemory { directory, .. }) => Some(directory),
+            Self::Unavailable { source, .. } => source.path(),
+            _ => None,
+        }
     }
 
     /// Whether the peer is at fault, rather than this side or the machine.
@@ -419,11 +511,13 @@ impl Error {
                 | HandshakeError::NotAuthorized { .. }
                 | HandshakeError::FileOwner { .. },
             ) => io::ErrorKind::PermissionDenied,
+            Self::Handshake(HandshakeError::Refused { code, .. }) if code == NOT_ALLOWED => {
+                io::ErrorKind::PermissionDenied
+            }
             Self::Handshake(HandshakeError::Refused { .. }) => io::ErrorKind::ConnectionRefused,
             Self::Handshake(_) => io::ErrorKind::InvalidData,
             Self::Config(_) => io::ErrorKind::InvalidInput,
-            Self::Resource(ResourceError::SharedMemory { .. }) => io::ErrorKind::StorageFull,
-            Self::Resource(_) => io::ErrorKind::OutOfMemory,
+            Self::Resource(error) => error.kind(),
             Self::Shard { source, .. } => {
                 source.downcast_ref::<io::Error>().map_or(io::ErrorKind::Other, io::Error::kind)
             }

@@ -8,7 +8,6 @@
 
 use std::fmt;
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::sys::resource::{Resource, getrlimit};
@@ -112,9 +111,8 @@ impl Footprint {
     pub(crate) fn check_shared_memory(&self) -> Result<(), Error> {
         if let Some(directory) = &self.directory {
             let space = nix::sys::statvfs::statvfs(directory).map_err(|errno| {
-                let error = io::Error::from(errno);
-                let text = format!("{}: {error}", directory.display());
-                Error::os("look for room for shared memory", io::Error::new(error.kind(), text))
+                Error::os_at("look for room for shared memory in", &**directory, errno)
+                    .advise("`path_prefix` says where such files are made")
             })?;
             let available = space.blocks_available().saturating_mul(space.fragment_size());
             self.fits_directory(directory, available)?;

@@ -83,7 +83,8 @@ pub use config::{
     AllowedPeers, Config, ConfigBuilder, MemoryKind, ProtocolVersion, SliceClass, Spin, Wakeup,
 };
 pub use error::{
-    ConfigError, Error, HandshakeError, MemoryError, ResourceError, Result, WireError,
+    ConfigError, Error, HandshakeError, IoUringProblem, MemoryError, ResourceError, Result, Target,
+    WireError,
 };
 pub use footprint::Footprint;
 pub use rt::{

@@ -155,7 +155,7 @@ fn the_doors_of_others_are_respected_one_by_one() {
     let path = SocketPath::new();
     let other = UnixListener::bind(format!("{}.1", path.as_str())).unwrap();
     let error = server(&path, 2).serve_streams(|_| async {}).unwrap_err().to_string();
-    assert!(error.contains(".1 is in use by a live server"), "{error}");
+    assert!(error.contains(".1: it is in use by a live server"), "{error}");
     assert_eq!(files(&path), [".1"], "nothing else is left");
     drop(other);
     fs::remove_file(format!("{}.1", path.as_str())).unwrap();

@@ -54,7 +54,7 @@ fn a_server_of_somebody_else_is_not_spoken_to() {
         let config = small().allowed_peers(others).build().unwrap();
         let error = Connector::new(config).connect(path.as_str()).await.unwrap_err();
         let uid = Some(geteuid().as_raw());
-        let is_due = |error: &Error| matches!(error, Error::Handshake(HandshakeError::PeerNotAllowed { uid: u }) if *u == uid);
+        let is_due = |error: &Error| matches!(error, Error::Handshake(HandshakeError::PeerNotAllowed { uid: u, .. }) if *u == uid);
         assert!(is_due(&error), "{error}");
         assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::PermissionDenied);
         assert!(within(LIMIT, || !refused.lock().unwrap().is_empty()).await);

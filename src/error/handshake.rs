@@ -79,17 +79,27 @@ pub enum HandshakeError {
         waiting_for: &'static str,
     },
     /// The peer took too long.
-    #[error("no handshake within {0:?}")]
+    #[error("no handshake within {0:?} (`handshake_timeout`)")]
     Timeout(Duration),
     /// Its user is not one that may be at the other end
     /// (see [`allowed_peers`](crate::ConfigBuilder::allowed_peers)).
-    #[error("{} is not allowed to be at the other end", user(*uid))]
+    #[error(
+        "the {peer} is {}, and `allowed_peers` of this {side} allows {allowed} only",
+        user(*uid)
+    )]
+    #[non_exhaustive]
     PeerNotAllowed {
         /// The user, if the kernel said.
         uid: Option<u32>,
+        /// What the peer is: `"client"` or `"server"`.
+        peer: &'static str,
+        /// Whose setting it is, on this side: `"listener"` or `"connector"`.
+        side: &'static str,
+        /// Whom that setting allows, in words.
+        allowed: String,
     },
     /// The program did not want it (see [`authorize`](crate::Listener::authorize)).
-    #[error("a process of {} was not authorized", user(*uid))]
+    #[error("`authorize` of this listener refused a process of {}", user(*uid))]
     NotAuthorized {
         /// The user, if the kernel said.
         uid: Option<u32>,
@@ -105,15 +115,22 @@ pub enum HandshakeError {
         peer: u32,
     },
     /// The listener has as many sessions as it may have.
-    #[error("there are {0} sessions already")]
+    #[error("there are {0} sessions already, as many as `max_sessions` of this listener allows")]
     TooManySessions(usize),
     /// Others waited for its place, and it had taken so long by then.
-    #[error("gave way to others after {0:?}")]
+    #[error(
+        "gave way to others after {0:?}, since all places for handshakes were taken \
+         (`max_handshakes`, `max_handshakes_per_user`)"
+    )]
     GaveWay(Duration),
+    /// The listener is about to stop.
+    #[error("the listener is stopping")]
+    Stopping,
     /// The peer answered that it will not speak with this side (version 4).
     #[error("the server refused: {code}: {message}")]
     Refused {
-        /// Its code, `VERSION_NOT_SUPPORTED` for instance; the first 64 bytes of it.
+        /// Its code, for programs: [one of those](crate::wire::negotiation) that are known here, or
+        /// the first 64 bytes of another one.
         code: String,
         /// Its words; the first 256 bytes of them.
         message: String,

@@ -229,7 +229,12 @@ impl Admitted {
         let have = self.admission.mapped_bytes.get().saturating_add(bytes);
         if have > limit {
             let what = "the memory of all sessions of this listener";
-            return Err(MemoryError::TooLarge { what, have, limit });
+            return Err(MemoryError::TooLarge {
+                what,
+                have,
+                limit,
+                setting: "max_total_mapped_bytes",
+            });
         }
         self.admission.mapped_bytes.set(have);
         self.mapped_bytes.set(self.mapped_bytes.get() + bytes);

@@ -253,7 +253,8 @@ impl Client {
             // A server that came back with fewer shards can be counted by now.
             self.inner.check_index(index)?;
             let source = Arc::new(shard.error().unwrap_or(Error::DeadlinePassed));
-            Err(Error::Unavailable { shard: index, source })
+            let server = Rc::as_ref(&self.inner.path).into();
+            Err(Error::Unavailable { shard: index, server, source })
         };
         or(picked, too_late).await
     }

@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! How a client gets a session.
 
+use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+
+use nix::errno::Errno;
 
 use super::handshake;
 use super::listener::within;
 use super::poller::Poller;
 use super::session::Session;
 use super::socket::Socket;
-use super::socket_path::{is_socket, shard_path, socket_identity};
+use super::socket_path::{address, connect_error, is_socket, shard_path, socket_identity};
 use crate::config::{Config, ProtocolVersion};
 use crate::error::{Error, HandshakeError, Result};
 use crate::shm::access::PeerTrust;
@@ -90,6 +93,9 @@ impl Connector {
     /// Connects to the door of shard `index`, of which it is known that it is there.
     pub(super) async fn connect_door(&self, path: &Path, index: usize) -> Result<Session> {
         let door = door_of(path, index);
+        if door != path {
+            address(&door, &format!(".{index}"))?;
+        }
         let session = self.connect(&door).await?;
         match session.shard() {
             // Behind the door that all share is whoever it is dealt to.
@@ -169,8 +175,15 @@ pub(super) fn count_shards(path: &Path) -> Result<usize> {
         }
     }
     if doors == 0 && !is_socket(path) {
-        let missing = io::Error::new(io::ErrorKind::NotFound, "no socket is there");
-        return Err(Error::os("look for a server", missing));
+        // Who may not search the directory does not know what is there.
+        let errno = match fs::symlink_metadata(path) {
+            Err(error) => error.raw_os_error().map_or(Errno::ENOENT, Errno::from_raw),
+            Ok(_) => {
+                let error = io::Error::new(io::ErrorKind::NotFound, "what is there is no socket");
+                return Err(Error::os_at("look for a server at", path, error));
+            }
+        };
+        return Err(connect_error(path, errno));
     }
     Ok(doors.max(1))
 }

@@ -79,7 +79,7 @@ pub(super) async fn connect(
 ) -> Result<Established, ConnectError> {
     let fixed = |error| ConnectError { error, may_fall_back: false };
     let peer = socket.peer().map_err(fixed)?;
-    peer.check(&config.allowed_peers).map_err(|error| fixed(error.into()))?;
+    peer.check(&config.allowed_peers, "server").map_err(|error| fixed(error.into()))?;
     if socket.is_tcp() && config.memory == MemoryKind::Memfd {
         return Err(fixed(HandshakeError::DescriptorsOverTcp.into()));
     }

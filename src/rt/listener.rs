@@ -96,18 +96,42 @@ pub(super) struct Door {
 
 impl Door {
     pub(super) fn open(path: &Path, config: &Config) -> Result<Self> {
+        socket_path::address(path, "")?;
         Self::open_in_turn(path, config, &Self::turn(path)?)
     }
 
     /// Waits for the turn at the doors of one server.
     pub(super) fn turn(path: &Path) -> Result<DoorLock> {
-        DoorLock::take(path).map_err(|error| Error::os("wait for the turn to listen", error))
+        DoorLock::take(path).map_err(|error| listen_error(path, error))
     }
 
     pub(super) fn open_in_turn(path: &Path, config: &Config, turn: &DoorLock) -> Result<Self> {
         let (fd, path) = socket_path::listen(path, &config.socket_file, turn)
-            .map_err(|error| Error::os("listen on a Unix socket", error))?;
+            .map_err(|error| listen_error(path, error))?;
         Ok(Self { fd, path })
+    }
+}
+
+/// Why listening on the socket at `path` failed, and what can be done about it.
+pub(super) fn listen_error(path: &Path, error: io::Error) -> Error {
+    let kind = error.kind();
+    let error = Error::os_at("listen on the Unix socket", path, error);
+    let directory = match path.parent() {
+        Some(directory) if !directory.as_os_str().is_empty() => directory,
+        _ => Path::new("."),
+    };
+    match kind {
+        io::ErrorKind::NotFound if !directory.exists() => {
+            error.advise(format!("the directory {} is not there", directory.display()))
+        }
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            let (directory, me) = (directory.display(), nix::unistd::geteuid());
+            error.advise(format!(
+                "user {me}, as whom this process runs, must be able to create files in {directory}, \
+                 and may not replace those of others"
+            ))
+        }
+        _ => error,
     }
 }
 
@@ -177,7 +201,7 @@ impl Listener {
     ///
     /// [`Error::Os`], with `InvalidInput` when the address is not one of loopback.
     pub fn bind_tcp(address: SocketAddr, config: Config) -> Result<Self> {
-        let failed = |error| Error::os("listen over TCP", error);
+        let failed = |error| Error::os_at("listen over TCP at", address, error);
         if !address.ip().is_loopback() {
             let error = io::Error::new(io::ErrorKind::InvalidInput, "not a loopback address");
             return Err(failed(error));
@@ -297,7 +321,7 @@ impl Shared {
     /// Whether a peer may begin a handshake.
     fn check(&self, connection: &Socket) -> Result<PeerCredentials> {
         let peer = connection.peer()?;
-        peer.check(&self.config.allowed_peers)?;
+        peer.check(&self.config.allowed_peers, "client")?;
         let authorize = self.authorize.borrow().clone();
         match authorize {
             Some(authorize) if !authorize(&peer) => {

@@ -73,14 +73,41 @@ impl PeerCredentials {
         Ok(Self { uid, gid, pid })
     }
 
-    /// Whether a peer like this may be spoken to at all.
-    pub(super) fn check(&self, allowed: &AllowedPeers) -> Result<(), HandshakeError> {
+    /// Whether a peer like this, `"client"` or `"server"`, may be spoken to at all.
+    pub(super) fn check(
+        &self,
+        allowed: &AllowedPeers,
+        peer: &'static str,
+    ) -> Result<(), HandshakeError> {
         let is_allowed = match allowed {
             AllowedPeers::Any => true,
             AllowedPeers::SameUser => self.uid == Some(nix::unistd::geteuid().as_raw()),
             AllowedPeers::Users(users) => self.uid.is_some_and(|uid| users.contains(&uid)),
         };
-        if is_allowed { Ok(()) } else { Err(HandshakeError::PeerNotAllowed { uid: self.uid }) }
+        if is_allowed {
+            return Ok(());
+        }
+        let side = if peer == "client" { "listener" } else { "connector" };
+        Err(HandshakeError::PeerNotAllowed { uid: self.uid, peer, side, allowed: words(allowed) })
+    }
+}
+
+/// How many users of a list are named in an error.
+const NAMED_USERS: usize = 8;
+
+/// Whom a setting allows.
+fn words(allowed: &AllowedPeers) -> String {
+    match allowed {
+        AllowedPeers::Any => "everybody".into(),
+        AllowedPeers::SameUser => {
+            format!("the user of this process, {},", nix::unistd::geteuid())
+        }
+        AllowedPeers::Users(users) if users.is_empty() => "nobody, a list of no users,".into(),
+        AllowedPeers::Users(users) => {
+            let named: Vec<_> = users.iter().take(NAMED_USERS).map(u32::to_string).collect();
+            let more = if users.len() > NAMED_USERS { ", ..." } else { "" };
+            format!("users {}{more}", named.join(", "))
+        }
     }
 }
 
@@ -456,7 +483,7 @@ mod tests {
     fn lists_are_kept_to() {
         let me = nix::unistd::geteuid().as_raw();
         let of = |uid| PeerCredentials { uid, ..PeerCredentials::default() };
-        let allowed = |uid, by: AllowedPeers| of(uid).check(&by).is_ok();
+        let allowed = |uid, by: AllowedPeers| of(uid).check(&by, "client").is_ok();
         assert!(allowed(Some(me), AllowedPeers::SameUser));
         assert!(!allowed(Some(me + 1), AllowedPeers::SameUser));
         assert!(!allowed(None, AllowedPeers::SameUser));
@@ -464,7 +491,28 @@ mod tests {
         assert!(allowed(Some(me + 2), some()));
         assert!(!allowed(Some(me), some()) && !allowed(None, some()));
         assert!(allowed(None, AllowedPeers::Any));
-        let error = of(Some(7)).check(&AllowedPeers::Users(Vec::new())).unwrap_err();
-        assert_eq!(error, HandshakeError::PeerNotAllowed { uid: Some(7) });
+        let error = of(Some(7)).check(&AllowedPeers::Users(Vec::new()), "client").unwrap_err();
+        assert!(matches!(error, HandshakeError::PeerNotAllowed { uid: Some(7), .. }));
+    }
+
+    #[test]
+    fn a_refusal_says_whose_setting_it_is_and_whom_that_allows() {
+        let seven = PeerCredentials { uid: Some(7), ..PeerCredentials::default() };
+        let text = |allowed, peer| seven.check(&allowed, peer).unwrap_err().to_string();
+        let users = AllowedPeers::Users(vec![1000, 1001]);
+        assert_eq!(
+            text(users, "server"),
+            "the server is user 7, and `allowed_peers` of this connector allows users 1000, 1001 \
+             only"
+        );
+        let same = text(AllowedPeers::SameUser, "client");
+        let me = nix::unistd::geteuid();
+        assert_eq!(
+            same,
+            format!(
+                "the client is user 7, and `allowed_peers` of this listener allows the user of \
+                 this process, {me}, only"
+            )
+        );
     }
 }

@@ -13,7 +13,7 @@ use glommio::{LocalExecutorBuilder, Placement};
 
 use super::cores::Cores;
 use super::dealer::{Deal, Inlet};
-use super::listener::Door;
+use super::listener::{Door, listen_error};
 use super::peer::PeerCredentials;
 use super::server::Server;
 use super::server_core::{Authorize, Common, Core, OnRefused};
@@ -275,6 +275,8 @@ impl fmt::Debug for ServerBuilder {
 /// Clients see from the doors how many shards there are, counting from the first. So what was left
 /// is removed from the first on, and the first is opened last: they see none, or all.
 fn open_doors(path: &Path, count: usize, config: &Config) -> Result<Vec<Door>> {
+    let last = shard_path(path, count.saturating_sub(1));
+    socket_path::address(&last, &format!(".{}", count.saturating_sub(1)))?;
     let turn = Door::turn(path)?;
     let shards = (0..).map(|index| shard_path(path, index)).enumerate();
     let left_over = shards
@@ -282,8 +284,7 @@ fn open_doors(path: &Path, count: usize, config: &Config) -> Result<Vec<Door>> {
         .map(|(_, path)| path);
     for path in std::iter::once(path.to_owned()).chain(left_over) {
         if socket_path::is_socket(&path) {
-            socket_path::remove_left_over(&path)
-                .map_err(|error| Error::os("listen on a Unix socket", error))?;
+            socket_path::remove_left_over(&path).map_err(|error| listen_error(&path, error))?;
         }
     }
     let open = |index| Door::open_in_turn(&shard_path(path, index), config, &turn);

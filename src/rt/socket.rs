@@ -22,10 +22,11 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
 };
 
 use super::peer::PeerCredentials;
+use super::socket_path;
 use crate::error::Error;
 
 /// The most descriptors that one message can carry (`SCM_MAX_FD`). With room for all of them none
@@ -56,8 +57,8 @@ impl Socket {
 
     /// Connects to a Unix socket.
     pub(super) async fn connect_unix(path: &Path) -> Result<Self, Error> {
-        let failed = |errno: Errno| Error::os("connect to a Unix socket", errno);
-        let address = UnixAddr::new(path).map_err(failed)?;
+        let failed = |errno: Errno| socket_path::connect_error(path, errno);
+        let address = socket_path::address(path, "")?;
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let fd = nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)
             .map_err(failed)?;
@@ -75,9 +76,9 @@ impl Socket {
 
     /// Connects over TCP, which makes sense on loopback only.
     pub(super) async fn connect_tcp(address: SocketAddr) -> Result<Self, Error> {
-        let stream = TcpStream::connect(address)
-            .await
-            .map_err(|error| Error::os("connect over TCP", io::Error::from(error)))?;
+        let stream = TcpStream::connect(address).await.map_err(|error| {
+            Error::os_at("connect over TCP to", address, io::Error::from(error))
+        })?;
         Self::from_stream(stream, true)
     }
 

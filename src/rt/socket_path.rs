@@ -25,6 +25,7 @@ use nix::unistd::{Gid, Pid, Uid};
 
 use super::door_lock::DoorLock;
 use crate::config::SocketFile;
+use crate::error::{ConfigError, Error, MAX_SOCKET_PATH};
 
 /// How many connections wait to be accepted.
 const BACKLOG: i32 = 1024;
@@ -83,6 +84,47 @@ fn identity_of(path: &Path) -> io::Result<(u64, u64)> {
     Ok((metadata.dev(), metadata.ino()))
 }
 
+/// The address of the socket at `path`, of which the last part was appended for a shard, if it is
+/// not empty.
+///
+/// # Errors
+///
+/// It is longer than an address may be.
+pub(super) fn address(path: &Path, suffix: &str) -> Result<UnixAddr, Error> {
+    let len = path.as_os_str().len();
+    if len > MAX_SOCKET_PATH {
+        let (path, suffix) = (path.to_owned(), suffix.to_owned());
+        return Err(ConfigError::SocketPath { path, len, suffix }.into());
+    }
+    UnixAddr::new(path).map_err(|errno| Error::os_at("use the path of a Unix socket,", path, errno))
+}
+
+/// Why connecting to the socket at `path` failed, and what can be done about it.
+pub(super) fn connect_error(path: &Path, errno: Errno) -> Error {
+    let error = Error::os_at("connect to the Unix socket", path, errno);
+    match errno {
+        Errno::ENOENT => error.advise("no server has a socket there"),
+        Errno::ECONNREFUSED => error.advise("the server that had its socket there is gone"),
+        Errno::EACCES | Errno::EPERM => error.advise(who_may_connect(path)),
+        _ => error,
+    }
+}
+
+/// Whose a socket is, for those who may not connect to it.
+fn who_may_connect(path: &Path) -> String {
+    let me = nix::unistd::geteuid();
+    match fs::symlink_metadata(path) {
+        Ok(found) => format!(
+            "it is of user {} and group {} with mode {:03o}, this process is user {me}: \
+             `socket_mode` and `socket_owner` of the server decide who may connect",
+            found.uid(),
+            found.gid(),
+            found.mode() & 0o777
+        ),
+        Err(_) => format!("user {me}, as whom this process runs, may not search its directory"),
+    }
+}
+
 /// Listens at `path`, in the turn that the lock gives. Nobody can connect before the file is as it
 /// is configured to be.
 pub(super) fn listen(
@@ -106,7 +148,8 @@ pub(super) fn listen(
     nix::sys::stat::fchmodat(AT_FDCWD, path, mode, FchmodatFlags::NoFollowSymlink)?;
     if file.user.is_some() || file.group.is_some() {
         let (user, group) = (file.user.map(Uid::from_raw), file.group.map(Gid::from_raw));
-        nix::unistd::fchownat(AT_FDCWD, path, user, group, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        nix::unistd::fchownat(AT_FDCWD, path, user, group, AtFlags::AT_SYMLINK_NOFOLLOW)
+            .map_err(|errno| cannot_give_away(file, errno))?;
     }
     nix::sys::socket::listen(&fd, Backlog::new(BACKLOG)?)?;
     Ok((fd, entry))
@@ -137,15 +180,12 @@ pub(super) fn socket_identity(path: &Path) -> Option<(u64, u64, i64, i64)> {
 ///
 /// It lives, or it is no socket, or cannot be removed.
 pub(super) fn remove_left_over(path: &Path) -> io::Result<()> {
-    let in_use = |what: &str| {
-        let text = format!("{} {what}", path.display());
-        Err(io::Error::new(io::ErrorKind::AddrInUse, text))
-    };
+    let in_use = |what: &str| Err(io::Error::new(io::ErrorKind::AddrInUse, what));
     if !is_socket(path) {
-        return in_use("exists and is not a socket");
+        return in_use("what is there is not a socket, and is left alone");
     }
     if is_alive(path)? {
-        return in_use("is in use by a live server");
+        return in_use("it is in use by a live server");
     }
     match fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -165,7 +205,7 @@ fn is_alive(path: &Path) -> io::Result<bool> {
         match nix::sys::socket::connect(fd.as_raw_fd(), &address) {
             Err(Errno::ECONNREFUSED | Errno::ENOENT) => return Ok(false),
             Err(errno @ (Errno::EACCES | Errno::EPERM)) => {
-                let text = format!("{}, which is somebody else's: {errno}", path.display());
+                let text = format!("another user's socket is there, which may be alive: {errno}");
                 return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
             }
             Ok(()) if is_ghost(&fd) => std::thread::sleep(CLEAR_UP_PAUSE),
@@ -181,6 +221,14 @@ fn is_ghost(connection: &OwnedFd) -> bool {
     // A process of a container that this one cannot see has the number 0.
     let listener = credentials.map_or(0, |credentials| credentials.pid());
     listener > 0 && nix::sys::signal::kill(Pid::from_raw(listener), None) == Err(Errno::ESRCH)
+}
+
+fn cannot_give_away(file: &SocketFile, errno: Errno) -> io::Error {
+    let error = io::Error::from(errno);
+    let whom = |what, id: Option<u32>| id.map(|id| format!(" {what} {id}")).unwrap_or_default();
+    let (user, group) = (whom("user", file.user), whom("group", file.group));
+    let text = format!("cannot be given to{user}{group}, as `socket_owner` says: {error}");
+    io::Error::new(error.kind(), text)
 }
 
 fn new_socket(flags: SockFlag) -> io::Result<OwnedFd> {

@@ -101,7 +101,9 @@ pub(crate) fn remove_once(prefix: &Path) {
 /// # shmipc_glommio::Result::<()>::Ok(())
 /// ```
 pub fn remove_leftovers(prefix: impl AsRef<Path>) -> Result<usize, Error> {
-    remove(prefix.as_ref()).map_err(|error| Error::os("remove files that nobody has", error))
+    let prefix = prefix.as_ref();
+    remove(prefix)
+        .map_err(|error| Error::os_at("remove the files that nobody has of", prefix, error))
 }
 
 fn remove(prefix: &Path) -> io::Result<usize> {

@@ -108,7 +108,10 @@ impl Region {
     /// A new file of `len` zero bytes that only this user can open, and its entry in the file
     /// system, which goes away with the returned [`SharedFile`].
     pub(crate) fn create_file(path: &Path, len: usize) -> Result<(Self, NewFile), Error> {
-        let failed = |error| Error::os("create a shared-memory file", error);
+        let failed = |error| {
+            Error::os_at("create the shared-memory file", path, error)
+                .advise("`path_prefix` says where such files are made")
+        };
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(0o600);
         options.custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_CLOEXEC);
@@ -157,13 +160,21 @@ impl Region {
         limit: u64,
         owner: Option<u32>,
     ) -> Result<Self, Error> {
-        let failed = |error| Error::os("open the peer's shared-memory file", error);
-        let outside = io::Error::new(
-            io::ErrorKind::PermissionDenied,
-            "not below the directory of the configured prefix",
-        );
-        let Ok(relative) = path.strip_prefix(directory) else { return Err(failed(outside)) };
-        let directory = File::open(directory).map_err(failed)?;
+        let failed = |error| Error::os_at("open the peer's shared-memory file", path, error);
+        let outside = || {
+            let error = io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "not below the directory of the configured prefix",
+            );
+            failed(error).advise(format!(
+                "by `path_prefix`, this side takes files below {} only: the peer's must be there",
+                directory.display()
+            ))
+        };
+        let Ok(relative) = path.strip_prefix(directory) else { return Err(outside()) };
+        let below = File::open(directory).map_err(|error| {
+            Error::os_at("open the directory of shared memory", directory, error)
+        })?;
         // Not blocking, since the path may name a pipe.
         let how = OpenHow::new()
             .flags(OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)
@@ -172,8 +183,8 @@ impl Region {
                     | ResolveFlag::RESOLVE_NO_SYMLINKS
                     | ResolveFlag::RESOLVE_NO_XDEV,
             );
-        let file = match nix::fcntl::openat2(&directory, relative, how) {
-            Err(Errno::EXDEV) => return Err(failed(outside)),
+        let file = match nix::fcntl::openat2(&below, relative, how) {
+            Err(Errno::EXDEV) => return Err(outside()),
             result => result.map_err(|errno| failed(errno.into()))?,
         };
         let file = File::from(file);
@@ -200,7 +211,13 @@ impl Region {
         }
         let have = stat.size();
         if have > limit {
-            return Err(MemoryError::TooLarge { what: role, have, limit }.into());
+            return Err(MemoryError::TooLarge {
+                what: role,
+                have,
+                limit,
+                setting: "max_mapped_bytes",
+            }
+            .into());
         }
         if have == 0 {
             return Err(MemoryError::TooSmall { what: role, needed: 1, have }.into());
@@ -209,6 +226,7 @@ impl Region {
             what: role,
             have,
             limit: usize::MAX as u64,
+            setting: "the address space",
         })?;
         Self::map(file, len)
     }

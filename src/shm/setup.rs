@@ -127,7 +127,12 @@ pub(super) fn map_lists<M: Memory>(memory: &M, sets: ListSets) -> Result<Lists, 
     }
     if have > u64::from(u32::MAX) {
         let limit = u64::from(u32::MAX);
-        return Err(MemoryError::TooLarge { what: "buffer memory", have, limit });
+        return Err(MemoryError::TooLarge {
+            what: "buffer memory",
+            have,
+            limit,
+            setting: "the offsets of the protocol",
+        });
     }
     // Two bytes of count, two unused.
     let first_word = memory.load_u32(MANAGER_LIST_COUNT_OFFSET, Ordering::Acquire).to_le();

@@ -20,15 +20,23 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::header::MAX_NEGOTIATION_LEN;
 use crate::config::ProtocolVersion;
-use crate::error::WireError;
+use crate::error::{self, WireError};
 
 /// How deep arrays and objects may be nested. What is known needs three levels.
 pub const MAX_DEPTH: usize = 16;
 
 /// The code of a refusal: none of the versions that the client offers is one of the server's.
-pub const VERSION_NOT_SUPPORTED: &str = "VERSION_NOT_SUPPORTED";
+pub const VERSION_NOT_SUPPORTED: &str = error::VERSION_NOT_SUPPORTED;
 /// The code of a refusal: the request is no JSON, or not that of a request.
-pub const JSON_PARSE_ERROR: &str = "JSON_PARSE_ERROR";
+pub const JSON_PARSE_ERROR: &str = error::JSON_PARSE_ERROR;
+/// The code of a refusal: the server has as many sessions as it may have. Later there may be room.
+pub const FULL: &str = error::FULL;
+/// The code of a refusal: the client brings more memory than the server is willing to map.
+pub const TOO_LARGE: &str = error::TOO_LARGE;
+/// The code of a refusal: the client's user, its process or its files may not have a session.
+pub const NOT_ALLOWED: &str = error::NOT_ALLOWED;
+/// The code of a refusal: the server is about to stop. Another one may come in its place.
+pub const STOPPING: &str = error::STOPPING;
 
 const EVENT_QUEUE_POLLING: &str = "event_queue_polling";
 const EVENTFD_WAKEUP: &str = "eventfd_wakeup";

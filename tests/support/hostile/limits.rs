@@ -34,7 +34,8 @@ fn other_users_are_refused_before_they_say_anything() {
         assert_eq!(result, 0);
         Raw::connect(&path)
     });
-    let is_due: IsDue = due!(Error::Handshake(HandshakeError::PeerNotAllowed { uid: Some(4321) }));
+    let is_due: IsDue =
+        due!(Error::Handshake(HandshakeError::PeerNotAllowed { uid: Some(4321), .. }));
     bed.must_refuse("another user", is_due, raw.join().unwrap());
     bed.finish();
 }

@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What is worth another try.
+
+use std::io;
+
+use super::{Error, HandshakeError, MemoryError};
+
+/// The codes of refusals, as they go over the wire in version 4
+/// (see [`negotiation`](crate::wire::negotiation)).
+pub(crate) const VERSION_NOT_SUPPORTED: &str = "VERSION_NOT_SUPPORTED";
+pub(crate) const JSON_PARSE_ERROR: &str = "JSON_PARSE_ERROR";
+pub(crate) const FULL: &str = "FULL";
+pub(crate) const TOO_LARGE: &str = "TOO_LARGE";
+pub(crate) const NOT_ALLOWED: &str = "NOT_ALLOWED";
+pub(crate) const STOPPING: &str = "STOPPING";
+
+impl Error {
+    /// Whether the same may succeed a moment later, with nobody changing a configuration, a
+    /// permission or a program meanwhile.
+    ///
+    /// A server that is not there may come, one that is full may have room again, and a session that
+    /// was lost can be made again: all of these are worth a retry, with a pause between. What is
+    /// not: a peer that may not be spoken to, versions that do not meet, a path that cannot be, a
+    /// peer that broke the protocol, and everything that is the caller's own mistake. A
+    /// [`Client`](crate::Client) goes by this for its connections.
+    ///
+    /// It says nothing about whether a request was carried out: that the first attempt at one had
+    /// no effect is for the application to know.
+    ///
+    /// ```
+    /// use shmipc_glommio::{Config, Connector};
+    ///
+    /// # glommio::LocalExecutorBuilder::default().spawn(|| async {
+    /// let connector = Connector::new(Config::default());
+    /// // No server is there as yet.
+    /// let error = connector.connect("/nowhere/store.sock").await.unwrap_err();
+    /// assert!(error.is_retryable());
+    /// // No server can ever be there.
+    /// let error = connector.connect("/tmp/".to_owned() + &"x".repeat(120)).await.unwrap_err();
+    /// assert!(!error.is_retryable());
+    /// # }).unwrap().join().unwrap();
+    /// ```
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Handshake(error) => error.is_retryable(),
+            Self::Resource(error) => error.is_retryable(),
+            Self::Unavailable { source, .. } => source.is_retryable(),
+            Self::Os { source, .. } => is_passing(source.kind()),
+            Self::Shard { source, .. } => {
+                source.downcast_ref::<Self>().is_some_and(Self::is_retryable)
+            }
+            // The memory is gone, and with it the session; another one has another memory.
+            Self::Memory(MemoryError::Lost)
+            | Self::PeerClosed
+            | Self::PeerNotReading
+            | Self::PeerStalled(_)
+            | Self::StreamClosedByPeer
+            | Self::DeadlinePassed
+            | Self::TooManyStreams(_) => true,
+            Self::Wire(_)
+            | Self::Memory(_)
+            | Self::Config(_)
+            | Self::NoSuchShard { .. }
+            | Self::SessionClosed
+            | Self::StreamClosed
+            | Self::StreamReset
+            | Self::NotTrusted
+            | Self::ForeignLoan
+            | Self::NotClient => false,
+        }
+    }
+}
+
+impl HandshakeError {
+    /// Whether the same peer may get through later: see [`Error::is_retryable`].
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Closed { .. }
+            | Self::Timeout(_)
+            | Self::TooManySessions(_)
+            | Self::GaveWay(_)
+            | Self::Stopping
+            | Self::OtherShard { .. } => true,
+            // A code that is not known here may mean anything.
+            Self::Refused { code, .. } => {
+                ![VERSION_NOT_SUPPORTED, JSON_PARSE_ERROR, TOO_LARGE, NOT_ALLOWED]
+                    .contains(&code.as_str())
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Whether an error of the system passes by itself.
+fn is_passing(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind::{
+        FileTooLarge, InvalidFilename, InvalidInput, IsADirectory, NotADirectory, PermissionDenied,
+        ReadOnlyFilesystem, Unsupported,
+    };
+    ![
+        FileTooLarge,
+        InvalidFilename,
+        InvalidInput,
+        IsADirectory,
+        NotADirectory,
+        PermissionDenied,
+        ReadOnlyFilesystem,
+        Unsupported,
+    ]
+    .contains(&kind)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use nix::errno::Errno;
+
+    use super::*;
+    use crate::error::{ConfigError, IoUringProblem, ResourceError, WireError};
+
+    fn refused(code: &str) -> HandshakeError {
+        HandshakeError::Refused { code: code.into(), message: "words".into() }
+    }
+
+    fn not_allowed() -> HandshakeError {
+        let (peer, side, allowed) = ("server", "connector", String::new());
+        HandshakeError::PeerNotAllowed { uid: None, peer, side, allowed }
+    }
+
+    #[test]
+    fn what_may_pass_is_told_from_what_will_not() {
+        let os = |errno: Errno| Error::os("do it", errno);
+        let second = Duration::from_secs(1);
+        let unavailable = |error: Error| Error::Unavailable {
+            shard: 0,
+            server: Path::new("/run/x").into(),
+            source: Arc::new(error),
+        };
+        let io_uring = ResourceError::IoUring {
+            call: "io_uring_setup",
+            errno: Errno::EPERM as i32,
+            problem: IoUringProblem::Seccomp,
+        };
+        let too_long =
+            ConfigError::SocketPath { path: "/x".into(), len: 108, suffix: String::new() };
+        let affinity = ResourceError::Affinity { processor: 1, errno: Errno::EPERM as i32 };
+        let table: &[(bool, Error)] = &[
+            (true, os(Errno::ENOENT)),
+            (true, os(Errno::ECONNREFUSED)),
+            (true, os(Errno::ECONNRESET)),
+            (true, os(Errno::EAGAIN)),
+            (true, os(Errno::EMFILE)),
+            (true, os(Errno::ENOMEM)),
+            (true, os(Errno::EADDRINUSE)),
+            (false, os(Errno::EACCES)),
+            (false, os(Errno::EPERM)),
+            (false, os(Errno::ENAMETOOLONG)),
+            (false, os(Errno::ENOTDIR)),
+            (false, os(Errno::EINVAL)),
+            (false, os(Errno::EROFS)),
+            (false, os(Errno::EOPNOTSUPP)),
+            (true, HandshakeError::Closed { waiting_for: "it" }.into()),
+            (true, HandshakeError::Timeout(second).into()),
+            (true, HandshakeError::TooManySessions(1).into()),
+            (true, HandshakeError::GaveWay(second).into()),
+            (true, HandshakeError::Stopping.into()),
+            (true, HandshakeError::OtherShard { index: 1, count: 2, expected: 0 }.into()),
+            (true, refused(FULL).into()),
+            (true, refused(STOPPING).into()),
+            (true, refused("OF_TOMORROW").into()),
+            (false, refused(TOO_LARGE).into()),
+            (false, refused(NOT_ALLOWED).into()),
+            (false, refused(VERSION_NOT_SUPPORTED).into()),
+            (false, refused(JSON_PARSE_ERROR).into()),
+            (false, not_allowed().into()),
+            (false, HandshakeError::NotAuthorized { uid: None }.into()),
+            (false, HandshakeError::NoCommonVersion { peer: 1, needed: 2 }.into()),
+            (false, HandshakeError::Version4NotOffered.into()),
+            (false, HandshakeError::VersionNotOffered(3).into()),
+            (false, HandshakeError::StrayBytes.into()),
+            (false, HandshakeError::DescriptorsOverTcp.into()),
+            (false, WireError::Magic(7).into()),
+            (false, MemoryError::Offset { offset: 7 }.into()),
+            (true, MemoryError::Lost.into()),
+            (false, too_long.into()),
+            (true, ResourceError::OpenFiles { needed: 1, used: 2, limit: 3 }.into()),
+            (
+                true,
+                ResourceError::Threads { needed: 1, had: 0, limit: None, group_limit: None }.into(),
+            ),
+            (false, ResourceError::LockedMemory { needed: 1, limit: 0 }.into()),
+            (false, ResourceError::FileSize { what: "it", needed: 1, limit: 0 }.into()),
+            (false, affinity.into()),
+            (false, io_uring.into()),
+            (true, unavailable(os(Errno::ENOENT))),
+            (false, unavailable(os(Errno::EACCES))),
+            (true, Error::PeerClosed),
+            (true, Error::PeerNotReading),
+            (true, Error::PeerStalled(second)),
+            (true, Error::StreamClosedByPeer),
+            (true, Error::DeadlinePassed),
+            (true, Error::TooManyStreams(1)),
+            (false, Error::NoSuchShard { index: 1, count: 1 }),
+            (false, Error::SessionClosed),
+            (false, Error::StreamClosed),
+            (false, Error::StreamReset),
+            (false, Error::NotTrusted),
+            (false, Error::ForeignLoan),
+            (false, Error::NotClient),
+        ];
+        for (expected, error) in table {
+            assert_eq!(error.is_retryable(), *expected, "{error}");
+        }
+    }
+}
