@@ -415,7 +415,7 @@ fn who_has_waited_long_enough_is_told_why() {
     run(LIMIT, move || async move {
         let client = client(&path).patience(Duration::from_millis(50)).build().unwrap();
         let error = client.session(7).await.unwrap_err();
-        let Error::Unavailable { shard: 7, source } = &error else { panic!("{error}") };
+        let Error::Unavailable { shard: 7, source, .. } = &error else { panic!("{error}") };
         let Error::Os { source, .. } = &**source else { panic!("{source}") };
         assert_eq!(source.kind(), ErrorKind::NotFound, "{source}");
         assert_eq!(std::io::Error::from(error).kind(), ErrorKind::NotFound);

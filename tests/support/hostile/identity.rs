@@ -92,7 +92,7 @@ fn a_tcp_client_that_has_gone_is_not_taken_for_root() {
     run(2 * DEADLINE, || async {
         let Some(error) = fate_of("gone", drop).await else { return };
         let is_due =
-            matches!(error, Error::Handshake(HandshakeError::PeerNotAllowed { uid: None }));
+            matches!(error, Error::Handshake(HandshakeError::PeerNotAllowed { uid: None, .. }));
         assert!(is_due, "{error:?}");
     });
 }

@@ -157,7 +157,7 @@ fn a_client_notices_that_another_shard_answers() {
             builder.backoff(backoff.0, backoff.1).patience(patience).build().unwrap()
         };
         let error = client(Duration::from_millis(500)).session(1).await.unwrap_err();
-        let Error::Unavailable { shard: 1, source } = &error else { panic!("{error}") };
+        let Error::Unavailable { shard: 1, source, .. } = &error else { panic!("{error}") };
         let Error::Handshake(error) = &**source else { panic!("{source}") };
         assert!(matches!(error, HandshakeError::OtherShard { index: 0, .. }), "{error}");
         let patient = client(LIMIT);
