@@ -85,12 +85,9 @@ impl Admission {
                 return place;
             }
             let next = self.dismiss(uid);
-            let freed = poll_fn(|context| {
-                if self.has_place(uid) {
-                    return Poll::Ready(());
-                }
-                self.waiting.register(context, None);
-                Poll::Pending
+            let freed = self.waiting.until(|| match self.has_place(uid) {
+                true => Poll::Ready(()),
+                false => Poll::Pending,
             });
             match next {
                 None => freed.await,

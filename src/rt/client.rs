@@ -4,7 +4,6 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::future::poll_fn;
 use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
@@ -18,6 +17,7 @@ use super::kept::{Kept, SessionStatus};
 use super::session::Session;
 use super::shard_sessions::{Ended, Picked, ShardSessions};
 use super::stream::Stream;
+use super::task_waker::relayed;
 use crate::error::{Error, Result};
 
 /// While nobody knows how many shards a server has, no more than this are looked for.
@@ -220,7 +220,7 @@ impl Client {
             }
         };
         let too_late = async {
-            glommio::timer::sleep(self.inner.settings.patience).await;
+            relayed(glommio::timer::sleep(self.inner.settings.patience)).await;
         };
         or(closing, too_late).await;
         for session in &sessions {
@@ -235,17 +235,14 @@ impl Client {
         take: impl Fn(&Kept, &Session) -> Result<T>,
     ) -> Result<(Rc<Kept>, T)> {
         let shard = self.inner.shard(index)?;
-        let picked = poll_fn(|context| {
+        let picked = shard.waiting.until(|| {
             if let Some(ended) = shard.ended() {
                 return Poll::Ready(Err(ended.error(index)));
             }
             match shard.pick(&take) {
                 Picked::Taken(kept, taken) => Poll::Ready(Ok((kept, taken))),
                 Picked::Refused(error) => Poll::Ready(Err(error)),
-                Picked::Nothing => {
-                    shard.waiting.register(context, None);
-                    Poll::Pending
-                }
+                Picked::Nothing => Poll::Pending,
             }
         });
         let too_late = async {

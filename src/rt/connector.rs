@@ -15,6 +15,7 @@ use super::poller::Poller;
 use super::session::Session;
 use super::socket::Socket;
 use super::socket_path::{address, connect_error, is_socket, shard_path, socket_identity};
+use super::task_waker::relayed;
 use crate::config::{Config, ProtocolVersion};
 use crate::error::{Error, HandshakeError, Result};
 use crate::shm::access::PeerTrust;
@@ -147,7 +148,7 @@ impl Connector {
                 Err(failed) => Err(failed.error),
             }
         };
-        let established = within(config, connect).await?;
+        let established = relayed(within(config, connect)).await?;
         Ok(Session::start(established, config, self.trust))
     }
 }

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A point in time until which a task waits, if it was given one.
 
-use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
 use glommio::timer::Timer;
 
+use super::task_waker::Relay;
+
 /// Until when a stream's reads, or its writes, wait.
 #[derive(Default)]
 pub(super) struct Deadline {
     at: Option<Instant>,
     /// Runs while a task waits. Without a deadline there is none, and nothing to pay for.
-    timer: Option<Timer>,
+    timer: Option<(Timer, Relay)>,
 }
 
 impl Deadline {
@@ -37,8 +38,9 @@ impl Deadline {
         if now >= at {
             return Poll::Ready(());
         }
-        let timer = self.timer.get_or_insert_with(|| Timer::new(at - now));
-        if Pin::new(timer).poll(context).is_ready() {
+        let start = || (Timer::new(at - now), Relay::default());
+        let (timer, relay) = self.timer.get_or_insert_with(start);
+        if relay.poll(Pin::new(timer), context).is_ready() {
             self.timer = None;
             return Poll::Ready(());
         }

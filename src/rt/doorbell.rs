@@ -19,7 +19,6 @@
 //! no memory.
 
 use std::cell::{Cell, RefCell};
-use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::rc::Rc;
@@ -172,10 +171,6 @@ impl SessionInner {
             }
         }
     }
-
-    async fn is_over_at_last(&self) {
-        poll_fn(|context| self.poll_ended(context)).await;
-    }
 }
 
 /// The end of an eventfd that this side reads.
@@ -241,7 +236,7 @@ async fn read_event_fd(session: Rc<SessionInner>, fd: OwnedFd) {
             }
         }
     };
-    or(session.is_over_at_last(), reading).await;
+    or(async { drop(session.over().await) }, reading).await;
     let Heard { file } = heard;
     // Not at the next look at io_uring, when that may be: descriptors are counted by others.
     let _ = file.close().await;

@@ -13,6 +13,16 @@ use crate::error::Result;
 use crate::proto::stream::Path;
 use crate::shm::chain::Chain;
 
+/// A half for one operation. When that ends, or is given up, it waits for nothing any more.
+pub(super) struct EndsWait<'a>(pub(super) &'a mut WriteHalf);
+
+impl Drop for EndsWait<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.0.end_wait();
+    }
+}
+
 /// Waits for memory to write a message into: see [`Stream::alloc`](crate::Stream::alloc).
 ///
 /// ```
@@ -37,14 +47,14 @@ use crate::shm::chain::Chain;
 /// ```
 #[must_use = "futures do nothing unless they are awaited"]
 pub struct Alloc<'a> {
-    half: &'a mut WriteHalf,
+    half: EndsWait<'a>,
     len: usize,
 }
 
 impl<'a> Alloc<'a> {
     #[inline]
     pub(super) fn new(half: &'a mut WriteHalf, len: usize) -> Self {
-        Self { half, len }
+        Self { half: EndsWait(half), len }
     }
 }
 
@@ -54,7 +64,7 @@ impl Future for Alloc<'_> {
     #[inline]
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let len = self.len;
-        self.half.poll_alloc(context, len)
+        self.half.0.poll_alloc(context, len)
     }
 }
 
@@ -83,7 +93,7 @@ impl Future for Alloc<'_> {
 /// ```
 #[must_use = "futures do nothing unless they are awaited"]
 pub struct Send<'a> {
-    half: &'a mut WriteHalf,
+    half: EndsWait<'a>,
     chain: Option<Chain>,
     /// What of the message still has to go over the socket.
     bytes: Bytes,
@@ -95,7 +105,7 @@ impl Future for Send<'_> {
     #[inline]
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         if let Some(chain) = self.chain.take() {
-            match self.half.send_now(chain)? {
+            match self.half.0.send_now(chain)? {
                 None => return Poll::Ready(Ok(())),
                 left => self.chain = left,
             }
@@ -107,28 +117,28 @@ impl Future for Send<'_> {
 impl<'a> Send<'a> {
     #[inline]
     pub(super) fn new(half: &'a mut WriteHalf, chain: Chain) -> Self {
-        Self { half, chain: Some(chain), bytes: Bytes::new() }
+        Self { half: EndsWait(half), chain: Some(chain), bytes: Bytes::new() }
     }
 
     #[inline(never)]
     fn poll_slowly(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
         while let Some(chain) = &self.chain {
-            if !chain.is_shared() || self.half.path() == Path::Socket {
+            if !chain.is_shared() || self.half.0.path() == Path::Socket {
                 // Also when the stream fell back after the loan was made: in order, it can only
                 // follow that way.
-                self.half.inner().life().fall_back();
+                self.half.0.inner().life().fall_back();
                 self.bytes = self.chain.take().map(Chain::into_bytes).unwrap_or_default();
                 break;
             }
-            ready!(self.half.poll_room(context))?;
+            ready!(self.half.0.poll_room(context))?;
             if let Some(chain) = self.chain.take() {
-                self.chain = self.half.send_now(chain)?;
+                self.chain = self.half.0.send_now(chain)?;
             }
         }
         while !self.bytes.is_empty() {
             // In one piece, since it is one flush, as long as the peer takes messages that long.
-            let at_most = self.half.session().config.limits.message_len as usize - 16;
-            let count = ready!(self.half.poll_send_fallback(context, &self.bytes, at_most))?;
+            let at_most = self.half.0.session().config.limits.message_len as usize - 16;
+            let count = ready!(self.half.0.poll_send_fallback(context, &self.bytes, at_most))?;
             self.bytes.advance(count);
         }
         Poll::Ready(Ok(()))

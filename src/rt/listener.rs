@@ -8,7 +8,6 @@
 use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::future::poll_fn;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
@@ -303,17 +302,14 @@ impl Listener {
 
     pub(super) async fn accept_ready(&self) -> Result<Ready> {
         let shared = &self.shared;
-        poll_fn(|context| {
+        let ready = || {
             if let Some(ready) = self.take_ready() {
                 return Poll::Ready(Ok(ready));
             }
-            if let Some(error) = &*shared.failed.borrow() {
-                return Poll::Ready(Err(error.clone()));
-            }
-            shared.waiting.register(context, None);
-            Poll::Pending
-        })
-        .await
+            let failed = shared.failed.borrow();
+            failed.as_ref().map_or(Poll::Pending, |error| Poll::Ready(Err(error.clone())))
+        };
+        shared.waiting.until(ready).await
     }
 }
 

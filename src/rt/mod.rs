@@ -27,7 +27,8 @@
 //! - [`drain`]: how a session is brought to its end without a loss.
 //! - [`server`]: an executor for each of its [`cores`], each with a [`shard`] of the sessions;
 //!   [`dealer`]: the thread that deals what comes in at their common door; [`serving`]: a task for
-//!   each stream; [`tasks`]: tasks that end with what they belong to. Only what these hand over at
+//!   each stream; [`tasks`]: tasks that end with what they belong to; [`wakers`] and
+//!   [`task_waker`]: what tasks wait in. Only what these hand over at
 //!   accept time ever changes threads.
 
 mod activity;
@@ -61,6 +62,7 @@ mod poller;
 mod read_half;
 mod receiving;
 mod rests;
+mod send_wait;
 mod sending;
 mod server;
 mod server_builder;
@@ -73,6 +75,7 @@ mod socket;
 mod socket_path;
 mod spin;
 mod stream;
+mod task_waker;
 mod tasks;
 mod ticks;
 mod wakers;

@@ -20,6 +20,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 
 use super::doorbell::Doorbell;
+use super::send_wait::{SendWait, WaitsFor};
 use super::session::SessionInner;
 use crate::error::{Error, Result};
 use crate::wire::{Event, EventState};
@@ -51,6 +52,7 @@ impl SessionInner {
     pub(super) fn poll_overtaking(
         self: &Rc<Self>,
         state: &mut Overtaking,
+        wait: &mut SendWait,
         context: &Context<'_>,
     ) -> Poll<Result<()>> {
         if *state == Overtaking::Nothing || self.orders_paths() {
@@ -70,7 +72,7 @@ impl SessionInner {
         }
         // While somebody waits there, the session has its turns with the poller.
         self.activate();
-        self.lanes.queue_waiting.register(context, None);
+        wait.begin(self, WaitsFor::Room, context);
         Poll::Pending
     }
 

@@ -14,8 +14,9 @@
 
 use std::io;
 use std::rc::Rc;
+use std::task::Poll;
 
-use futures_lite::future::{poll_fn, yield_now};
+use futures_lite::future::yield_now;
 
 use super::session::SessionInner;
 use super::socket::Received;
@@ -390,14 +391,11 @@ impl SessionInner {
 /// Handles what comes over the socket for as long as the session lives.
 pub(super) async fn read_socket(session: Rc<SessionInner>) {
     while !session.is_over() {
-        poll_fn(|context| {
-            if session.is_over() || !session.has_too_much_unread() {
-                return std::task::Poll::Ready(());
-            }
-            session.inbox.paused.register(context, None);
-            std::task::Poll::Pending
-        })
-        .await;
+        let may_read = || match session.is_over() || !session.has_too_much_unread() {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        };
+        session.inbox.paused.until(may_read).await;
         // Also after a pause: what came with the last of it is not announced again.
         if session.receive_messages() {
             session.finish_closing();

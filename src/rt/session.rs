@@ -9,7 +9,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -24,6 +23,7 @@ use super::own_core::counting_foreign_wakes;
 use super::peer::PeerCredentials;
 use super::poller::Poller;
 use super::receiving;
+use super::send_wait::{SendWait, WaitsFor};
 use super::socket::Socket;
 use super::stream::{Stream, StreamInner};
 use super::wakers::WakerList;
@@ -191,15 +191,12 @@ impl SessionInner {
     }
 
     /// Waits until the session is over.
-    pub(super) fn poll_ended(&self, context: &Context<'_>) -> Poll<Error> {
-        if let Some(error) = self.ended() {
-            return Poll::Ready(error);
-        }
-        self.ending.waiting.register(context, None);
-        Poll::Pending
+    pub(super) async fn over(&self) -> Error {
+        let ended = || self.ended().map_or(Poll::Pending, Poll::Ready);
+        self.ending.waiting.until(ended).await
     }
 
-    fn poll_accept(&self, context: &Context<'_>) -> Poll<Result<Rc<StreamInner>>> {
+    fn accepted(&self) -> Poll<Result<Rc<StreamInner>>> {
         if let Some(stream) = self.accepts.ready.borrow_mut().pop_front() {
             return Poll::Ready(Ok(stream));
         }
@@ -209,11 +206,28 @@ impl SessionInner {
         if self.accepts.is_over.get() {
             return Poll::Ready(Err(Error::SessionClosed));
         }
-        self.accepts.waiting.register(context, None);
         Poll::Pending
     }
 
-    pub(super) fn poll_flushed(&self, context: &Context<'_>) -> Poll<Result<()>> {
+    /// Waits until the socket has taken all that was sent.
+    pub(super) async fn flushed(&self) -> Result<()> {
+        self.outbox.waiting().until(|| self.is_flushed()).await
+    }
+
+    /// [`flushed`](Self::flushed), for those that are no future.
+    pub(super) fn poll_flushed(
+        &self,
+        wait: &mut SendWait,
+        context: &Context<'_>,
+    ) -> Poll<Result<()>> {
+        let flushed = self.is_flushed();
+        if flushed.is_pending() {
+            wait.begin(self, WaitsFor::Socket, context);
+        }
+        flushed
+    }
+
+    fn is_flushed(&self) -> Poll<Result<()>> {
         if self.outbox.is_cut() {
             return Poll::Ready(Err(self.end_error()));
         }
@@ -223,7 +237,6 @@ impl SessionInner {
         if let Some(error) = self.ended() {
             return Poll::Ready(Err(error));
         }
-        self.outbox.waiting().register(context, None);
         Poll::Pending
     }
 }
@@ -382,14 +395,13 @@ impl Session {
     /// The session is over: [`Error::PeerClosed`] in the ordinary case.
     pub async fn accept(&self) -> Result<Stream> {
         let inner = self.inner();
-        let stream = poll_fn(|context| inner.poll_accept(context)).await?;
+        let stream = inner.accepts.waiting.until(|| inner.accepted()).await?;
         Ok(Stream::new(Rc::clone(&self.guard), stream))
     }
 
     /// Waits until the session is over and says why. Cancel-safe.
     pub async fn closed(&self) -> Error {
-        let inner = self.inner();
-        poll_fn(|context| inner.poll_ended(context)).await
+        self.inner().over().await
     }
 
     /// Why the session is over, if it is.
@@ -406,7 +418,7 @@ impl Session {
         let inner = self.inner();
         inner.flush_queue();
         // An error means that it is over already.
-        let _ = poll_fn(|context| inner.poll_flushed(context)).await;
+        let _ = inner.flushed().await;
         inner.fail(Error::SessionClosed);
     }
 

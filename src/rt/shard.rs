@@ -8,7 +8,6 @@ use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::future::poll_fn;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::rc::Rc;
@@ -199,14 +198,11 @@ impl Stop {
     }
 
     async fn reached(&self, is_far_enough: impl Fn(Phase) -> bool) {
-        poll_fn(|context| {
-            if is_far_enough(self.phase.get()) {
-                return Poll::Ready(());
-            }
-            self.waiting.register(context, None);
-            Poll::Pending
-        })
-        .await;
+        let is_reached = || match is_far_enough(self.phase.get()) {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        };
+        self.waiting.until(is_reached).await;
     }
 }
 
@@ -455,12 +451,9 @@ impl Shard {
     /// Waits until a session ends, but no longer than this.
     async fn ended_within(&self, patience: Duration) {
         let before = self.inner.open.borrow().len();
-        let ended = poll_fn(|context| {
-            if self.inner.open.borrow().len() < before {
-                return Poll::Ready(());
-            }
-            self.inner.ended.register(context, None);
-            Poll::Pending
+        let ended = self.inner.ended.until(|| match self.inner.open.borrow().len() < before {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
         });
         or(ended, async {
             glommio::timer::sleep(patience).await;
@@ -503,14 +496,7 @@ async fn close(session: &Session) {
 /// Takes dealt connections into the listener, as many at a time as it has places for.
 async fn adopt(link: Arc<ShardLink>, adopter: Adopter, arrivals: Rc<WakerList>) {
     loop {
-        let dealt = poll_fn(|context| match link.inlet.take() {
-            Some(dealt) => Poll::Ready(dealt),
-            None => {
-                arrivals.register(context, None);
-                Poll::Pending
-            }
-        })
-        .await;
+        let dealt = arrivals.until(|| link.inlet.take().map_or(Poll::Pending, Poll::Ready)).await;
         adopter.adopt(dealt.fd, Box::new(dealt.load)).await;
     }
 }

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use futures_lite::{AsyncBufRead, AsyncRead, AsyncWrite};
 
-use super::lending::{Alloc, Send};
+use super::lending::{Alloc, EndsWait, Send};
 use super::loan::{Loan, Message};
 use super::read_half::{Messages, ReadHalf, Recv};
 use super::session::{Session, SessionGuard};
@@ -341,7 +341,8 @@ impl Stream {
     /// [deadline](Self::set_write_deadline) has passed.
     pub async fn announce(&mut self) -> Result<()> {
         self.writer.session().give_time_to_say().await;
-        poll_fn(|context| self.writer.poll_announce(context)).await
+        let writer = EndsWait(&mut self.writer);
+        poll_fn(|context| writer.0.poll_announce(context)).await
     }
 
     /// Ends this side's direction and goes on reading: see [`WriteHalf::finish`].
@@ -366,8 +367,7 @@ impl Stream {
         session.close_stream(self.writer.inner());
         session.flush_queue();
         self.reader.forget_lent();
-        let session = self.writer.session();
-        poll_fn(|context| session.poll_flushed(context)).await
+        self.writer.session().flushed().await
     }
 
     /// Closes the stream as a failure: what was sent must not be taken for all there was.

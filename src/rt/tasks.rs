@@ -2,7 +2,6 @@
 //! Tasks that belong to something, and end with it.
 
 use std::cell::{Cell, RefCell};
-use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::Poll;
 
@@ -103,14 +102,11 @@ impl TaskSet {
 
     /// Waits until all have ended. Cancel-safe.
     pub(super) async fn all_ended(&self) {
-        poll_fn(|context| {
-            if self.running_count() == 0 {
-                return Poll::Ready(());
-            }
-            self.ledger.all_ended.register(context, None);
-            Poll::Pending
-        })
-        .await;
+        let have_ended = || match self.running_count() {
+            0 => Poll::Ready(()),
+            _ => Poll::Pending,
+        };
+        self.ledger.all_ended.until(have_ended).await;
     }
 
     /// Cancels all, and waits until what they own is dropped. The caller is none of them.

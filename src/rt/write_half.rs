@@ -14,6 +14,7 @@ use super::deadline::Deadline;
 use super::lending::{Alloc, Send};
 use super::loan::{Loan, Message};
 use super::overtaking::Overtaking;
+use super::send_wait::{SendWait, WaitsFor};
 use super::session::{SessionGuard, SessionInner};
 use super::stream::{Half, StreamInner};
 use crate::error::{Error, Result};
@@ -62,6 +63,8 @@ pub struct WriteHalf {
     pool_deadline: Option<Instant>,
     deadline: Deadline,
     overtaking: Overtaking,
+    /// What the present operation waits for in the session.
+    waiting: SendWait,
 }
 
 impl WriteHalf {
@@ -72,6 +75,7 @@ impl WriteHalf {
             pool_deadline: None,
             deadline: Deadline::default(),
             overtaking: Overtaking::default(),
+            waiting: SendWait::default(),
         }
     }
 
@@ -150,8 +154,7 @@ impl WriteHalf {
     /// The session ended before everything had left.
     pub async fn finish(&mut self) -> Result<()> {
         self.finish_now();
-        let session = self.session.inner();
-        poll_fn(|context| session.poll_flushed(context)).await
+        self.session.inner().flushed().await
     }
 
     /// Closes the whole stream as a failure: see [`Stream::reset`](crate::Stream::reset).
@@ -211,6 +214,14 @@ impl WriteHalf {
         session.flush_queue();
     }
 
+    /// The present operation is over, or given up.
+    #[inline]
+    pub(super) fn end_wait(&mut self) {
+        if self.waiting.is_present() {
+            self.waiting.end(self.session.inner());
+        }
+    }
+
     /// Whether this side may send.
     #[inline]
     fn check_open(&self) -> Result<()> {
@@ -253,7 +264,7 @@ impl WriteHalf {
             return Poll::Ready(self.send_parcel(Parcel { occupies: 0, ..parcel }));
         }
         // Over the socket it would say nothing to the peer, so it waits for as long as it takes.
-        session.lanes.pool_waiting.register(context, None);
+        self.waiting.begin(session, WaitsFor::Memory(None), context);
         self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed))
     }
 
@@ -327,7 +338,7 @@ impl WriteHalf {
             }
         } else if self.is_queue_full()? {
             session.counters.queue_full.add(1);
-            session.lanes.queue_waiting.register(context, None);
+            self.waiting.begin(session, WaitsFor::Room, context);
         } else {
             return Poll::Ready(Ok(()));
         }
@@ -353,6 +364,19 @@ impl WriteHalf {
         session.counters.bytes_sent.add(parcel.len as u64);
         session.activity.note_sent(parcel.len);
         Ok(())
+    }
+
+    #[inline]
+    fn poll_write_once(
+        &mut self,
+        context: &mut Context<'_>,
+        parts: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = self.poll_write_parts(context, parts);
+        if written.is_ready() {
+            self.end_wait();
+        }
+        written.map_err(io::Error::from)
     }
 
     /// Writes what these parts are together, or the first of it.
@@ -409,7 +433,7 @@ impl WriteHalf {
             now + at_most
         });
         if now < until {
-            session.lanes.pool_waiting.register(context, Some(until));
+            self.waiting.begin(session, WaitsFor::Memory(Some(until)), context);
             ready!(self.deadline.poll(context));
             self.pool_deadline = None;
             return Poll::Ready(Err(Error::DeadlinePassed));
@@ -436,10 +460,10 @@ impl WriteHalf {
             return self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed));
         }
         if session.outbox().is_full() {
-            session.outbox().waiting().register(context, None);
+            self.waiting.begin(session, WaitsFor::Socket, context);
             return self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed));
         }
-        match session.poll_overtaking(&mut self.overtaking, context) {
+        match session.poll_overtaking(&mut self.overtaking, &mut self.waiting, context) {
             Poll::Ready(result) => result?,
             Poll::Pending => {
                 return self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed));
@@ -458,6 +482,7 @@ impl WriteHalf {
 
 impl Drop for WriteHalf {
     fn drop(&mut self) {
+        self.end_wait();
         self.session().drop_half(&self.inner, Half::Write);
     }
 }
@@ -482,7 +507,7 @@ impl AsyncWrite for WriteHalf {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.get_mut().poll_write_parts(context, &[IoSlice::new(bytes)]).map_err(io::Error::from)
+        self.get_mut().poll_write_once(context, &[IoSlice::new(bytes)])
     }
 
     fn poll_write_vectored(
@@ -490,18 +515,22 @@ impl AsyncWrite for WriteHalf {
         context: &mut Context<'_>,
         parts: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.get_mut().poll_write_parts(context, parts).map_err(io::Error::from)
+        self.get_mut().poll_write_once(context, parts)
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.session().flush_queue();
-        self.session().poll_flushed(context).map_err(io::Error::from)
+        let this = self.get_mut();
+        let session = this.session.inner();
+        session.flush_queue();
+        session.poll_flushed(&mut this.waiting, context).map_err(io::Error::from)
     }
 
     /// Ends this direction, like [`WriteHalf::finish`].
     fn poll_close(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.finish_now();
-        self.session().poll_flushed(context).map_err(io::Error::from)
+        let this = self.get_mut();
+        this.finish_now();
+        let session = this.session.inner();
+        session.poll_flushed(&mut this.waiting, context).map_err(io::Error::from)
     }
 }
 

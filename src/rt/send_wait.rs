@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a stream's sending half waits for in its session, which is one thing at a time.
+
+use std::task::Context;
+use std::time::Instant;
+
+use super::session::SessionInner;
+use super::wakers::{Registration, WakerList};
+
+/// What is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum WaitsFor {
+    /// Room in the event queue.
+    Room,
+    /// Free slices, until a time if there is one.
+    Memory(Option<Instant>),
+    /// The socket, which takes no more now.
+    Socket,
+}
+
+/// The present wait. Whoever owns it ends it before it goes.
+#[derive(Debug, Default)]
+pub(super) struct SendWait {
+    present: Option<(WaitsFor, Registration)>,
+}
+
+impl SendWait {
+    /// Has the task woken when there is what it waits for. An earlier wait for something else ends.
+    pub(super) fn begin(&mut self, session: &SessionInner, what: WaitsFor, context: &Context<'_>) {
+        let is_same =
+            |before: &WaitsFor| std::mem::discriminant(before) == std::mem::discriminant(&what);
+        if self.present.as_ref().is_some_and(|(before, _)| !is_same(before)) {
+            self.end(session);
+        }
+        let (_, registration) = self.present.get_or_insert_with(|| (what, Registration::default()));
+        let deadline = if let WaitsFor::Memory(until) = what { until } else { None };
+        waiting(session, what).register(registration, context, deadline);
+    }
+
+    /// Whether a wait was begun and not ended.
+    #[inline]
+    pub(super) fn is_present(&self) -> bool {
+        self.present.is_some()
+    }
+
+    #[cold]
+    pub(super) fn end(&mut self, session: &SessionInner) {
+        if let Some((what, mut registration)) = self.present.take() {
+            waiting(session, what).remove(&mut registration);
+        }
+    }
+}
+
+fn waiting(session: &SessionInner, what: WaitsFor) -> &WakerList {
+    match what {
+        WaitsFor::Room => &session.lanes.queue_waiting,
+        WaitsFor::Memory(_) => &session.lanes.pool_waiting,
+        WaitsFor::Socket => session.outbox().waiting(),
+    }
+}
