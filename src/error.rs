@@ -509,7 +509,8 @@ impl Error {
             Self::Handshake(
                 HandshakeError::PeerNotAllowed { .. }
                 | HandshakeError::NotAuthorized { .. }
-                | HandshakeError::FileOwner { .. },
+                | HandshakeError::FileOwner { .. }
+                | HandshakeError::MemoryInUse { .. },
             ) => io::ErrorKind::PermissionDenied,
             Self::Handshake(HandshakeError::Refused { code, .. }) if code == NOT_ALLOWED => {
                 io::ErrorKind::PermissionDenied

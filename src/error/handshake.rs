@@ -114,6 +114,14 @@ pub enum HandshakeError {
         /// Who named it.
         peer: u32,
     },
+    /// A memory that the peer brings is already that of another session of this process: its queue,
+    /// or its buffer where a queue was named or the other way round. Only a buffer may be shared,
+    /// as a buffer.
+    #[error("the {role} memory that the peer brings is in use by another session")]
+    MemoryInUse {
+        /// Which memory.
+        role: &'static str,
+    },
     /// The listener has as many sessions as it may have.
     #[error("there are {0} sessions already, as many as `max_sessions` of this listener allows")]
     TooManySessions(usize),

@@ -26,6 +26,7 @@ use crate::proto::Agreement;
 use crate::proto::handshake_client::{ClientHandshake, ClientStep};
 use crate::proto::handshake_server::{Abilities, ServerHandshake, ServerStep};
 use crate::proto::session::Role;
+use crate::shm::claims::Purpose;
 use crate::shm::leftovers;
 use crate::shm::manager::BufferManager;
 use crate::shm::queue::{self, Consumer, Producer};
@@ -474,8 +475,8 @@ fn map_files(
 }
 
 fn map_memory(
-    buffer: Region,
-    queue: Region,
+    mut buffer: Region,
+    mut queue: Region,
     agreement: &Agreement,
     config: &Config,
     admitted: Admitted,
@@ -483,6 +484,9 @@ fn map_memory(
     // Before this side keeps books on it.
     admitted.count_mapped(buffer.len() as u64)?;
     admitted.count_mapped(queue.len() as u64)?;
+    // Before anything is written to it: it may be another session's.
+    queue.claim(Purpose::Queue)?;
+    buffer.claim(Purpose::Buffer)?;
     let layout = QueueLayout::for_version(agreement.version);
     let (producer, consumer) = queue::map(&Rc::new(queue), layout)?;
     let manager = BufferManager::map(&Rc::new(buffer), list_sets(agreement, Side::Server))?;

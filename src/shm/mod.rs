@@ -23,6 +23,7 @@
 pub(crate) mod access;
 pub(crate) mod chain;
 pub(crate) mod chain_queue;
+pub(crate) mod claims;
 mod classes;
 pub(crate) mod fault;
 mod ledger;

@@ -24,6 +24,7 @@ use nix::fcntl::{FcntlArg, Flock, OFlag, OpenHow, ResolveFlag, SealFlag};
 use nix::sys::memfd::MFdFlags;
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC};
 
+use super::claims::{Claim, Purpose};
 use super::fault::Guarded;
 use super::leftovers;
 use crate::error::{Error, HandshakeError, MemoryError};
@@ -47,6 +48,10 @@ enum Backing {
         guard: Option<Guarded>,
         #[allow(dead_code, reason = "held for its drop, which unmaps")]
         mapping: MmapRaw,
+        /// Device and inode of the file.
+        identity: (u64, u64),
+        /// Dropped last: as long as it is mapped, the inode is not another file's.
+        claim: Option<Claim>,
     },
     Heap(Layout),
 }
@@ -58,6 +63,20 @@ impl Region {
 
     pub(crate) fn len(&self) -> usize {
         self.len
+    }
+
+    /// Enters it as a memory of an accepted session, until it is dropped (see [`claims`]).
+    ///
+    /// # Errors
+    ///
+    /// It is another session's.
+    ///
+    /// [`claims`]: super::claims
+    pub(crate) fn claim(&mut self, purpose: Purpose) -> Result<(), HandshakeError> {
+        if let Backing::Mapping { identity, claim, .. } = &mut self.backing {
+            *claim = Some(Claim::new(*identity, purpose)?);
+        }
+        Ok(())
     }
 
     /// Whether a page of it was not there, and all of it is private zeroes since
@@ -232,13 +251,15 @@ impl Region {
     }
 
     fn map(file: &File, len: usize) -> Result<Self, Error> {
+        let stat = file.metadata().map_err(|error| Error::os("stat shared memory", error))?;
+        let identity = (stat.dev(), stat.ino());
         let mapping = MmapOptions::new()
             .len(len)
             .map_raw(&file.as_fd())
             .map_err(|error| Error::os("map shared memory", error))?;
         let base = NonNull::new(mapping.as_mut_ptr()).expect("mmap gives no null pointer");
         let guard = Guarded::new(base.as_ptr().expose_provenance(), len);
-        Ok(Self { base, len, backing: Backing::Mapping { guard, mapping } })
+        Ok(Self { base, len, backing: Backing::Mapping { guard, mapping, identity, claim: None } })
     }
 }
 
