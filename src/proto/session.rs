@@ -13,6 +13,10 @@
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
+/// The number that no stream has: implementations count from 2, and so does a session that has had
+/// all numbers once.
+pub(crate) const NO_STREAM: u32 = 0;
+
 /// The number of the first stream that a client of this crate opens, as shmipc-go does.
 const FIRST_STREAM: u32 = 2;
 
@@ -70,7 +74,7 @@ impl<T: Clone> StreamTable<T> {
     /// Whether data for this number, which is not in the table, opens a stream. If not, the stream
     /// was closed here, or never existed: what comes is given back.
     pub(crate) fn is_new(&self, id: u32) -> bool {
-        self.role == Role::Server && !self.used.contains(id)
+        self.role == Role::Server && id != NO_STREAM && !self.used.contains(id)
     }
 
     /// A stream of the table.
@@ -104,13 +108,19 @@ impl<T: Clone> StreamTable<T> {
             return None;
         }
         // Ends: there are fewer streams than numbers.
-        while self.streams.contains_key(&self.next) {
+        while self.next == NO_STREAM || self.streams.contains_key(&self.next) {
             self.next = self.next.wrapping_add(1);
         }
         let stream = make(self.next);
         self.enter(self.next, stream.clone());
         self.next = self.next.wrapping_add(1);
         Some(stream)
+    }
+
+    /// Client: as if all numbers before this one had been given out.
+    #[cfg(test)]
+    pub(crate) fn skip_to(&mut self, next: u32) {
+        self.next = next;
     }
 
     pub(crate) fn remove(&mut self, id: u32) -> Option<T> {
@@ -238,9 +248,18 @@ mod tests {
         table.open(|id| id);
         table.next = u32::MAX;
         assert_eq!(table.open(|id| id), Some(u32::MAX));
-        assert_eq!(table.open(|id| id), Some(0));
-        assert_eq!(table.open(|id| id), Some(1));
+        assert_eq!(table.open(|id| id), Some(1), "0 is no stream");
         assert_eq!(table.open(|id| id), Some(3));
+    }
+
+    #[test]
+    fn there_is_no_stream_0() {
+        let mut table = server();
+        assert!(!table.is_new(NO_STREAM));
+        table.insert(7, 7);
+        assert!(!table.is_new(NO_STREAM));
+        table.note_used(u32::MAX - 3);
+        assert!(!table.is_new(NO_STREAM));
     }
 
     #[test]
@@ -272,9 +291,8 @@ mod tests {
         table.used.highest = Some(u32::MAX - 1);
         assert!(!table.is_new(u32::MAX - 1));
         table.note_used(1);
-        for id in [u32::MAX, 0] {
-            assert!(table.is_new(id), "{id}");
-        }
+        assert!(table.is_new(u32::MAX));
+        assert!(!table.is_new(NO_STREAM), "also as a gap");
         assert!(!table.is_new(1));
         assert!(table.is_new(2));
     }

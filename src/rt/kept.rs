@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use super::backoff::Backoff;
+use super::callback;
 use super::connector::Connector;
 use super::session::Session;
 use super::stream::Stream;
@@ -218,7 +219,7 @@ impl Kept {
         drop((before, idle));
         waiting.wake_all();
         if let Some(tell) = &self.on_change {
-            tell(&self.status());
+            callback::call("on_change", || tell(&self.status()));
         }
     }
 

@@ -20,6 +20,7 @@ use futures_lite::future::or;
 use nix::errno::Errno;
 
 use super::admission::{Admission, PlaceTaken};
+use super::callback;
 use super::door_lock::DoorLock;
 use super::handshake;
 use super::peer::PeerCredentials;
@@ -242,15 +243,20 @@ impl Listener {
         self.address
     }
 
-    /// Calls `tell` for every peer that was dropped before it became a session, with the reason.
+    /// Calls `tell` for every peer that was dropped before it became a session, with the reason. A
+    /// panic in it is logged, and changes nothing.
     pub fn on_refused(&self, tell: impl Fn(&Error) + 'static) {
-        *self.shared.on_refused.borrow_mut() = Some(Rc::new(tell));
+        let before = self.shared.on_refused.replace(Some(Rc::new(tell)));
+        // Not while it is borrowed: what is dropped here is the program's.
+        drop(before);
     }
 
     /// Asks `authorize` about every peer that is [allowed](crate::ConfigBuilder::allowed_peers),
-    /// before its handshake. It is refused when the answer is `false`.
+    /// before its handshake. It is refused when the answer is `false`, and when there is none
+    /// because of a panic, which is logged.
     pub fn authorize(&self, authorize: impl Fn(&PeerCredentials) -> bool + 'static) {
-        *self.shared.authorize.borrow_mut() = Some(Rc::new(authorize));
+        let before = self.shared.authorize.replace(Some(Rc::new(authorize)));
+        drop(before);
     }
 
     /// A handle that takes connections accepted elsewhere into this listener.
@@ -319,11 +325,11 @@ impl Shared {
         let peer = connection.peer()?;
         peer.check(&self.config.allowed_peers, "client")?;
         let authorize = self.authorize.borrow().clone();
-        match authorize {
-            Some(authorize) if !authorize(&peer) => {
-                Err(HandshakeError::NotAuthorized { uid: peer.uid }.into())
-            }
-            _ => Ok(peer),
+        let Some(authorize) = authorize else { return Ok(peer) };
+        match callback::call("authorize", || authorize(&peer)) {
+            Some(true) => Ok(peer),
+            // A panic is no yes.
+            Some(false) | None => Err(HandshakeError::NotAuthorized { uid: peer.uid }.into()),
         }
     }
 
@@ -331,7 +337,7 @@ impl Shared {
         tracing::debug!(%error, "peer refused");
         let tell = self.on_refused.borrow().clone();
         if let Some(tell) = tell {
-            tell(error);
+            callback::call("on_refused", || tell(error));
         }
     }
 }

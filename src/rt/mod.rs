@@ -34,6 +34,7 @@
 mod activity;
 mod admission;
 mod backoff;
+mod callback;
 mod client;
 mod client_builder;
 mod company;

@@ -23,10 +23,9 @@ use super::doorbell::Doorbell;
 use super::send_wait::{SendWait, WaitsFor};
 use super::session::SessionInner;
 use crate::error::{Error, Result};
+use crate::proto::session::NO_STREAM;
 use crate::wire::{Event, EventState};
 
-/// Clients count their streams from 2 (WIRE chapter 5).
-const NO_STREAM: u32 = 0;
 /// How many closes may wait for room, beyond one for each stream that can be open.
 const SPARE_CLOSES: usize = 1 << 16;
 
@@ -110,4 +109,53 @@ impl SessionInner {
 
 fn closed(stream_id: u32) -> Event {
     Event { stream_id, offset: 0, status: EventState::Closed.to_status() }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_lite::future::zip;
+    use glommio::LocalExecutorBuilder;
+
+    use crate::{Config, Connector, Listener};
+
+    /// What is sent for no stream would be taken for data of that one.
+    #[test]
+    fn a_session_that_has_had_all_stream_numbers_goes_on_and_has_no_stream_0() {
+        let test = async {
+            let name = format!("shmipc-wrapping-{}", std::process::id());
+            let path = std::env::temp_dir().join(name);
+            let config = Config::builder().container().build().unwrap();
+            let listener = Listener::bind(&path, config.clone()).unwrap();
+            let connector = Connector::new(config);
+            let (client, server) = zip(connector.connect(&path), listener.accept()).await;
+            let (client, server) = (client.unwrap(), server.unwrap());
+            let mut open = Vec::new();
+            for start in [None, Some(u32::MAX / 2), Some(u32::MAX - 1)] {
+                if let Some(start) = start {
+                    client.inner().streams.borrow_mut().skip_to(start);
+                }
+                for _ in 0..6 {
+                    let mut near = client.open_stream().unwrap();
+                    let text = near.id().to_string();
+                    for _ in 0..2 {
+                        let mut loan = near.alloc(text.len()).await.unwrap();
+                        loan.write(text.as_bytes());
+                        near.send(loan).await.unwrap();
+                    }
+                    let mut far = server.accept().await.unwrap();
+                    assert_eq!(far.id(), near.id());
+                    for _ in 0..2 {
+                        let message = far.recv().await.unwrap().unwrap();
+                        assert_eq!(message.into_bytes(), text);
+                    }
+                    open.push((near, far));
+                }
+            }
+            let ids: Vec<_> = open.iter().map(|(near, _)| near.id()).collect();
+            assert_eq!(ids[..6], [2, 3, 4, 5, 6, 7]);
+            assert_eq!(ids[12..], [u32::MAX - 1, u32::MAX, 1, 8, 9, 10], "not 0, nor one in use");
+            assert!(client.end_reason().is_none() && server.end_reason().is_none());
+        };
+        LocalExecutorBuilder::default().make().unwrap().run(test);
+    }
 }

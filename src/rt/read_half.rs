@@ -274,8 +274,11 @@ impl AsyncBufRead for ReadHalf {
         Poll::Ready(Ok(this.lent.rest()))
     }
 
+    /// Takes what was shown as read. More than that is taken for all of it, as the standard
+    /// library's readers do.
     fn consume(mut self: Pin<&mut Self>, count: usize) {
-        self.lent.read = (self.lent.read + count).min(self.lent.bytes.len());
+        let lent = &mut self.lent;
+        lent.read += count.min(lent.bytes.len() - lent.read);
     }
 }
 

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use futures_lite::future::or;
 use glommio::LocalExecutorBuilder;
 
+use super::callback;
 use super::listener::{Door, Listener};
 use super::peer::PeerCredentials;
 use super::poller::Poller;
@@ -31,20 +32,10 @@ pub(super) type OnRefused = Arc<dyn Fn(usize, &Error) + Send + Sync>;
 
 pub(super) type Authorize = Arc<dyn Fn(&PeerCredentials) -> bool + Send + Sync>;
 
-/// Asks the user. A panic of what is the user's is no reason to serve nobody any more, nor one to
-/// let somebody in.
-fn is_authorized(authorize: &Authorize, peer: &PeerCredentials) -> bool {
-    catch_unwind(AssertUnwindSafe(|| authorize(peer))).unwrap_or_else(|panic| {
-        tracing::error!(text = panic_text(&*panic), "`authorize` panicked");
-        false
-    })
-}
-
-/// Tells the user. A panic of what is the user's is no reason to serve nobody any more.
+/// Tells the program of a peer that was refused.
 pub(super) fn tell_refused(on_refused: Option<&OnRefused>, index: usize, error: &Error) {
-    let Some(tell) = on_refused else { return };
-    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| tell(index, error))) {
-        tracing::error!(text = panic_text(&*panic), "`on_refused` panicked");
+    if let Some(tell) = on_refused {
+        callback::call("on_refused", || tell(index, error));
     }
 }
 
@@ -228,7 +219,7 @@ impl Core {
             tell_refused(on_refused.as_ref(), index, error);
         });
         if let Some(authorize) = authorize {
-            listener.authorize(move |peer| is_authorized(&authorize, peer));
+            listener.authorize(move |peer| authorize(peer));
         }
         let bell = Socket::connected(bell);
         let (hearing, adopter) = (shard.clone(), listener.adopter());

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use futures_lite::FutureExt;
 
+use super::callback;
 use super::own_core::counting_foreign_wakes;
 use super::session::{Session, SessionInner};
 use super::shard::panic_text;
@@ -62,7 +63,12 @@ impl Session {
             match self.accept().await {
                 Ok(stream) => {
                     let foreign_wakes = Arc::clone(&self.inner().counters.cross_core_wakes);
-                    let serving = serve_one(serve(stream), Rc::clone(self.inner()));
+                    // What makes the task of a stream is a part of it, also when it panics.
+                    let Some(serving) = callback::call("serve_streams", || serve(stream)) else {
+                        self.inner().counters.panicked_streams.add(1);
+                        continue;
+                    };
+                    let serving = serve_one(serving, Rc::clone(self.inner()));
                     tasks.spawn(counting_foreign_wakes(serving, foreign_wakes));
                 }
                 Err(reason) => break reason,
