@@ -59,7 +59,8 @@ impl Connector {
         self
     }
 
-    /// Connects to the Unix socket at `path` and shakes hands.
+    /// Connects to the Unix socket at `path` and shakes hands. A path that starts with `@`, or with
+    /// a NUL byte, is an abstract name.
     ///
     /// Cancel-safe: dropping the future drops the connection and the memory.
     ///

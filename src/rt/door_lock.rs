@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
+use super::socket_path::is_abstract;
+
 /// How long the turn of others is waited for: longer than a turn takes, even one that has to wait
 /// for the kernel to clear up behind a process that was killed.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -25,18 +27,21 @@ const PAUSE: Duration = Duration::from_millis(5);
 
 /// A turn at the files of the sockets of one path.
 pub(super) struct DoorLock {
-    path: PathBuf,
-    _lock: Flock<File>,
+    /// `None`: an abstract name has no file, and needs no turn.
+    held: Option<(PathBuf, Flock<File>)>,
 }
 
 impl DoorLock {
     /// Waits for the turn.
     pub(super) fn take(door: &Path) -> io::Result<Self> {
+        if is_abstract(door) {
+            return Ok(Self { held: None });
+        }
         let path = lock_path(door);
         let end = Instant::now() + PATIENCE;
         loop {
             if let Some(lock) = Self::try_take(&path)? {
-                return Ok(Self { path, _lock: lock });
+                return Ok(Self { held: Some((path, lock)) });
             }
             if Instant::now() >= end {
                 let text = format!("somebody else keeps {} locked", path.display());
@@ -76,8 +81,10 @@ impl DoorLock {
 
 impl Drop for DoorLock {
     fn drop(&mut self) {
-        // While it is locked: nobody else has this file.
-        let _ = fs::remove_file(&self.path);
+        if let Some((path, _lock)) = &self.held {
+            // While it is locked: nobody else has this file.
+            let _ = fs::remove_file(path);
+        }
     }
 }
 

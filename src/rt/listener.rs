@@ -180,6 +180,9 @@ impl Listener {
     /// A socket file that a dead listener left is replaced. The file is removed when the listener
     /// is dropped.
     ///
+    /// A path that starts with `@`, or with a NUL byte, is an abstract name, as in Go: there is no
+    /// file, and so no mode; [`allowed_peers`](crate::ConfigBuilder::allowed_peers) decides alone.
+    ///
     /// # Errors
     ///
     /// [`Error::Os`], with `AddrInUse` when somebody listens there. While it looks for that, it has

@@ -7,10 +7,15 @@
 //! Who removes its own file needs none: a descriptor of the socket is kept until the file is gone.
 //! So the file's number, by which it is known again, is not given to another one, and nobody takes
 //! the listener for dead and replaces the file meanwhile.
+//!
+//! A path that starts with `@`, or with a NUL byte, is an abstract name, as Go has it: no file, no
+//! mode, no turn. It is taken while a socket has it and free when that is closed, so there is
+//! nothing to replace or remove. Who listens under which name, the kernel says in `/proc/net/unix`.
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -37,11 +42,12 @@ const CLEAR_UP_PAUSE: Duration = Duration::from_millis(5);
 /// dropped.
 #[derive(Clone)]
 pub(super) struct SocketPath {
-    entry: Arc<Entry>,
+    path: Arc<Path>,
+    /// `None`: it has an abstract name, and no entry.
+    entry: Option<Arc<Entry>>,
 }
 
 struct Entry {
-    path: PathBuf,
     /// Device and number of the file, by which it is known again.
     identity: (u64, u64),
     is_removed: AtomicBool,
@@ -52,22 +58,24 @@ struct Entry {
 impl SocketPath {
     fn new(path: &Path, socket: &OwnedFd) -> io::Result<Self> {
         let entry = Entry {
-            path: path.to_owned(),
             identity: identity_of(path)?,
             is_removed: AtomicBool::new(false),
             _socket: socket.try_clone()?,
         };
-        Ok(Self { entry: Arc::new(entry) })
+        Ok(Self { path: path.into(), entry: Some(Arc::new(entry)) })
     }
 
     pub(super) fn path(&self) -> &Path {
-        &self.entry.path
+        &self.path
     }
 }
 
 impl Drop for SocketPath {
     fn drop(&mut self) {
-        let Entry { path, identity, is_removed, .. } = &*self.entry;
+        let Some(entry) = &self.entry else {
+            return;
+        };
+        let (path, Entry { identity, is_removed, .. }) = (&self.path, &**entry);
         // Only whoever is first; it orders nothing else.
         if is_removed.swap(true, Ordering::Relaxed) {
             return;
@@ -96,7 +104,7 @@ pub(super) fn address(path: &Path, suffix: &str) -> Result<UnixAddr, Error> {
         let (path, suffix) = (path.to_owned(), suffix.to_owned());
         return Err(ConfigError::SocketPath { path, len, suffix }.into());
     }
-    UnixAddr::new(path).map_err(|errno| Error::os_at("use the path of a Unix socket,", path, errno))
+    unix_address(path).map_err(|errno| Error::os_at("use the path of a Unix socket,", path, errno))
 }
 
 /// Why connecting to the socket at `path` failed, and what can be done about it.
@@ -104,6 +112,9 @@ pub(super) fn connect_error(path: &Path, errno: Errno) -> Error {
     let error = Error::os_at("connect to the Unix socket", path, errno);
     match errno {
         Errno::ENOENT => error.advise("no server has a socket there"),
+        Errno::ECONNREFUSED if is_abstract(path) => {
+            error.advise("no server listens under that abstract name")
+        }
         Errno::ECONNREFUSED => error.advise("the server that had its socket there is gone"),
         Errno::EACCES | Errno::EPERM => error.advise(who_may_connect(path)),
         _ => error,
@@ -132,7 +143,7 @@ pub(super) fn listen(
     file: &SocketFile,
     _turn: &DoorLock,
 ) -> io::Result<(OwnedFd, SocketPath)> {
-    let address = UnixAddr::new(path)?;
+    let address = unix_address(path)?;
     let fd = new_socket(SockFlag::empty())?;
     if let Err(errno) = nix::sys::socket::bind(fd.as_raw_fd(), &address) {
         if errno != Errno::EADDRINUSE {
@@ -140,6 +151,10 @@ pub(super) fn listen(
         }
         remove_left_over(path)?;
         nix::sys::socket::bind(fd.as_raw_fd(), &address)?;
+    }
+    if is_abstract(path) {
+        nix::sys::socket::listen(&fd, Backlog::new(BACKLOG)?)?;
+        return Ok((fd, SocketPath { path: path.into(), entry: None }));
     }
     let entry = SocketPath::new(path, &fd)?;
     // Before it listens, nobody can connect, whatever the mode was for a moment. Should somebody
@@ -155,6 +170,48 @@ pub(super) fn listen(
     Ok((fd, entry))
 }
 
+/// Whether a path is an abstract name.
+pub(super) fn is_abstract(path: &Path) -> bool {
+    abstract_name(path).is_some()
+}
+
+fn abstract_name(path: &Path) -> Option<&[u8]> {
+    let bytes = path.as_os_str().as_bytes();
+    bytes.strip_prefix(b"@").or_else(|| bytes.strip_prefix(b"\0"))
+}
+
+/// The address of the socket at a path, or of the one with an abstract name.
+fn unix_address(path: &Path) -> nix::Result<UnixAddr> {
+    match abstract_name(path) {
+        Some(name) => UnixAddr::new_abstract(name),
+        None => UnixAddr::new(path),
+    }
+}
+
+/// The number of the socket that listens under an abstract name, if the kernel shows one.
+fn abstract_listener(name: &[u8], table: &[u8]) -> Option<u64> {
+    /// `__SO_ACCEPTCON`
+    const LISTENS: u32 = 1 << 16;
+    table.split(|&byte| byte == b'\n').find_map(|line| {
+        // Number, references, protocol, flags, type, state, inode, name.
+        let start = line.len().checked_sub(name.len() + 1)?;
+        let (fields, shown) = line.split_at(start);
+        // A NUL byte is shown as `@`, at the start and elsewhere.
+        let is_it = shown[0] == b'@'
+            && shown[1..]
+                .iter()
+                .zip(name)
+                .all(|(&shown, &byte)| shown == byte || (shown == b'@' && byte == 0));
+        let fields = std::str::from_utf8(fields).ok().filter(|_| is_it)?;
+        let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
+        let &[_, _, _, flags, _, _, inode] = &fields[..] else {
+            return None;
+        };
+        let flags = u32::from_str_radix(flags, 16).ok()?;
+        if flags & LISTENS == 0 { None } else { inode.parse().ok() }
+    })
+}
+
 /// Where shard `index` of a server at `path` listens.
 pub(super) fn shard_path(path: &Path, index: usize) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
@@ -164,11 +221,18 @@ pub(super) fn shard_path(path: &Path, index: usize) -> PathBuf {
 
 /// Whether a socket's file is there, of a living listener or of a dead one.
 pub(super) fn is_socket(path: &Path) -> bool {
+    if is_abstract(path) {
+        return socket_identity(path).is_some();
+    }
     fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
 /// What tells a socket's file from another one at the same path, if one is there.
 pub(super) fn socket_identity(path: &Path) -> Option<(u64, u64, i64, i64)> {
+    if let Some(name) = abstract_name(path) {
+        let table = fs::read("/proc/net/unix").ok()?;
+        return abstract_listener(name, &table).map(|number| (0, number, 0, 0));
+    }
     let metadata = fs::symlink_metadata(path).ok()?;
     let identity = (metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec());
     metadata.file_type().is_socket().then_some(identity)
@@ -181,11 +245,14 @@ pub(super) fn socket_identity(path: &Path) -> Option<(u64, u64, i64, i64)> {
 /// It lives, or it is no socket, or cannot be removed.
 pub(super) fn remove_left_over(path: &Path) -> io::Result<()> {
     let in_use = |what: &str| Err(io::Error::new(io::ErrorKind::AddrInUse, what));
-    if !is_socket(path) {
+    if !is_abstract(path) && !is_socket(path) {
         return in_use("what is there is not a socket, and is left alone");
     }
     if is_alive(path)? {
         return in_use("it is in use by a live server");
+    }
+    if is_abstract(path) {
+        return Ok(());
     }
     match fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -198,7 +265,7 @@ pub(super) fn remove_left_over(path: &Path) -> io::Result<()> {
 /// The socket of a process that was killed may outlive it by some milliseconds, while the kernel
 /// clears up behind its io_uring. That is waited for.
 fn is_alive(path: &Path) -> io::Result<bool> {
-    let address = UnixAddr::new(path)?;
+    let address = unix_address(path)?;
     for _ in 0..CLEAR_UP_TRIES {
         // Without waiting: one whose backlog is full lives.
         let fd = new_socket(SockFlag::SOCK_NONBLOCK)?;
@@ -266,6 +333,47 @@ mod tests {
         drop(entry);
         assert!(!path.exists());
         drop(fd);
+    }
+
+    #[test]
+    fn an_abstract_name_has_no_file_and_no_lock_and_is_free_when_its_socket_is_closed() {
+        for first in ["@", "\0"] {
+            let name = format!("{first}shmipc-path-abstract-{}", std::process::id());
+            let path = Path::new(&name);
+            assert!(!is_socket(path));
+            let (fd, entry) = listen(path, &PRIVATE).unwrap();
+            assert!(is_socket(path) && socket_identity(path).is_some());
+            assert!(!is_socket(&shard_path(path, 0)), "a longer name is another one");
+            assert!(!is_socket(Path::new(&name[..name.len() - 1])), "and a shorter one");
+            let error = listen(path, &PRIVATE).map(drop).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+            assert!(error.to_string().contains("live server"), "{error}");
+            drop(fd);
+            assert!(!is_socket(path), "the entry does not keep it");
+            let _again = listen(path, &PRIVATE).unwrap();
+            drop(entry);
+            assert!(is_socket(path), "who comes later keeps the name");
+        }
+        assert!(!Path::new(&format!("@shmipc-path-abstract-{}.lock", std::process::id())).exists());
+    }
+
+    #[test]
+    fn the_table_of_the_kernel_is_read_by_whole_names_of_listeners() {
+        let table = b"Num       RefCount Protocol Flags    Type St Inode Path\n\
+            ffff888: 00000002 00000000 00010000 0001 01 17 @a.0\n\
+            ffff888: 00000002 00000000 00010000 0001 01 18 /tmp/@a\n\
+            ffff888: 00000003 00000000 00000000 0001 03 19 @a\n\
+            ffff888: 00000003 00000000 00000000 0001 03 20\n\
+            ffff888: 00000002 00000000 00010000 0001 01 21 @with a space\n\
+            ffff888: 00000002 00000000 00010000 0001 01 22 @nul@inside\n";
+        assert_eq!(abstract_listener(b"a.0", table), Some(17));
+        // A connection under that name, and a file.
+        assert_eq!(abstract_listener(b"a", table), None);
+        assert_eq!(abstract_listener(b"with a space", table), Some(21));
+        assert_eq!(abstract_listener(b"space", table), None);
+        assert_eq!(abstract_listener(b"nul\0inside", table), Some(22));
+        assert_eq!(abstract_listener(b"", table), None);
+        assert_eq!(abstract_listener(b"a.0", b"nonsense"), None);
     }
 
     #[test]
