@@ -10,6 +10,10 @@
 //!
 //! `--quick` takes turns so short that the figures mean little; the tests use it.
 
+#[allow(dead_code, reason = "the other examples use the rest")]
+#[path = "support/cli.rs"]
+mod cli;
+
 use std::env;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -45,23 +49,23 @@ type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let outcome = match words[..] {
-        [] => direct(false),
-        ["--quick"] => direct(true),
+    cli::end(match words[..] {
         [SERVER, directory] => serve(Path::new(directory)),
         [CLIENT, directory, mode] => measure(Path::new(directory), mode == "quick"),
-        _ => {
-            eprintln!("usage: echo [--quick]");
-            return ExitCode::from(2);
-        }
-    };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("echo: {error}");
-            ExitCode::FAILURE
-        }
-    }
+        _ => match parse() {
+            Ok(is_quick) => direct(is_quick),
+            Err(status) => return status,
+        },
+    })
+}
+
+fn parse() -> Result<bool, ExitCode> {
+    let quick = cli::flag("quick", "Take turns so short that the figures mean little");
+    let command = cli::command(
+        "echo",
+        "Round trips through shared memory and through a plain Unix socket, side by side",
+    );
+    cli::read(command.arg(quick), |matches| Ok(matches.get_flag("quick")))
 }
 
 // The process that the user started: it has two children and waits.
@@ -77,7 +81,9 @@ fn direct(is_quick: bool) -> Outcome<()> {
     let deadline = Instant::now() + LIMIT;
     loop {
         if let Some(status) = client.0.try_wait()? {
-            io::copy(&mut report, &mut io::stdout())?;
+            let mut text = String::new();
+            report.read_to_string(&mut text)?;
+            cli::print(format_args!("{}", text.trim_end()))?;
             return if status.success() { Ok(()) } else { Err(format!("client: {status}").into()) };
         }
         if let Some(status) = server.0.try_wait()? {
@@ -197,7 +203,7 @@ fn serve(directory: &Path) -> Outcome<()> {
     let path = shared_memory_path(directory);
     on_executor(async move {
         let listener = Listener::bind(path, Config::default())?;
-        println!("ready");
+        cli::print(format_args!("ready"))?;
         loop {
             let session = listener.accept().await?;
             glommio::spawn_local(async move {
@@ -267,8 +273,8 @@ fn measure(directory: &Path, is_quick: bool) -> Outcome<()> {
             crowd.shared_memory.push(lab.shared_memory_crowd().await?);
             crowd.socket.push(lab.socket_crowd()?);
         }
-        print(&mut rows, &mut crowd, cpu.is_some(), rounds);
-        Ok(())
+        let table = table(&mut rows, &mut crowd, cpu.is_some(), rounds);
+        Ok(cli::print(format_args!("{table}"))?)
     })?
 }
 
@@ -404,26 +410,30 @@ impl Row {
     }
 }
 
-fn print(rows: &mut [Row], crowd: &mut Row, is_pinned: bool, rounds: usize) {
+fn table(rows: &mut [Row], crowd: &mut Row, is_pinned: bool, rounds: usize) -> String {
     let place = if is_pinned { "on two processors" } else { "on one processor" };
-    println!(
-        "Round trips between two processes {place}, medians of {rounds} interleaved rounds:\n"
-    );
-    println!(
-        "| {:>20} | {:>13} | {:>13} | {:>5} |",
-        "there and back", "shared memory", "Unix socket", "ratio"
-    );
-    println!("|{:->22}|{:->15}|{:->15}|{:->7}|", ":", ":", ":", ":");
+    let mut lines = vec![
+        format!(
+            "Round trips between two processes {place}, medians of {rounds} interleaved rounds:\n"
+        ),
+        format!(
+            "| {:>20} | {:>13} | {:>13} | {:>5} |",
+            "there and back", "shared memory", "Unix socket", "ratio"
+        ),
+        format!("|{:->22}|{:->15}|{:->15}|{:->7}|", ":", ":", ":", ":"),
+    ];
     for row in rows {
         let label = match row.size {
             size if size < 1 << 10 => format!("{size} B"),
             size if size < 1 << 20 => format!("{} KiB", size >> 10),
             size => format!("{} MiB", size >> 20),
         };
-        println!("{}", row.line(&label));
+        lines.push(row.line(&label));
     }
-    println!("{}", crowd.line(&format!("64 B, one of {CROWD}")));
-    println!(
-        "\nLast line: {CROWD} streams, or connections with a thread each, at the same time; time per round trip."
-    );
+    lines.push(crowd.line(&format!("64 B, one of {CROWD}")));
+    lines.push(format!(
+        "\nLast line: {CROWD} streams, or connections with a thread each, at the same time; \
+        time per round trip."
+    ));
+    lines.join("\n")
 }

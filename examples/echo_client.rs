@@ -7,6 +7,7 @@
 
 #[path = "support/protocol.rs"]
 mod protocol;
+#[allow(dead_code, reason = "the other examples use the rest")]
 #[path = "support/mod.rs"]
 mod support;
 
@@ -17,27 +18,16 @@ use std::rc::Rc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use clap::{ArgMatches, value_parser};
 use futures_lite::future::{or, try_zip};
 use futures_lite::io::{ReadHalf, WriteHalf, split};
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use serde_json::{Value, json};
-use shmipc_glommio::{Config, Connector, MemoryKind, ProtocolVersion, Session, Stream, Wakeup};
-use support::Address;
+use shmipc_glommio::{Config, Connector, MemoryKind, Session, Stream};
+use support::address;
+use support::cli;
+use support::{Address, Place};
 
-const USAGE: &str = "\
-usage: echo_client --socket PATH | --tcp 127.0.0.1:PORT [OPTION]…
-  --memory memfd|file   how the memory is handed over (memfd; file over TCP)
-  --protocol 2|3|4      highest protocol version; 2 knows file memory only (3)
-  --wakeup socket|eventfd|polling:MICROS
-                        how the sides wake each other; others than socket with version 4 (socket)
-  --size BYTES          payload of a message (64)
-  --count N             messages on all streams together (10000)
-  --streams N           streams at the same time (1)
-  --pool BYTES          buffer memory, at least 1 MiB (33554432)
-  --queue EVENTS        room in each IO queue, a multiple of 16 (8192)
-  --reopen              a fresh stream for every message
-  --verify|--no-verify  check every byte (yes)
-  --timeout SECONDS     give up after that long (60)";
 const LEAST_POOL: u64 = 1 << 20;
 /// How long the peer gets to give back the slices it holds, once all streams are closed.
 const POOL_GRACE: Duration = Duration::from_secs(1);
@@ -58,22 +48,18 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = match parse() {
-        Ok(Some(options)) => options,
-        Ok(None) => {
-            println!("{USAGE}");
-            return ExitCode::SUCCESS;
-        }
-        Err(error) => return support::refuse_arguments(&error, USAGE),
+        Ok(options) => options,
+        Err(status) => return status,
     };
     let done = Rc::new(Cell::new(0));
     watch(options.timeout + WATCHDOG_GRACE);
-    match support::run(echo(&options, &done)) {
-        Ok(report) => {
-            println!("{report}");
-            ExitCode::SUCCESS
-        }
+    let place = options.address.resolve().map_err(|error| error.to_string());
+    match place.and_then(|place| support::run(echo(&options, &place, &done))) {
+        Ok(report) => cli::end(cli::print(format_args!("{report}"))),
         Err(error) => {
-            println!("{}", json!({"ok": false, "error": error, "done": done.get()}));
+            let report = json!({"ok": false, "error": error, "done": done.get()});
+            // It has failed, whether that can be told or not.
+            let _ = cli::end(cli::print(format_args!("{report}")));
             ExitCode::FAILURE
         }
     }
@@ -83,71 +69,106 @@ fn main() -> ExitCode {
 fn watch(limit: Duration) {
     thread::spawn(move || {
         thread::sleep(limit);
-        println!("{}", json!({"ok": false, "error": "the executor hangs"}));
+        let report = json!({"ok": false, "error": "the executor hangs"});
+        let _ = cli::print(format_args!("{report}"));
         std::process::exit(1);
     });
 }
 
-fn parse() -> Result<Option<Options>, lexopt::Error> {
-    use lexopt::prelude::*;
-    let mut address = None;
-    let mut memory = None;
-    let mut version = ProtocolVersion::V3;
-    let mut wakeup = Wakeup::Socket;
-    let mut pool = 32 << 20;
-    let mut queue = Config::default().queue_capacity();
-    let (mut size, mut count, mut streams) = (64, 10_000, 1);
-    let (mut reopen, mut verify, mut timeout) = (false, true, 60);
-    let mut parser = lexopt::Parser::from_env();
-    while let Some(argument) = parser.next()? {
-        match argument {
-            Long(option @ ("socket" | "tcp")) if address.is_none() => {
-                let option = option.to_owned();
-                address = Some(Address::parse(&option, &mut parser)?);
-            }
-            Long("memory") => memory = Some(parser.value()?.parse_with(memory_kind)?),
-            Long("protocol") => version = parser.value()?.parse_with(protocol::protocol_version)?,
-            Long("wakeup") => wakeup = parser.value()?.parse_with(protocol::wakeup)?,
-            Long("size") => size = parser.value()?.parse_with(at_least_one)?,
-            Long("count") => count = parser.value()?.parse_with(at_least_one)?,
-            Long("streams") => streams = parser.value()?.parse_with(at_least_one)?,
-            Long("pool") => pool = parser.value()?.parse()?,
-            Long("queue") => queue = parser.value()?.parse()?,
-            Long("timeout") => timeout = parser.value()?.parse_with(at_least_one)?,
-            Long("reopen") => reopen = true,
-            Long("verify") => verify = true,
-            Long("no-verify") => verify = false,
-            Long("help") => return Ok(None),
-            _ => return Err(argument.unexpected()),
-        }
-    }
-    let address = address.ok_or("--socket or --tcp is needed")?;
+fn parse() -> Result<Options, ExitCode> {
+    let positive = || value_parser!(u64).range(1..);
+    let command = cli::command(
+        "echo_client",
+        "Sends messages to an echo server, and checks every byte that comes back",
+    );
+    let command = Address::add_to(command)
+        .arg(
+            cli::option(
+                "memory",
+                "memfd|file",
+                "How the memory is handed over [default: memfd, file over TCP]",
+            )
+            .value_parser(memory_kind),
+        )
+        .arg(
+            cli::option("protocol", "2|3|4", "Highest protocol version; 2 knows file memory only")
+                .default_value("3")
+                .value_parser(protocol::protocol_version),
+        )
+        .arg(
+            cli::option(
+                "wakeup",
+                "socket|eventfd|polling:MICROS",
+                "How the sides wake each other; others than socket with version 4",
+            )
+            .default_value("socket")
+            .value_parser(protocol::wakeup),
+        )
+        .arg(
+            cli::option("size", "BYTES", "Payload of a message")
+                .default_value("64")
+                .value_parser(positive()),
+        )
+        .arg(
+            cli::option("count", "N", "Messages on all streams together")
+                .default_value("10000")
+                .value_parser(positive()),
+        )
+        .arg(
+            cli::option("streams", "N", "Streams at the same time")
+                .default_value("1")
+                .value_parser(positive()),
+        )
+        .arg(
+            cli::option("pool", "BYTES", "Buffer memory, at least 1 MiB")
+                .default_value("33554432")
+                .value_parser(value_parser!(u64).range(LEAST_POOL..)),
+        )
+        .arg(
+            cli::option("queue", "EVENTS", "Room in each IO queue [default: 8192]")
+                .value_parser(value_parser!(u32)),
+        )
+        .arg(cli::flag("reopen", "A fresh stream for every message"))
+        .arg(cli::flag("verify", "Check every byte, as by default").overrides_with("no-verify"))
+        .arg(cli::flag("no-verify", "Do not check").overrides_with("verify"))
+        .arg(
+            cli::option("timeout", "SECONDS", "Give up after that long")
+                .default_value("60")
+                .value_parser(positive()),
+        );
+    cli::read(command, options)
+}
+
+/// What the arguments say together.
+fn options(matches: &ArgMatches) -> Result<Options, String> {
+    let number = |name| matches.get_one::<u64>(name).copied().unwrap_or_default();
+    let address = Address::take(matches);
     let is_tcp = matches!(address, Address::Tcp(_));
-    let kind = memory.unwrap_or(if is_tcp { MemoryKind::File } else { MemoryKind::Memfd });
+    let by_address = if is_tcp { MemoryKind::File } else { MemoryKind::Memfd };
+    let kind = matches.get_one("memory").copied().unwrap_or(by_address);
     if is_tcp && kind == MemoryKind::Memfd {
         return Err("TCP carries no descriptors: --memory file".into());
     }
-    if pool < LEAST_POOL {
-        return Err(format!("--pool {pool} is less than {LEAST_POOL}").into());
+    let mut config = Config::builder().memory(kind).buffer_size(number("pool"));
+    if let Some(&version) = matches.get_one("protocol") {
+        config = config.protocol(version);
     }
-    let config = Config::builder()
-        .memory(kind)
-        .protocol(version)
-        .wakeup(wakeup)
-        .buffer_size(pool)
-        .queue_capacity(queue)
-        .build()
-        .map_err(|error| lexopt::Error::Custom(error.into()))?;
-    Ok(Some(Options {
+    if let Some(&wakeup) = matches.get_one("wakeup") {
+        config = config.wakeup(wakeup);
+    }
+    if let Some(&queue) = matches.get_one("queue") {
+        config = config.queue_capacity(queue);
+    }
+    Ok(Options {
         address,
-        config,
-        size: usize::try_from(size).map_err(|_| "--size is too large")?,
-        count,
-        streams,
-        reopen,
-        verify,
-        timeout: Duration::from_secs(timeout),
-    }))
+        config: config.build().map_err(|error| error.to_string())?,
+        size: usize::try_from(number("size")).map_err(|_| "--size is too large")?,
+        count: number("count"),
+        streams: number("streams"),
+        reopen: matches.get_flag("reopen"),
+        verify: !matches.get_flag("no-verify"),
+        timeout: Duration::from_secs(number("timeout")),
+    })
 }
 
 fn memory_kind(text: &str) -> Result<MemoryKind, &'static str> {
@@ -158,24 +179,20 @@ fn memory_kind(text: &str) -> Result<MemoryKind, &'static str> {
     }
 }
 
-fn at_least_one(text: &str) -> Result<u64, &'static str> {
-    match text.parse() {
-        Ok(number) if number > 0 => Ok(number),
-        _ => Err("expected a number of at least 1"),
-    }
-}
-
 /// Connects, echoes, and reports. `done` counts the messages that came back, also when it fails.
-async fn echo(options: &Options, done: &Rc<Cell<u64>>) -> Result<Value, String> {
+async fn echo(options: &Options, place: &Place, done: &Rc<Cell<u64>>) -> Result<Value, String> {
     let too_late = async {
         glommio::timer::sleep(options.timeout).await;
         Err(format!("not done after {:?}", options.timeout))
     };
     let connector = Connector::new(options.config.clone());
     let work = async {
-        let session = match &options.address {
-            Address::Unix(path) => connector.connect(path).await,
-            Address::Tcp(address) => connector.connect_tcp(*address).await,
+        let session = match place {
+            Place::Unix(path) => connector.connect(path).await.map_err(io::Error::from),
+            Place::Tcp(addresses) => {
+                let connect = async |at| Ok(connector.connect_tcp(at).await?);
+                address::first_of(addresses, connect).await
+            }
         };
         let session = session.map_err(|error| error.to_string())?;
         let report = talk(options, &session, done).await;

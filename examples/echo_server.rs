@@ -6,13 +6,13 @@
 //! Everything is told on stderr: where it listens, which peers were refused and why, and one line
 //! of JSON for every session that ended.
 
+#[allow(dead_code, reason = "the other examples use the rest")]
 #[path = "support/mod.rs"]
 mod support;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::fmt;
-use std::io::{self, Write};
+use std::io;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
@@ -22,22 +22,27 @@ use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use nix::sys::signal::{SigSet, Signal};
 use serde_json::json;
 use shmipc_glommio::{Config, Listener, Session, Stream};
-use support::Address;
+use support::address;
+use support::cli::{self, tell};
+use support::{Address, Place};
 
-const USAGE: &str = "usage: echo_server --socket PATH | --tcp 127.0.0.1:PORT";
 /// What a stream's buffer starts with, and grows to while reads fill it.
 const BUFFER: std::ops::RangeInclusive<usize> = 4 << 10..=256 << 10;
 /// How long the last streams of a session, and the last sessions of the server, get to end.
 const GRACE: Duration = Duration::from_secs(2);
 
 fn main() -> ExitCode {
-    let address = match parse() {
-        Ok(Some(address)) => address,
-        Ok(None) => {
-            println!("{USAGE}");
-            return ExitCode::SUCCESS;
-        }
-        Err(error) => return support::refuse_arguments(&error, USAGE),
+    let command = cli::command(
+        "echo_server",
+        "Sends every byte back, on any number of sessions and streams, until SIGTERM or SIGINT",
+    );
+    let address = match cli::read(Address::add_to(command), |matches| Ok(Address::take(matches))) {
+        Ok(address) => address,
+        Err(status) => return status,
+    };
+    let place = match address.resolve_to_listen() {
+        Ok(place) => place,
+        Err(error) => return cli::end(Err(error)),
     };
     // Blocked before any other thread starts: threads inherit it, and only the one that waits for
     // signals takes them.
@@ -46,47 +51,26 @@ fn main() -> ExitCode {
         tell(format_args!("cannot block signals: {errno}"));
         return ExitCode::FAILURE;
     }
-    let served = async { serve(&address, signals).await.map_err(|error| error.to_string()) };
-    if let Err(error) = support::run(served) {
-        tell(format_args!("{error}"));
-        return ExitCode::FAILURE;
-    }
-    ExitCode::SUCCESS
+    let served = async {
+        let served = serve(&address, &place, signals).await;
+        served.map_err(|error| format!("{address}: {error}"))
+    };
+    cli::end(support::run(served))
 }
 
-fn parse() -> Result<Option<Address>, lexopt::Error> {
-    use lexopt::Arg::Long;
-    let mut address = None;
-    let mut parser = lexopt::Parser::from_env();
-    while let Some(argument) = parser.next()? {
-        match argument {
-            Long(option @ ("socket" | "tcp")) if address.is_none() => {
-                let option = option.to_owned();
-                address = Some(Address::parse(&option, &mut parser)?);
-            }
-            Long("help") => return Ok(None),
-            _ => return Err(argument.unexpected()),
+async fn serve(address: &Address, place: &Place, signals: SigSet) -> io::Result<()> {
+    let listener = match place {
+        Place::Unix(path) => Listener::bind(path, Config::default())?,
+        Place::Tcp(addresses) => {
+            let bind = async |at| Ok(Listener::bind_tcp(at, Config::default())?);
+            address::first_of(addresses, bind).await?
         }
-    }
-    match address {
-        Some(address) => Ok(Some(address)),
-        None => Err("--socket or --tcp is needed".into()),
-    }
-}
-
-/// Writes a line to stderr. That nobody reads there is no reason to stop.
-fn tell(line: fmt::Arguments<'_>) {
-    let _ = writeln!(io::stderr(), "{line}");
-}
-
-async fn serve(address: &Address, signals: SigSet) -> shmipc_glommio::Result<()> {
-    let listener = match address {
-        Address::Unix(path) => Listener::bind(path, Config::default())?,
-        Address::Tcp(address) => Listener::bind_tcp(*address, Config::default())?,
     };
     listener.on_refused(|error| tell(format_args!("refused: {error}")));
-    let bound = listener.tcp_address().map(Address::Tcp);
-    tell(format_args!("listening on {}", bound.as_ref().unwrap_or(address)));
+    match listener.tcp_address() {
+        Some(bound) => tell(format_args!("listening on {bound}")),
+        None => tell(format_args!("listening on {address}")),
+    }
 
     let sessions = Rc::new(Sessions::default());
     let stopped = glommio::executor().spawn_blocking(move || signals.wait());
@@ -94,13 +78,13 @@ async fn serve(address: &Address, signals: SigSet) -> shmipc_glommio::Result<()>
         if let Err(errno) = stopped.await {
             tell(format_args!("cannot wait for signals: {errno}"));
         }
-        Ok(())
+        Ok::<_, io::Error>(())
     };
     let accepting = async {
         loop {
             match listener.accept().await {
                 Ok(session) => Sessions::start(&sessions, session),
-                Err(error) => return Err(error),
+                Err(error) => return Err(error.into()),
             }
         }
     };

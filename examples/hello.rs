@@ -17,7 +17,7 @@ async fn serve(listener: Listener) {
     }
 }
 
-async fn hello() -> io::Result<()> {
+async fn hello() -> io::Result<String> {
     let path = std::env::temp_dir().join(format!("hello-{}.sock", std::process::id()));
     // In earnest the server is another process.
     let server = glommio::spawn_local(serve(Listener::bind(&path, Config::default())?));
@@ -27,11 +27,26 @@ async fn hello() -> io::Result<()> {
     stream.write_all(b"hello").await?;
     let mut answer = [0; 5];
     stream.read_exact(&mut answer).await?;
-    println!("{}", String::from_utf8_lossy(&answer));
     server.cancel().await;
-    Ok(())
+    Ok(String::from_utf8_lossy(&answer).into_owned())
 }
 
-fn main() -> io::Result<()> {
-    glommio::LocalExecutorBuilder::default().make()?.run(hello())
+fn main() -> ExitCode {
+    let about = "The example of the README: a server and a client on one executor";
+    match cli::read_nothing("hello", about) {
+        Ok(()) => cli::end(run()),
+        Err(status) => status,
+    }
 }
+
+/// The README has this as its `main`.
+fn run() -> io::Result<()> {
+    let answer = glommio::LocalExecutorBuilder::default().make()?.run(hello())?;
+    cli::print(format_args!("{answer}"))
+}
+
+use std::process::ExitCode;
+
+#[allow(dead_code, reason = "the other examples use the rest")]
+#[path = "support/cli.rs"]
+mod cli;

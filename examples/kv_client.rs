@@ -12,6 +12,12 @@
 //! measures. It ends with one line of JSON on stdout, and with status 0 only if every answer was
 //! right.
 
+#[allow(dead_code, reason = "the other examples use the rest")]
+#[path = "support/address.rs"]
+mod address;
+#[allow(dead_code, reason = "the other examples use the rest")]
+#[path = "support/cli.rs"]
+mod cli;
 #[path = "kv_client/connection.rs"]
 mod connection;
 #[path = "kv_client/counts.rs"]
@@ -47,6 +53,9 @@ mod slots;
 mod tally;
 #[path = "kv_client/ticks.rs"]
 mod ticks;
+#[allow(dead_code, reason = "the other examples use the rest")]
+#[path = "support/unix_socket.rs"]
+mod unix_socket;
 #[path = "kv_client/values.rs"]
 mod values;
 #[path = "support/wakeup.rs"]
@@ -56,30 +65,25 @@ mod work;
 
 use std::process::ExitCode;
 
-use options::{Options, USAGE};
-
-/// The exit status of a command that was called wrongly.
-const BAD_ARGUMENTS: u8 = 2;
+use failure::Failure;
+use options::Options;
 
 fn main() -> ExitCode {
-    let options = match Options::parse() {
-        Ok(Some(options)) => options,
-        Ok(None) => {
-            println!("{USAGE}");
-            return ExitCode::SUCCESS;
-        }
-        Err(error) => {
-            eprintln!("{error}\n{USAGE}");
-            return ExitCode::from(BAD_ARGUMENTS);
-        }
+    let mut options = match Options::parse() {
+        Ok(options) => options,
+        Err(status) => return status,
     };
-    match crew::run(&options) {
+    // Names are looked up here, before there is an executor that would have to wait for that.
+    let found = options.target.resolve().map_err(|source| Failure::Resolve { source });
+    match found.and_then(|()| crew::run(&options)) {
         Ok(outcome) => {
-            println!("{}", report::success(&options, &outcome));
-            ExitCode::SUCCESS
+            let report = report::success(&options, &outcome);
+            cli::end(cli::print(format_args!("{report}")))
         }
         Err(failure) => {
-            println!("{}", report::failure(&options, &failure));
+            let report = report::failure(&options, &failure);
+            // It has failed, whether that can be told or not.
+            let _ = cli::end(cli::print(format_args!("{report}")));
             ExitCode::FAILURE
         }
     }

@@ -16,12 +16,16 @@
 //! A command with keys of several shards, MSET for instance, is carried out by each of them for
 //! its own keys: others can see it half done.
 
+#[allow(dead_code, reason = "the other examples use the rest")]
+#[path = "support/address.rs"]
+mod address;
+#[allow(dead_code, reason = "the other examples use the rest")]
+#[path = "support/cli.rs"]
+mod cli;
 #[path = "kv/mod.rs"]
 mod kv;
 
-use std::fmt;
-use std::io::{self, Write};
-use std::net::SocketAddr;
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -29,22 +33,16 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use clap::{ArgGroup, ArgMatches, value_parser};
 use nix::sys::signal::{SigSet, Signal};
 use shmipc_glommio::{Config, Cores, Server, Session, Shard as Core, SliceClass, Spin};
 
+use address::HostPort;
+use cli::tell;
 use kv::doors::AllDoors;
 use kv::resp::Limits;
 use kv::shard::{self, Settings};
 
-const USAGE: &str = "usage: kv_server [--tcp ADDRESS:PORT] [--unix PATH] [--shm PATH]
-  at least one of these; --shm is needed for more than one shard
-  --shards N        how many shards, one thread each (default: one a processor)
-  --pin             keep each shard on one processor
-  --spin MICROS     how long a shard polls shared memory before it sleeps (default: 50)
-  --max-bulk BYTES  the longest key or value (default: 64 MiB)
-  --debug           allow DEBUG SLEEP seconds [key], which blocks a shard";
-/// The exit status of a command that was called wrongly.
-const BAD_ARGUMENTS: u8 = 2;
 const MOST_SHARDS: usize = 256;
 /// How long sessions get to come to rest when the server is to stop.
 const GRACE: Duration = Duration::from_secs(2);
@@ -53,7 +51,7 @@ const MOST_BULK: usize = 512 << 20;
 
 /// What the command line says.
 struct Options {
-    tcp: Option<SocketAddr>,
+    tcp: Option<HostPort>,
     unix: Option<PathBuf>,
     shm: Option<PathBuf>,
     shards: usize,
@@ -64,81 +62,81 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    let options = match parse() {
-        Ok(Some(options)) => options,
-        Ok(None) => {
-            println!("{USAGE}");
-            return ExitCode::SUCCESS;
-        }
-        Err(error) => {
-            eprintln!("{error}\n{USAGE}");
-            return ExitCode::from(BAD_ARGUMENTS);
-        }
-    };
-    match serve(&options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tell(format_args!("{error}"));
-            ExitCode::FAILURE
-        }
+    match parse() {
+        Ok(options) => cli::end(serve(&options)),
+        Err(status) => status,
     }
 }
 
-fn parse() -> Result<Option<Options>, lexopt::Error> {
-    use lexopt::Arg::Long;
-    use lexopt::ValueExt;
-    let mut options = Options {
-        tcp: None,
-        unix: None,
-        shm: None,
-        shards: 0,
-        is_pinned: false,
-        spin: Config::default().spin(),
-        bulk: DEFAULT_BULK,
-        is_debug_allowed: false,
+fn parse() -> Result<Options, ExitCode> {
+    let path = || value_parser!(PathBuf);
+    let command = cli::command(
+        "kv_server",
+        "A key-value store in memory, one shard a core, that speaks the protocol of Redis",
+    )
+    .arg(
+        cli::option("tcp", "HOST:PORT", "Listen for clients over TCP")
+            .value_parser(value_parser!(HostPort)),
+    )
+    .arg(
+        cli::option(
+            "unix",
+            "PATH",
+            "Listen for clients on a Unix socket; @NAME is an abstract one",
+        )
+        .value_parser(path()),
+    )
+    .arg(
+        cli::option("shm", "PATH", "Listen for sessions over shared memory, on this Unix socket")
+            .value_parser(path()),
+    )
+    .group(ArgGroup::new("doors").args(["tcp", "unix", "shm"]).multiple(true).required(true))
+    .arg(
+        cli::option("shards", "N", "How many shards, one thread each [default: one a processor]")
+            .value_parser(value_parser!(u64).range(1..=MOST_SHARDS as u64)),
+    )
+    .arg(cli::flag("pin", "Keep each shard on one processor"))
+    .arg(
+        cli::option(
+            "spin",
+            "MICROS",
+            "How long a shard polls shared memory before it sleeps [default: 50]",
+        )
+        .value_parser(value_parser!(u64)),
+    )
+    .arg(
+        cli::option("max-bulk", "BYTES", "The longest key or value [default: 64 MiB]")
+            .value_parser(value_parser!(u64).range(1024..=MOST_BULK as u64)),
+    )
+    .arg(cli::flag("debug", "Allow DEBUG SLEEP seconds [key], which blocks a shard"))
+    .after_help("More than one shard needs --shm, by which the shards reach each other.");
+    cli::read(command, options)
+}
+
+/// What the arguments say together.
+fn options(matches: &ArgMatches) -> Result<Options, String> {
+    let path = |name| matches.get_one::<PathBuf>(name).cloned();
+    let number = |name| matches.get_one::<u64>(name).copied();
+    let processors = || thread::available_parallelism().map_or(1, |count| count.get());
+    let shards = number("shards").map_or_else(processors, |shards| shards as usize);
+    let options = Options {
+        tcp: matches.get_one("tcp").cloned(),
+        unix: path("unix"),
+        shm: path("shm"),
+        shards: shards.min(MOST_SHARDS),
+        is_pinned: matches.get_flag("pin"),
+        spin: match number("spin") {
+            None => Config::default().spin(),
+            Some(0) => Spin::Never,
+            Some(micros) => Spin::For(Duration::from_micros(micros)),
+        },
+        bulk: number("max-bulk").map_or(DEFAULT_BULK, |bulk| bulk as usize),
+        is_debug_allowed: matches.get_flag("debug"),
     };
-    let mut parser = lexopt::Parser::from_env();
-    while let Some(argument) = parser.next()? {
-        match argument {
-            Long("tcp") => options.tcp = Some(parser.value()?.parse()?),
-            Long("unix") => options.unix = Some(parser.value()?.into()),
-            Long("shm") => options.shm = Some(parser.value()?.into()),
-            Long("shards") => {
-                let is_fine = |shards: &usize| (1..=MOST_SHARDS).contains(shards);
-                let shards = parser.value()?.parse().ok().filter(is_fine);
-                options.shards = shards.ok_or("--shards is a number from 1 to 256")?;
-            }
-            Long("pin") => options.is_pinned = true,
-            Long("spin") => {
-                let spin = Duration::from_micros(parser.value()?.parse()?);
-                options.spin = if spin.is_zero() { Spin::Never } else { Spin::For(spin) };
-            }
-            Long("max-bulk") => {
-                let is_fine = |bulk: &usize| (1024..=MOST_BULK).contains(bulk);
-                let bulk = parser.value()?.parse().ok().filter(is_fine);
-                options.bulk = bulk.ok_or("--max-bulk is a number from 1024 to 536870912")?;
-            }
-            Long("debug") => options.is_debug_allowed = true,
-            Long("help") => return Ok(None),
-            _ => return Err(argument.unexpected()),
-        }
-    }
-    if options.tcp.is_none() && options.unix.is_none() && options.shm.is_none() {
-        return Err("--tcp, --unix or --shm is needed".into());
-    }
-    if options.shards == 0 {
-        let processors = thread::available_parallelism().map_or(1, |count| count.get());
-        options.shards = processors.min(MOST_SHARDS);
-    }
     if options.shards > 1 && options.shm.is_none() {
         return Err("more than one shard needs --shm, by which the shards reach each other".into());
     }
-    Ok(Some(options))
-}
-
-/// Writes a line to stderr. That nobody reads there is no reason to stop.
-fn tell(line: fmt::Arguments<'_>) {
-    let _ = writeln!(io::stderr(), "{line}");
+    Ok(options)
 }
 
 /// Small sessions: there is one for each pair of shards, and one for each client and shard.
@@ -171,7 +169,9 @@ fn serve(options: &Options) -> io::Result<()> {
         is_debug_allowed: options.is_debug_allowed,
         started: Instant::now(),
     };
-    let mut doors = AllDoors::reserve(options.tcp, options.unix.as_deref())?;
+    // Names are looked up here, before there is an executor that would have to wait for that.
+    let tcp = options.tcp.as_ref().map(HostPort::resolve_to_listen).transpose()?;
+    let mut doors = AllDoors::reserve(tcp.as_deref(), options.unix.as_deref())?;
     let server = start(&settings, &mut doors, options)?;
     doors.start()?;
 

@@ -26,14 +26,14 @@ mod upstream;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::fmt;
-use std::io::{self, Write};
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use clap::value_parser;
 use futures_lite::future::or;
 use glommio::task::JoinHandle;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -41,17 +41,11 @@ use nix::sys::signal::{SigSet, Signal};
 use serde_json::json;
 use shmipc_glommio::{Config, ConfigError, Error, Listener, Session, SliceClass};
 
-use ends::{Address, End, SocketListener};
+use ends::{Address, End, Place, SocketListener};
 use relay::Carrier;
+use support::address;
+use support::cli::{self, tell};
 use upstream::Upstream;
-
-const USAGE: &str = "\
-usage: proxy --listen PLACE --connect PLACE [--grace SECONDS]
-
-PLACE is tcp:ADDRESS:PORT, unix:PATH, or shm:PATH for shared memory over a Unix socket.
-Each connection to the first place gets one of its own to the second.
-
-  --grace SECONDS   how long open connections may go on after SIGTERM or SIGINT (default 5)";
 
 /// How long a connection may wait for the other side to take it.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -97,12 +91,17 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = match parse() {
-        Ok(Some(options)) => options,
-        Ok(None) => {
-            println!("{USAGE}");
-            return ExitCode::SUCCESS;
-        }
-        Err(error) => return support::refuse_arguments(&error, USAGE),
+        Ok(options) => options,
+        Err(status) => return status,
+    };
+    // Names are looked up here, once: an executor must not wait for that.
+    let places = options
+        .listen
+        .resolve_to_listen()
+        .and_then(|listen| options.connect.resolve().map(|connect| (listen, connect)));
+    let places = match places {
+        Ok(places) => places,
+        Err(error) => return cli::end(Err(error)),
     };
     // Blocked before any other thread starts: threads inherit it, and only the one that waits for
     // signals takes them.
@@ -112,37 +111,37 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     raise_descriptor_limit();
-    if let Err(error) = support::run(serve(options, signals)) {
-        tell(format_args!("{error}"));
-        return ExitCode::FAILURE;
-    }
-    ExitCode::SUCCESS
+    cli::end(support::run(serve(options, places, signals)))
 }
 
-fn parse() -> Result<Option<Options>, lexopt::Error> {
-    use lexopt::prelude::*;
-    let (mut listen, mut connect, mut grace) = (None, None, 5);
-    let mut parser = lexopt::Parser::from_env();
-    while let Some(argument) = parser.next()? {
-        match argument {
-            Long("listen") if listen.is_none() => listen = Some(parser.value()?.parse()?),
-            Long("connect") if connect.is_none() => connect = Some(parser.value()?.parse()?),
-            Long("grace") => {
-                grace = parser.value()?.parse()?;
-                if grace > MOST_GRACE {
-                    return Err(format!("--grace is at most {MOST_GRACE}").into());
-                }
-            }
-            Long("help") => return Ok(None),
-            _ => return Err(argument.unexpected()),
-        }
-    }
-    match (listen, connect) {
-        (Some(listen), Some(connect)) => {
-            Ok(Some(Options { listen, connect, grace: Duration::from_secs(grace) }))
-        }
-        _ => Err("--listen and --connect are needed".into()),
-    }
+fn parse() -> Result<Options, ExitCode> {
+    let listen = cli::option_once("listen", "PLACE", "Where connections come from");
+    let connect = cli::option_once("connect", "PLACE", "Where each connection gets one to");
+    let grace = cli::option(
+        "grace",
+        "SECONDS",
+        "How long open connections may go on after SIGTERM or SIGINT",
+    );
+    let command = cli::command(
+        "proxy",
+        "Connects programs that speak over sockets through shared memory",
+    )
+    .arg(listen.required(true).value_parser(value_parser!(Address)))
+    .arg(connect.required(true).value_parser(value_parser!(Address)))
+    .arg(grace.default_value("5").value_parser(value_parser!(u64).range(..=MOST_GRACE)))
+    .after_help(
+        "PLACE is tcp:HOST:PORT, unix:PATH, or shm:PATH for shared memory over a Unix socket.\n\
+        A PATH of @NAME is an abstract socket. A host's name is looked up once, at the start.",
+    );
+    cli::read(command, |matches| {
+        let place = |name| matches.get_one::<Address>(name).cloned().ok_or("a place is missing");
+        let grace = matches.get_one::<u64>("grace").copied().unwrap_or_default();
+        Ok(Options {
+            listen: place("listen")?,
+            connect: place("connect")?,
+            grace: Duration::from_secs(grace),
+        })
+    })
 }
 
 /// Each connection of a socket takes a descriptor, and the usual soft limit is 1024.
@@ -154,17 +153,13 @@ fn raise_descriptor_limit() {
     }
 }
 
-/// Writes a line to stderr. That nobody reads there is no reason to stop.
-fn tell(line: fmt::Arguments<'_>) {
-    let _ = writeln!(io::stderr(), "{line}");
-}
-
-async fn serve(options: Options, signals: SigSet) -> Result<(), String> {
+async fn serve(options: Options, places: (Place, Place), signals: SigSet) -> Result<(), String> {
     let config = config().map_err(|error| error.to_string())?;
-    let front = Front::bind(&options.listen, &config)
+    let (listen, connect) = places;
+    let front = Front::bind(&listen, &config)
         .await
         .map_err(|error| format!("cannot listen on {}: {error}", options.listen))?;
-    let back = Back::new(options.connect, config).map_err(|error| error.to_string())?;
+    let back = Back::new(connect, config).map_err(|error| error.to_string())?;
     let proxy = Rc::new(Proxy::new(back));
     tell(format_args!("listening on {}", front.address().unwrap_or(&options.listen)));
 
@@ -198,10 +193,10 @@ impl Front {
     ///
     /// The sockets of a process that was killed while it waited with io_uring outlive it for a
     /// moment. One that is started again at once must not take them for those of a live one.
-    async fn bind(address: &Address, config: &Config) -> io::Result<Self> {
+    async fn bind(place: &Place, config: &Config) -> io::Result<Self> {
         let since = Instant::now();
         loop {
-            match Self::bind_now(address, config) {
+            match Self::bind_now(place, config) {
                 Err(error)
                     if error.kind() == io::ErrorKind::AddrInUse
                         && since.elapsed() < LAST_OF_THE_DEAD =>
@@ -213,11 +208,11 @@ impl Front {
         }
     }
 
-    fn bind_now(address: &Address, config: &Config) -> io::Result<Self> {
-        Ok(match address {
-            Address::Tcp(address) => Self::Socket(SocketListener::bind_tcp(*address)?),
-            Address::Unix(path) => Self::Socket(SocketListener::bind_unix(path)?),
-            Address::Shm(path) => {
+    fn bind_now(place: &Place, config: &Config) -> io::Result<Self> {
+        Ok(match place {
+            Place::Tcp(addresses) => Self::Socket(SocketListener::bind_tcp(addresses)?),
+            Place::Unix(path) => Self::Socket(SocketListener::bind_unix(path)?),
+            Place::Shm(path) => {
                 let listener = Listener::bind(path, config.clone())?;
                 listener.on_refused(|error| tell(format_args!("refused: {error}")));
                 Self::Shm(listener)
@@ -282,17 +277,18 @@ async fn serve_session(session: Session, proxy: Rc<Proxy>) {
 
 /// Where connections go to.
 enum Back {
-    Tcp(SocketAddr),
+    /// Tried one after the other.
+    Tcp(Vec<SocketAddr>),
     Unix(PathBuf),
     Shm(Upstream),
 }
 
 impl Back {
-    fn new(address: Address, config: Config) -> Result<Self, Error> {
-        Ok(match address {
-            Address::Tcp(address) => Self::Tcp(address),
-            Address::Unix(path) => Self::Unix(path),
-            Address::Shm(path) => Self::Shm(Upstream::new(path, config, PATIENCE)?),
+    fn new(place: Place, config: Config) -> Result<Self, Error> {
+        Ok(match place {
+            Place::Tcp(addresses) => Self::Tcp(addresses),
+            Place::Unix(path) => Self::Unix(path),
+            Place::Shm(path) => Self::Shm(Upstream::new(path, config, PATIENCE)?),
         })
     }
 
@@ -304,13 +300,18 @@ impl Back {
     }
 
     async fn connect(&self) -> io::Result<End> {
-        let too_late = async {
-            glommio::timer::sleep(PATIENCE).await;
+        let too_late = async |patience| {
+            glommio::timer::sleep(patience).await;
             Err(io::Error::new(io::ErrorKind::TimedOut, "nobody takes the connection"))
         };
         match self {
-            Self::Tcp(address) => or(End::connect_tcp(*address), too_late).await,
-            Self::Unix(path) => or(End::connect_unix(path), too_late).await,
+            Self::Tcp(addresses) => {
+                // Each has its share of the time: one that says nothing must not take it all.
+                let share = PATIENCE / addresses.len().max(1) as u32;
+                let attempt = async |at| or(End::connect_tcp(at), too_late(share)).await;
+                address::first_of(addresses, attempt).await
+            }
+            Self::Unix(path) => or(End::connect_unix(path), too_late(PATIENCE)).await,
             Self::Shm(upstream) => {
                 let mut stream = upstream.open_stream().await?;
                 // The server may be one that speaks first.

@@ -7,8 +7,13 @@
 //!
 //! Server and client are two threads of this process, with an executor each.
 
+#[allow(dead_code, reason = "the other examples use the rest")]
+#[path = "support/cli.rs"]
+mod cli;
+
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -182,15 +187,23 @@ async fn client(path: &Path) -> io::Result<()> {
         task.await?;
     }
     let calls = 3 * STREAMS * ROUNDS;
-    println!("{calls} calls on {STREAMS} streams answered in {:.1?}", start.elapsed());
+    let time = start.elapsed();
+    cli::print(format_args!("{calls} calls on {STREAMS} streams answered in {time:.1?}"))?;
 
     let refusal = call(&mut session.open_stream()?, 7, 42, b"?").await.map_err(|e| e.kind());
     check("operation 42", refusal == Err(io::ErrorKind::Unsupported))?;
-    println!("operation 42 refused");
-    Ok(())
+    cli::print(format_args!("operation 42 refused"))
 }
 
-fn main() -> io::Result<()> {
+fn main() -> ExitCode {
+    let about = "Requests and answers, with several calls under way on one session";
+    match cli::read_nothing("request_response", about) {
+        Ok(()) => cli::end(run()),
+        Err(status) => status,
+    }
+}
+
+fn run() -> io::Result<()> {
     let path = std::env::temp_dir().join(format!("request-response-{}.sock", std::process::id()));
     let (is_listening, listening) = mpsc::channel();
     let at = path.clone();

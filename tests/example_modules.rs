@@ -2,6 +2,12 @@
 //! The tests that stand in the modules of the examples. Cargo would run them with `test = true`, but
 //! then `cargo test` no longer builds the examples as programs, which other tests start.
 
+#[path = "../examples/support/address.rs"]
+#[allow(dead_code, reason = "the programs are not here")]
+mod address;
+#[path = "../examples/support/cli.rs"]
+#[allow(dead_code, reason = "the programs are not here")]
+mod cli;
 #[path = "../examples/kv/mod.rs"]
 #[allow(dead_code, reason = "the program is not here")]
 mod kv;

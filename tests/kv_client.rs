@@ -435,10 +435,10 @@ fn wrong_arguments_end_with_2() {
     for arguments in wrong {
         let (status, output, errors) = Process::client(&arguments).end();
         assert_eq!((status, output.as_str()), (Some(2), ""), "{arguments}");
-        assert!(errors.contains("usage: "), "{arguments}: {errors}");
+        assert!(errors.contains("Usage: "), "{arguments}: {errors}");
     }
     let (status, output, _) = Process::client("--help").end();
     assert_eq!(status, Some(0));
-    assert!(output.starts_with("usage: kv_client "), "{output}");
+    assert!(output.contains("\nUsage: kv_client "), "{output}");
     assert!(!Path::new("/tmp/nobody-listens-here.sock").exists());
 }

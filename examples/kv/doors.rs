@@ -7,21 +7,25 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::net::SocketAddr;
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::net;
+use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::thread;
 use std::time::Duration;
 
 use futures_lite::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use glommio::{Task, net};
+use glommio::Task;
+use glommio::net as glommio_net;
 
 use super::connection::{self, Writes};
 use super::shard::Shard;
 use super::socket::ReservedAddress;
+use super::unix_socket;
+use crate::cli::tell;
 
 /// The most clients of one shard.
 const CLIENTS_AT_MOST: u64 = 10_000;
@@ -36,7 +40,8 @@ pub(crate) struct AllDoors {
 
 struct UnixDoor {
     listener: UnixListener,
-    path: PathBuf,
+    /// `None`: it has an abstract name, which goes with the listener.
+    path: Option<PathBuf>,
     /// By which the shards are given their connections.
     shards: Vec<UnixStream>,
 }
@@ -44,21 +49,25 @@ struct UnixDoor {
 /// The doors of one shard.
 #[derive(Debug)]
 pub(crate) struct Doors {
-    tcp: Option<SocketAddr>,
+    tcp: Option<net::SocketAddr>,
     /// Where the numbers of accepted descriptors come in. They are this shard's from then on.
     unix: Option<UnixStream>,
 }
 
 impl AllDoors {
     /// Takes the addresses. Nobody is served before the shards have their doors.
-    pub(crate) fn reserve(tcp: Option<SocketAddr>, unix: Option<&Path>) -> io::Result<Self> {
-        let tcp = tcp.map(ReservedAddress::new).transpose()?;
+    /// Of several TCP addresses, the first that can be had.
+    pub(crate) fn reserve(
+        tcp: Option<&[net::SocketAddr]>,
+        unix: Option<&Path>,
+    ) -> io::Result<Self> {
+        let tcp = tcp.map(ReservedAddress::first_of).transpose()?;
         let unix = unix.map(UnixDoor::open).transpose()?;
         Ok(Self { tcp, unix })
     }
 
     /// The TCP address, with the port that the system chose if it was to.
-    pub(crate) fn tcp_address(&self) -> Option<SocketAddr> {
+    pub(crate) fn tcp_address(&self) -> Option<net::SocketAddr> {
         self.tcp.as_ref().map(ReservedAddress::address)
     }
 
@@ -80,18 +89,25 @@ impl AllDoors {
         let Some(door) = &mut self.unix else {
             return Ok(());
         };
+        let is_abstract = door.path.is_none();
         let (listener, shards) = (door.listener.try_clone()?, std::mem::take(&mut door.shards));
-        thread::Builder::new().name("accept".into()).spawn(move || deal(&listener, &shards))?;
+        thread::Builder::new()
+            .name("accept".into())
+            .spawn(move || deal(&listener, is_abstract, &shards))?;
         Ok(())
     }
 }
 
 /// Gives each shard a connection in turn, for as long as the process lives.
-fn deal(listener: &UnixListener, shards: &[UnixStream]) {
+fn deal(listener: &UnixListener, is_abstract: bool, shards: &[UnixStream]) {
     for mut shard in shards.iter().cycle() {
         let stream = loop {
             match listener.accept() {
-                Ok((stream, _)) => break stream,
+                Ok((stream, _)) if !is_abstract || unix_socket::is_same_user(stream.as_fd()) => {
+                    break stream;
+                }
+                // An abstract name has no file whose mode could have kept them out.
+                Ok(_) => tell(format_args!("a connection of another user is refused")),
                 Err(_) => thread::sleep(PAUSE),
             }
         };
@@ -106,13 +122,27 @@ fn deal(listener: &UnixListener, shards: &[UnixStream]) {
 impl UnixDoor {
     /// Listens where only this user can connect. What a dead server left there is replaced.
     fn open(path: &Path) -> io::Result<Self> {
+        let failed = |error: io::Error| {
+            io::Error::new(error.kind(), format!("listen on unix {}: {error}", path.display()))
+        };
+        match unix_socket::abstract_name(path) {
+            Some(name) => {
+                let address = SocketAddr::from_abstract_name(name).map_err(failed)?;
+                let listener = UnixListener::bind_addr(&address).map_err(failed)?;
+                Ok(Self { listener, path: None, shards: Vec::new() })
+            }
+            None => Self::open_file(path).map_err(failed),
+        }
+    }
+
+    fn open_file(path: &Path) -> io::Result<Self> {
         let is_socket = fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket());
         let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
         if is_socket && UnixStream::connect(path).is_err_and(refused) {
             fs::remove_file(path)?;
         }
         let listener = UnixListener::bind(path)?;
-        let door = Self { listener, path: path.to_owned(), shards: Vec::new() };
+        let door = Self { listener, path: Some(path.to_owned()), shards: Vec::new() };
         fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
         Ok(door)
     }
@@ -121,7 +151,7 @@ impl UnixDoor {
 impl Drop for UnixDoor {
     fn drop(&mut self) {
         // It may be gone already, which is as well.
-        let _ = fs::remove_file(&self.path);
+        let _ = self.path.as_ref().map(fs::remove_file);
     }
 }
 
@@ -129,18 +159,18 @@ impl Drop for UnixDoor {
 pub(crate) fn open(shard: &Rc<Shard>, doors: Doors) -> io::Result<Vec<Task<()>>> {
     let mut tasks = Vec::new();
     if let Some(address) = doors.tcp {
-        let listener = net::TcpListener::bind(address).map_err(io::Error::from)?;
+        let listener = glommio_net::TcpListener::bind(address).map_err(io::Error::from)?;
         tasks.push(glommio::spawn_local(accept_tcp(Rc::clone(shard), listener)));
     }
     if let Some(dealt) = doors.unix {
         // SAFETY: the descriptor is open and has no other owner once it is taken out of `dealt`.
-        let dealt = unsafe { net::UnixStream::from_raw_fd(dealt.into_raw_fd()) };
+        let dealt = unsafe { glommio_net::UnixStream::from_raw_fd(dealt.into_raw_fd()) };
         tasks.push(glommio::spawn_local(accept_unix(Rc::clone(shard), dealt)));
     }
     Ok(tasks)
 }
 
-async fn accept_tcp(shard: Rc<Shard>, listener: net::TcpListener) {
+async fn accept_tcp(shard: Rc<Shard>, listener: glommio_net::TcpListener) {
     loop {
         match listener.accept().await {
             Ok(stream) => {
@@ -153,12 +183,12 @@ async fn accept_tcp(shard: Rc<Shard>, listener: net::TcpListener) {
     }
 }
 
-async fn accept_unix(shard: Rc<Shard>, mut dealt: net::UnixStream) {
+async fn accept_unix(shard: Rc<Shard>, mut dealt: glommio_net::UnixStream) {
     let mut fd = [0; size_of::<RawFd>()];
     while dealt.read_exact(&mut fd).await.is_ok() {
         let fd = RawFd::from_ne_bytes(fd);
         // SAFETY: `deal` gave up this open descriptor when it wrote its number, to this shard only.
-        welcome(&shard, unsafe { net::UnixStream::from_raw_fd(fd) });
+        welcome(&shard, unsafe { glommio_net::UnixStream::from_raw_fd(fd) });
     }
 }
 

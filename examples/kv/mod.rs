@@ -31,3 +31,6 @@ pub(crate) mod slots;
 pub(crate) mod socket;
 pub(crate) mod source;
 pub(crate) mod store;
+#[allow(dead_code, reason = "the other examples use the rest")]
+#[path = "../support/unix_socket.rs"]
+mod unix_socket;

@@ -18,8 +18,23 @@ pub(crate) struct ReservedAddress {
 }
 
 impl ReservedAddress {
+    /// Takes the first of these addresses that can be had.
+    pub(crate) fn first_of(addresses: &[SocketAddr]) -> io::Result<Self> {
+        let mut failure = io::Error::new(io::ErrorKind::NotFound, "no address to listen at");
+        for &address in addresses {
+            match Self::new(address) {
+                Ok(reserved) => return Ok(reserved),
+                Err(error) => {
+                    let text = format!("listen on tcp {address}: {error}");
+                    failure = io::Error::new(error.kind(), text);
+                }
+            }
+        }
+        Err(failure)
+    }
+
     /// Takes an address, and a port that is free when it has none.
-    pub(crate) fn new(address: SocketAddr) -> io::Result<Self> {
+    fn new(address: SocketAddr) -> io::Result<Self> {
         let family = match address {
             SocketAddr::V4(_) => AddressFamily::Inet,
             SocketAddr::V6(_) => AddressFamily::Inet6,

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use futures_lite::future::or;
 use glommio::channels::local_channel;
-use glommio::net::{TcpStream, UnixStream};
+use glommio::net::TcpStream;
 use hdrhistogram::Histogram;
 use shmipc_glommio::{Connector, Session};
 
+use super::address;
 use super::connection::{Connection, read_buffer};
 use super::counts::Counts;
 use super::cpu::{self, Cpu};
@@ -22,6 +23,7 @@ use super::pace::Pace;
 use super::pipe::Pipe;
 use super::tally::{Latencies, Watch, latencies};
 use super::ticks::Ticks;
+use super::unix_socket;
 use super::values::Values;
 use super::work::Plan;
 
@@ -139,9 +141,10 @@ impl Executor {
     /// The pipes of one connection.
     async fn pipes(&mut self) -> io::Result<Vec<Pipe>> {
         match &self.options.target {
-            Target::Unix(path) => Ok(vec![Pipe::Unix(UnixStream::connect(path).await?)]),
-            Target::Tcp(address) => {
-                let socket = TcpStream::connect(address).await?;
+            Target::Unix(path) => Ok(vec![Pipe::Unix(unix_socket::connect(path).await?)]),
+            Target::Tcp(_, addresses) => {
+                let connect = async |at| Ok(TcpStream::connect(at).await?);
+                let socket = address::first_of(addresses, connect).await?;
                 socket.set_nodelay(true)?;
                 Ok(vec![Pipe::Tcp(socket)])
             }

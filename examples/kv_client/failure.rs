@@ -6,6 +6,8 @@ use std::time::Duration;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
+    #[error("{source}")]
+    Resolve { source: io::Error },
     #[error("connection {connection} to {to}: {source}")]
     Connect { connection: usize, to: String, source: io::Error },
     #[error("connection {connection}, {outstanding} without an answer: {source}")]

@@ -2,36 +2,18 @@
 //! The command line.
 
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
-use lexopt::ValueExt;
+use clap::{Arg, ArgGroup, ArgMatches, Command, value_parser};
 use shmipc_glommio::{Config, ProtocolVersion, Spin, Wakeup};
 
-use crate::protocol;
-
-pub(crate) const USAGE: &str = "\
-usage: kv_client --shm PATH | --unix PATH | --tcp ADDRESS [OPTION]…
-  --requests N       requests that are measured, on all connections together (100000)
-  --value BYTES      length of every value (64)
-  --depth N          requests of one connection that are under way at most (1)
-  --connections N    connections; over shared memory, each has a stream to every shard (1)
-  --keys N           keys of each connection (1000)
-  --reads PERCENT    how many of the requests are GET, the others are SET (80)
-  --rate R           requests per second in all, sent when they are due (as many as answered)
-  --tick MICROS      requests of a rate come together, each time that so much has passed; with 0
-                     each comes at its own time, as far as timers can (1000, as with wrk2)
-  --threads N        executors that the connections are dealt to (1)
-  --cores LIST       processors for the executors, as 0,2 or 0-3 (any)
-  --spin MICROS      how long a session polls after its last traffic (the library's default)
-  --protocol 3|4     version of the protocol, over shared memory (4, or else what the server has)
-  --wakeup socket|eventfd|polling:MICROS
-                     how the sides wake each other; with version 3 by socket only (eventfd)
-  --pool BYTES       buffer memory of a session (the library's default)
-  --seed N           which operations, keys and values (1)
-  --warmup N         requests before those that are measured (0)
-  --timeout SECONDS  give up when nothing was answered for that long (60)";
+use crate::address::HostPort;
+use crate::{cli, protocol};
 
 /// As long as Redis takes them.
 const LONGEST_VALUE: u64 = 512 << 20;
@@ -40,21 +22,32 @@ const MOST_KEYS: u64 = 1 << 24;
 const DEEPEST: u64 = 1 << 16;
 const MOST_THREADS: u64 = 256;
 const LONGEST_TIMEOUT: u64 = 24 * 3600;
+/// In microseconds.
+const LONGEST_SPIN: u64 = 1_000_000_000;
 
 /// Where the store listens, and what carries the requests.
 #[derive(Debug, Clone)]
 pub(crate) enum Target {
     Shm(PathBuf),
     Unix(PathBuf),
-    Tcp(SocketAddr),
+    /// The host, and its addresses once it has been [found](Self::resolve).
+    Tcp(HostPort, Vec<SocketAddr>),
 }
 
 impl Target {
+    /// Finds the host. Not for an executor's thread: it may wait.
+    pub(crate) fn resolve(&mut self) -> io::Result<()> {
+        if let Self::Tcp(host, addresses) = self {
+            *addresses = host.resolve()?;
+        }
+        Ok(())
+    }
+
     pub(crate) fn transport(&self) -> &'static str {
         match self {
             Self::Shm(_) => "shm",
             Self::Unix(_) => "unix",
-            Self::Tcp(_) => "tcp",
+            Self::Tcp(..) => "tcp",
         }
     }
 }
@@ -63,7 +56,7 @@ impl fmt::Display for Target {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Shm(path) | Self::Unix(path) => path.display().fmt(formatter),
-            Self::Tcp(address) => address.fmt(formatter),
+            Self::Tcp(host, _) => host.fmt(formatter),
         }
     }
 }
@@ -93,100 +86,57 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// `None`: help was asked for.
-    pub(crate) fn parse() -> Result<Option<Self>, lexopt::Error> {
-        use lexopt::prelude::*;
-        let mut target = None;
-        let mut options = Self::defaults();
-        let mut parser = lexopt::Parser::from_env();
-        while let Some(argument) = parser.next()? {
-            match argument {
-                Long("shm") if target.is_none() => {
-                    target = Some(Target::Shm(parser.value()?.into()));
-                }
-                Long("unix") if target.is_none() => {
-                    target = Some(Target::Unix(parser.value()?.into()));
-                }
-                Long("tcp") if target.is_none() => {
-                    target = Some(Target::Tcp(parser.value()?.parse()?));
-                }
-                Long("help") => return Ok(None),
-                Long(name) => {
-                    let name = name.to_owned();
-                    options.take(&name, &mut parser)?;
-                }
-                _ => return Err(argument.unexpected()),
-            }
-        }
-        options.target = target.ok_or("--shm, --unix or --tcp is needed")?;
-        options.check()?;
-        Ok(Some(options))
+    /// Reads the command line.
+    ///
+    /// # Errors
+    ///
+    /// The status to end with. The user has been told.
+    pub(crate) fn parse() -> Result<Self, ExitCode> {
+        cli::read(command(), Self::take)
     }
 
-    fn defaults() -> Self {
-        Self {
-            target: Target::Unix(PathBuf::new()),
-            requests: 100_000,
-            value: 64,
-            depth: 1,
-            connections: 1,
-            keys: 1000,
-            reads: 80,
-            rate: None,
-            tick: Duration::from_millis(1),
-            threads: 1,
-            cores: Vec::new(),
-            spin: None,
-            version: ProtocolVersion::V4,
-            wakeup: None,
-            pool: None,
-            seed: 1,
-            warmup: 0,
-            timeout: Duration::from_secs(60),
-        }
-    }
-
-    /// Takes the value of an option.
-    fn take(&mut self, name: &str, parser: &mut lexopt::Parser) -> Result<(), lexopt::Error> {
-        let mut number = |low, high| -> Result<u64, lexopt::Error> {
-            parser.value()?.parse_with(|text| within(text, low, high))
+    /// What the arguments say together.
+    fn take(matches: &ArgMatches) -> Result<Self, String> {
+        let number = |name| matches.get_one::<u64>(name).copied();
+        let count = |name| number(name).unwrap_or_default();
+        let path = |name| matches.get_one::<PathBuf>(name).cloned();
+        let target = match (path("shm"), path("unix"), matches.get_one::<HostPort>("tcp")) {
+            (Some(path), _, _) => Target::Shm(path),
+            (_, Some(path), _) => Target::Unix(path),
+            (_, _, Some(host)) => Target::Tcp(host.clone(), Vec::new()),
+            _ => return Err("--shm, --unix or --tcp is needed".into()),
         };
-        match name {
-            "requests" => self.requests = number(1, u64::MAX / 2)?,
-            "value" => self.value = number(0, LONGEST_VALUE)? as usize,
-            "depth" => self.depth = number(1, DEEPEST)? as usize,
-            "connections" => self.connections = number(1, MOST_CONNECTIONS)? as usize,
-            "keys" => self.keys = number(1, MOST_KEYS)? as u32,
-            "reads" => self.reads = number(0, 100)? as u32,
-            "rate" => self.rate = Some(parser.value()?.parse_with(rate)?),
-            "tick" => self.tick = Duration::from_micros(number(0, 1_000_000)?),
-            "threads" => self.threads = number(1, MOST_THREADS)? as usize,
-            "cores" => self.cores = parser.value()?.parse_with(cores)?,
-            "spin" => {
-                self.spin = Some(match number(0, 1_000_000_000)? {
-                    0 => Spin::Never,
-                    micros => Spin::For(Duration::from_micros(micros)),
-                });
-            }
-            "protocol" => self.version = parser.value()?.parse_with(protocol::protocol_version)?,
-            "wakeup" => self.wakeup = Some(parser.value()?.parse_with(protocol::wakeup)?),
-            "pool" => self.pool = Some(number(1, u64::from(u32::MAX))?),
-            "seed" => self.seed = number(0, u64::MAX)?,
-            "warmup" => self.warmup = number(0, u64::MAX / 2)?,
-            "timeout" => self.timeout = Duration::from_secs(number(1, LONGEST_TIMEOUT)?),
-            _ => return Err(lexopt::Error::UnexpectedOption(format!("--{name}"))),
-        }
-        Ok(())
-    }
-
-    fn check(&mut self) -> Result<(), lexopt::Error> {
-        if self.threads > self.connections {
+        let options = Self {
+            target,
+            requests: count("requests"),
+            value: count("value") as usize,
+            depth: count("depth") as usize,
+            connections: count("connections") as usize,
+            keys: count("keys") as u32,
+            reads: count("reads") as u32,
+            rate: matches.get_one("rate").copied(),
+            tick: Duration::from_micros(count("tick")),
+            threads: count("threads") as usize,
+            cores: matches.get_one("cores").cloned().unwrap_or_default(),
+            spin: number("spin").map(|micros| match micros {
+                0 => Spin::Never,
+                micros => Spin::For(Duration::from_micros(micros)),
+            }),
+            version: matches.get_one("protocol").copied().unwrap_or(ProtocolVersion::V4),
+            wakeup: matches.get_one("wakeup").copied(),
+            pool: number("pool"),
+            seed: count("seed"),
+            warmup: count("warmup"),
+            timeout: Duration::from_secs(count("timeout")),
+        };
+        if options.threads > options.connections {
             return Err("--threads is more than --connections".into());
         }
-        if !self.cores.is_empty() && self.cores.len() < self.threads {
+        if !options.cores.is_empty() && options.cores.len() < options.threads {
             return Err("--cores names fewer processors than there are --threads".into());
         }
-        self.config().map(drop).map_err(|error| lexopt::Error::Custom(error.into()))
+        options.config().map_err(|error| error.to_string())?;
+        Ok(options)
     }
 
     /// How sessions are set up.
@@ -213,11 +163,122 @@ impl Options {
     }
 }
 
-fn within(text: &str, low: u64, high: u64) -> Result<u64, String> {
-    match text.parse() {
-        Ok(number) if (low..=high).contains(&number) => Ok(number),
-        _ => Err(format!("expected a number from {low} to {high}")),
-    }
+fn command() -> Command {
+    let target = |name, help| cli::option_once(name, "PATH", help);
+    let path = || value_parser!(PathBuf);
+    let command = cli::command(
+        "kv_client",
+        "A load generator for a key-value store that speaks RESP2, the protocol of Redis",
+    )
+    .arg(
+        target("shm", "The store's socket for shared memory; @NAME is abstract")
+            .value_parser(path()),
+    )
+    .arg(target("unix", "The store's Unix socket; @NAME is abstract").value_parser(path()))
+    .arg(
+        cli::option_once("tcp", "HOST:PORT", "The store's address")
+            .value_parser(value_parser!(HostPort)),
+    )
+    .group(ArgGroup::new("target").args(["shm", "unix", "tcp"]).required(true));
+    command.args(numbers()).args(others())
+}
+
+/// The options that are numbers with a default.
+fn numbers() -> Vec<Arg> {
+    let number = |name, value, default, range: RangeInclusive<u64>, help| {
+        let option = cli::option(name, value, help).default_value(default);
+        option.value_parser(value_parser!(u64).range(range))
+    };
+    let most = u64::MAX / 2;
+    vec![
+        number(
+            "requests",
+            "N",
+            "100000",
+            1..=most,
+            "Requests that are measured, on all connections together",
+        ),
+        number("value", "BYTES", "64", 0..=LONGEST_VALUE, "Length of every value"),
+        number(
+            "depth",
+            "N",
+            "1",
+            1..=DEEPEST,
+            "Requests of one connection that are under way at most",
+        ),
+        number(
+            "connections",
+            "N",
+            "1",
+            1..=MOST_CONNECTIONS,
+            "Connections; over shared memory, each has a stream to every shard",
+        ),
+        number("keys", "N", "1000", 1..=MOST_KEYS, "Keys of each connection"),
+        number(
+            "reads",
+            "PERCENT",
+            "80",
+            0..=100,
+            "How many of the requests are GET, the others are SET",
+        ),
+        number(
+            "tick",
+            "MICROS",
+            "1000",
+            0..=1_000_000,
+            "Requests of a rate come together, each time that so much has passed; \
+                with 0 each comes at its own time, as far as timers can",
+        ),
+        number(
+            "threads",
+            "N",
+            "1",
+            1..=MOST_THREADS,
+            "Executors that the connections are dealt to",
+        ),
+        number("seed", "N", "1", 0..=u64::MAX, "Which operations, keys and values"),
+        number("warmup", "N", "0", 0..=most, "Requests before those that are measured"),
+        number(
+            "timeout",
+            "SECONDS",
+            "60",
+            1..=LONGEST_TIMEOUT,
+            "Give up when nothing was answered for that long",
+        ),
+    ]
+}
+
+fn others() -> [Arg; 6] {
+    [
+        cli::option(
+            "rate",
+            "R",
+            "Requests per second in all, sent when they are due [default: as many as answered]",
+        )
+        .value_parser(rate),
+        cli::option("cores", "LIST", "Processors for the executors, as 0,2 or 0-3 [default: any]")
+            .value_parser(cores),
+        cli::option(
+            "spin",
+            "MICROS",
+            "How long a session polls after its last traffic [default: the library's]",
+        )
+        .value_parser(value_parser!(u64).range(..=LONGEST_SPIN)),
+        cli::option(
+            "protocol",
+            "3|4",
+            "Version of the protocol of sessions [default: 4, or else what the server has]",
+        )
+        .value_parser(protocol::protocol_version),
+        cli::option(
+            "wakeup",
+            "socket|eventfd|polling:MICROS",
+            "How the sides wake each other; version 3 by socket only [default: eventfd]",
+        )
+        .value_parser(protocol::wakeup),
+        cli::option("pool", "BYTES", "Buffer memory of a session [default: the library's]")
+            .value_parser(value_parser!(u64).range(1..=u64::from(u32::MAX))),
+    ]
 }
 
 fn rate(text: &str) -> Result<f64, &'static str> {

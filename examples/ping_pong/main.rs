@@ -10,9 +10,16 @@
 //! `{"transport":…,"size":…,"streams":…,"touch":…,"p50_ns":…,"p99_ns":…,"per_op_ns":…,
 //! "syscalls_per_op":…,"allocs_per_op":…,…}`.
 
+#[allow(dead_code, reason = "the other examples use the rest")]
+#[path = "../support/cli.rs"]
+mod cli;
 mod measure;
 
+use std::io;
+use std::process::ExitCode;
 use std::time::Duration;
+
+use clap::ArgMatches;
 
 use measure::lab::{self, Lab, Outcome};
 use measure::point::{Point, Transport};
@@ -34,43 +41,72 @@ struct Options {
 }
 
 impl Options {
-    fn parse() -> Result<Self, String> {
-        let mut options = Self {
-            json: false,
-            rounds: 7,
-            slice: Duration::from_millis(60),
-            transports: Transport::USUAL.to_vec(),
-            sizes: vec![64, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20],
-            streams: vec![1, 64],
-            touch: vec![true],
-            shared_cpu: false,
-            idle: None,
-        };
-        let mut arguments = std::env::args().skip(1);
-        while let Some(argument) = arguments.next() {
-            let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
-            match argument.as_str() {
-                "--json" => options.json = true,
-                "--quick" => {
-                    options.rounds = 3;
-                    options.slice = Duration::from_millis(25);
-                    options.sizes = vec![64, 4 << 10, 64 << 10, 1 << 20];
-                }
-                "--rounds" => options.rounds = number(&value()?)?.max(1),
-                "--slice" => options.slice = Duration::from_millis(number(&value()?)? as u64),
-                "--sizes" => options.sizes = numbers(&value()?)?,
-                "--streams" => options.streams = numbers(&value()?)?,
-                "--only" => options.transports = transports(&value()?)?,
-                "--touch" => options.touch = vec![true],
-                "--no-touch" => options.touch = vec![false],
-                "--both" => options.touch = vec![true, false],
-                "--v4" => options.transports.extend(Transport::V4),
-                "--one-cpu" => options.shared_cpu = true,
-                "--idle" => options.idle = Some(number(&value()?)?),
-                _ => return Err(format!("what is {argument}?")),
+    fn parse() -> Result<Self, ExitCode> {
+        let touches = ["touch", "no-touch", "both"];
+        let command = cli::command(
+            "ping_pong",
+            "Round trips between two processes: this crate beside the machine's limit and sockets",
+        )
+        .arg(cli::flag("json", "A line of JSON per point"))
+        .arg(cli::flag(
+            "quick",
+            "Fewer and shorter rounds, and four sizes, unless others are given",
+        ))
+        .arg(cli::option("rounds", "N", "Rounds [default: 7]").value_parser(number))
+        .arg(cli::option("slice", "MILLIS", "Length of a slice [default: 60]").value_parser(number))
+        .arg(
+            cli::option("only", "TRANSPORT,…", "Transports, by parts of their names")
+                .value_parser(transports),
+        )
+        .arg(cli::option("sizes", "BYTES,…", "Sizes of messages").value_parser(numbers))
+        .arg(
+            cli::option("streams", "N,…", "Streams at the same time [default: 1,64]")
+                .value_parser(numbers),
+        )
+        .arg(
+            cli::flag("touch", "Write and read the payload, as by default")
+                .overrides_with_all(touches),
+        )
+        .arg(cli::flag("no-touch", "Leave the payload alone").overrides_with_all(touches))
+        .arg(cli::flag("both", "One and the other").overrides_with_all(touches))
+        .arg(cli::flag("v4", "Version 4 as well"))
+        .arg(cli::flag("one-cpu", "Both processes on one processor"))
+        .arg(
+            cli::option("idle", "SESSIONS", "Measure so many idle sessions, and nothing else")
+                .value_parser(number),
+        );
+        cli::read(command, Self::take)
+    }
+
+    fn take(matches: &ArgMatches) -> Result<Self, String> {
+        let number = |name| matches.get_one::<usize>(name).copied();
+        let numbers = |name| matches.get_one::<Vec<usize>>(name).cloned();
+        let (rounds, slice, sizes) = match matches.get_flag("quick") {
+            true => (3, 25, vec![64, 4 << 10, 64 << 10, 1 << 20]),
+            false => {
+                let sizes = [64, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20];
+                (7, 60, sizes.to_vec())
             }
+        };
+        let only = matches.get_one::<Vec<Transport>>("only").cloned();
+        let mut transports = only.unwrap_or_else(|| Transport::USUAL.to_vec());
+        if matches.get_flag("v4") {
+            transports.extend(Transport::V4);
         }
-        Ok(options)
+        Ok(Self {
+            json: matches.get_flag("json"),
+            rounds: number("rounds").unwrap_or(rounds).max(1),
+            slice: Duration::from_millis(number("slice").unwrap_or(slice) as u64),
+            transports,
+            sizes: numbers("sizes").unwrap_or(sizes),
+            streams: numbers("streams").unwrap_or_else(|| vec![1, 64]),
+            touch: match (matches.get_flag("no-touch"), matches.get_flag("both")) {
+                (_, true) => vec![true, false],
+                (is_off, false) => vec![!is_off],
+            },
+            shared_cpu: matches.get_flag("one-cpu"),
+            idle: number("idle"),
+        })
     }
 
     fn points(&self) -> Vec<Point> {
@@ -131,19 +167,17 @@ fn transports(text: &str) -> Result<Vec<Transport>, String> {
     Ok(found)
 }
 
-fn main() {
+fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some(lab::SERVE) {
-        return lab::serve();
+        lab::serve();
+        return ExitCode::SUCCESS;
     }
     let options = match Options::parse() {
         Ok(options) => options,
-        Err(problem) => {
-            eprintln!("{problem}");
-            std::process::exit(2);
-        }
+        Err(status) => return status,
     };
     if let Some(sessions) = options.idle {
-        return report_idle(sessions);
+        return cli::end(report_idle(sessions));
     }
     let points = options.points();
     let mut outcomes: Vec<Vec<Outcome>> = vec![Vec::new(); points.len()];
@@ -153,30 +187,34 @@ fn main() {
             outcomes.push(lab.run(*point));
         }
     }
-    if !options.json {
-        println!(
-            "{:<24} {:>8} {:>7} {:>5} {:>10} {:>21} {:>10} {:>10} {:>9} {:>8}",
-            "transport",
-            "size",
-            "streams",
-            "touch",
-            "p50 ns",
-            "(spread)",
-            "p99 ns",
-            "ns/op",
-            "syscalls",
-            "allocs"
-        );
-    }
-    for (point, outcomes) in points.iter().zip(&outcomes) {
-        report(*point, outcomes, options.json);
-    }
+    let reports = || {
+        if !options.json {
+            cli::print(format_args!(
+                "{:<24} {:>8} {:>7} {:>5} {:>10} {:>21} {:>10} {:>10} {:>9} {:>8}",
+                "transport",
+                "size",
+                "streams",
+                "touch",
+                "p50 ns",
+                "(spread)",
+                "p99 ns",
+                "ns/op",
+                "syscalls",
+                "allocs"
+            ))?;
+        }
+        points
+            .iter()
+            .zip(&outcomes)
+            .try_for_each(|(point, outcomes)| report(*point, outcomes, options.json))
+    };
+    cli::end(reports())
 }
 
-fn report_idle(sessions: usize) {
+fn report_idle(sessions: usize) -> io::Result<()> {
     let path = std::env::temp_dir().join(format!("ping-pong-idle-{}.sock", std::process::id()));
     let share = ours::idle_share(&path, sessions, Duration::from_secs(5));
-    println!("{{\"idle_sessions\":{sessions},\"cpu_share\":{share:.6}}}");
+    cli::print(format_args!("{{\"idle_sessions\":{sessions},\"cpu_share\":{share:.6}}}"))
 }
 
 /// The median, the least and the most.
@@ -189,7 +227,7 @@ fn spread(values: impl Iterator<Item = f64>) -> (f64, f64, f64) {
     }
 }
 
-fn report(point: Point, outcomes: &[Outcome], json: bool) {
+fn report(point: Point, outcomes: &[Outcome], json: bool) -> io::Result<()> {
     let (p50, least, most) = spread(outcomes.iter().map(|outcome| outcome.slice.p50_ns));
     let (p99, ..) = spread(outcomes.iter().map(|outcome| outcome.slice.p99_ns));
     let (per_op, ..) = spread(outcomes.iter().map(|outcome| outcome.slice.per_op_ns));
@@ -199,17 +237,17 @@ fn report(point: Point, outcomes: &[Outcome], json: bool) {
     let name = transport.name();
     if json {
         let syscalls = if syscalls.is_nan() { "null".into() } else { format!("{syscalls:.5}") };
-        println!(
+        cli::print(format_args!(
             "{{\"transport\":\"{name}\",\"size\":{size},\"streams\":{streams},\"touch\":{touch},\
              \"p50_ns\":{p50:.1},\"p99_ns\":{p99:.1},\"per_op_ns\":{per_op:.1},\
              \"syscalls_per_op\":{syscalls},\"allocs_per_op\":{allocations:.5},\
              \"p50_min_ns\":{least:.1},\"p50_max_ns\":{most:.1},\"one_cpu\":{shared_cpu}}}"
-        );
+        ))
     } else {
         let spread = format!("({least:.0}-{most:.0})");
-        println!(
+        cli::print(format_args!(
             "{name:<24} {size:>8} {streams:>7} {touch:>5} {p50:>10.0} {spread:>21} {p99:>10.0} \
              {per_op:>10.1} {syscalls:>9.4} {allocations:>8.4}"
-        );
+        ))
     }
 }

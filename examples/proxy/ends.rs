@@ -24,16 +24,52 @@ use nix::sys::socket::{
 };
 use shmipc_glommio::Stream;
 
+use crate::support::address::HostPort;
+use crate::support::unix_socket;
+use crate::tell;
+
 /// Connections that wait to be accepted. More than this many at once are tried again by TCP.
 const BACKLOG: i32 = 1024;
 
 /// What `--listen` and `--connect` name.
 #[derive(Debug, Clone)]
 pub(crate) enum Address {
-    Tcp(SocketAddr),
+    Tcp(HostPort),
     Unix(PathBuf),
     /// A Unix socket over which sessions are made.
     Shm(PathBuf),
+}
+
+/// An [`Address`] whose host has been found.
+#[derive(Debug, Clone)]
+pub(crate) enum Place {
+    /// Tried in this order.
+    Tcp(Vec<SocketAddr>),
+    Unix(PathBuf),
+    Shm(PathBuf),
+}
+
+impl Address {
+    /// Finds the host, to connect to it. Not for an executor's thread: it may wait.
+    pub(crate) fn resolve(&self) -> io::Result<Place> {
+        self.place(HostPort::resolve)
+    }
+
+    /// The same, to listen there.
+    pub(crate) fn resolve_to_listen(&self) -> io::Result<Place> {
+        self.place(HostPort::resolve_to_listen)
+    }
+
+    fn place(
+        &self,
+        resolve: impl Fn(&HostPort) -> io::Result<Vec<SocketAddr>>,
+    ) -> io::Result<Place> {
+        Ok(match self {
+            Self::Tcp(host) => Place::Tcp(resolve(host)?),
+            Self::Unix(path) => Place::Unix(path.clone()),
+            Self::Shm(path) => Place::Shm(path.clone()),
+        })
+    }
 }
 
 impl FromStr for Address {
@@ -43,7 +79,10 @@ impl FromStr for Address {
         let (kind, place) = text.split_once(':').unwrap_or((text, ""));
         match kind {
             _ if place.is_empty() => Err(format!("{text:?} is not KIND:PLACE")),
-            "tcp" => place.parse().map(Self::Tcp).map_err(|error| format!("{place:?}: {error}")),
+            "tcp" => {
+                let host = place.parse().map(Self::Tcp);
+                host.map_err(|error: String| format!("{place:?}: {error}"))
+            }
             "unix" => Ok(Self::Unix(place.into())),
             "shm" => Ok(Self::Shm(place.into())),
             _ => Err(format!("{kind:?} is neither tcp nor unix nor shm")),
@@ -82,7 +121,7 @@ impl End {
     }
 
     pub(crate) async fn connect_unix(path: &Path) -> io::Result<Self> {
-        Ok(Self::UnixSocket(UnixStream::connect(path).await?))
+        Ok(Self::UnixSocket(unix_socket::connect(path).await?))
     }
 
     pub(crate) fn io(&mut self) -> Pin<&mut dyn ReadWrite> {
@@ -125,17 +164,24 @@ pub(crate) struct SocketListener {
 }
 
 impl SocketListener {
-    pub(crate) fn bind_tcp(address: SocketAddr) -> io::Result<Self> {
-        let listener = std::net::TcpListener::bind(address)?;
-        let address = Address::Tcp(listener.local_addr()?);
+    /// Listens at the first of these addresses that can be had.
+    pub(crate) fn bind_tcp(addresses: &[SocketAddr]) -> io::Result<Self> {
+        let listener = std::net::TcpListener::bind(addresses)?;
+        let address = Address::Tcp(HostPort::Number(listener.local_addr()?));
         Ok(Self { listener: listen(listener.into())?, address, _path: None })
     }
 
-    /// Only this user can connect. The socket of a dead listener is replaced.
+    /// Only this user can connect. The socket of a dead listener is replaced. An abstract name
+    /// has no file, so those who connect are looked at one by one.
     pub(crate) fn bind_unix(path: &Path) -> io::Result<Self> {
         let (kind, flags) = (SockType::Stream, SockFlag::SOCK_CLOEXEC);
         let fd = socket::socket(AddressFamily::Unix, kind, flags, None)?;
-        let address = UnixAddr::new(path)?;
+        let address = unix_socket::address(path)?;
+        if unix_socket::abstract_name(path).is_some() {
+            socket::bind(fd.as_raw_fd(), &address)?;
+            let address = Address::Unix(path.to_owned());
+            return Ok(Self { listener: listen(fd)?, address, _path: None });
+        }
         if let Err(errno) = socket::bind(fd.as_raw_fd(), &address) {
             if errno != Errno::EADDRINUSE || !is_left_over(path, &address)? {
                 return Err(errno.into());
@@ -156,12 +202,35 @@ impl SocketListener {
     }
 
     pub(crate) async fn accept(&self) -> io::Result<End> {
-        let stream = self.listener.accept().await?;
+        let stream = loop {
+            let stream = self.listener.accept().await?;
+            if self.admits(&stream) {
+                break stream;
+            }
+        };
         if matches!(self.address, Address::Tcp(_)) {
             // Fails only when the connection has gone, which whoever reads will see.
             let _ = stream.set_nodelay(true);
         }
         Ok(End::Socket(stream))
+    }
+}
+
+impl SocketListener {
+    /// Whether the user of a connection may have it: where there is no file whose mode says so.
+    fn admits(&self, stream: &TcpStream) -> bool {
+        match &self.address {
+            Address::Unix(path) if unix_socket::abstract_name(path).is_some() => {
+                // SAFETY: the descriptor is the stream's, which outlives this call.
+                let fd = unsafe { BorrowedFd::borrow_raw(stream.as_raw_fd()) };
+                let admitted = unix_socket::is_same_user(fd);
+                if !admitted {
+                    tell(format_args!("a connection of another user is refused"));
+                }
+                admitted
+            }
+            _ => true,
+        }
     }
 }
 

@@ -1,35 +1,73 @@
-//! What `echo_server` and `echo_client` share: addresses, the command line, an executor, reports.
+//! What `echo_server`, `echo_client` and `proxy` share: addresses, the command line, an executor,
+//! reports.
 
+pub(crate) mod address;
+pub(crate) mod cli;
+pub(crate) mod unix_socket;
 mod wakeup;
 
 use std::fmt;
 use std::future::Future;
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::process::ExitCode;
 
+use clap::{Arg, ArgGroup, ArgMatches, Command, value_parser};
 use glommio::{LocalExecutorBuilder, Placement};
 use serde_json::{Value, json};
 use shmipc_glommio::Session;
 
-/// The exit status of a command that was called wrongly.
-const BAD_ARGUMENTS: u8 = 2;
+use address::HostPort;
 
-/// Where the server listens.
+/// Where the echo server listens.
 #[derive(Debug, Clone)]
 pub(crate) enum Address {
     Unix(PathBuf),
-    Tcp(SocketAddr),
+    Tcp(HostPort),
+}
+
+/// An [`Address`] whose host has been found.
+#[derive(Debug, Clone)]
+pub(crate) enum Place {
+    Unix(PathBuf),
+    /// Tried in this order.
+    Tcp(Vec<SocketAddr>),
 }
 
 impl Address {
-    /// Takes `--socket PATH` or `--tcp ADDRESS`, whose name has just been parsed.
-    pub(crate) fn parse(option: &str, parser: &mut lexopt::Parser) -> Result<Self, lexopt::Error> {
-        use lexopt::ValueExt;
-        let value = parser.value()?;
-        match option {
-            "socket" => Ok(Self::Unix(value.into())),
-            _ => Ok(Self::Tcp(value.parse()?)),
+    /// Adds `--socket PATH` and `--tcp HOST:PORT`, one of which is needed.
+    pub(crate) fn add_to(command: Command) -> Command {
+        let (socket, tcp): (Arg, Arg) = (
+            cli::option_once("socket", "PATH", "A Unix socket; @NAME is an abstract one")
+                .value_parser(value_parser!(PathBuf)),
+            cli::option_once("tcp", "HOST:PORT", "TCP on loopback")
+                .value_parser(value_parser!(HostPort)),
+        );
+        let group = ArgGroup::new("address").args(["socket", "tcp"]).required(true);
+        command.arg(socket).arg(tcp).group(group)
+    }
+
+    pub(crate) fn take(matches: &ArgMatches) -> Self {
+        match (matches.get_one::<PathBuf>("socket"), matches.get_one::<HostPort>("tcp")) {
+            (Some(path), _) => Self::Unix(path.clone()),
+            (None, Some(host)) => Self::Tcp(host.clone()),
+            (None, None) => unreachable!("one of them is required"),
+        }
+    }
+
+    /// Finds the host, to connect to it. Not for an executor's thread: it may wait.
+    pub(crate) fn resolve(&self) -> io::Result<Place> {
+        match self {
+            Self::Unix(path) => Ok(Place::Unix(path.clone())),
+            Self::Tcp(host) => host.resolve().map(Place::Tcp),
+        }
+    }
+
+    /// The same, to listen there.
+    pub(crate) fn resolve_to_listen(&self) -> io::Result<Place> {
+        match self {
+            Self::Unix(path) => Ok(Place::Unix(path.clone())),
+            Self::Tcp(host) => host.resolve_to_listen().map(Place::Tcp),
         }
     }
 }
@@ -38,15 +76,9 @@ impl fmt::Display for Address {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unix(path) => path.display().fmt(formatter),
-            Self::Tcp(address) => address.fmt(formatter),
+            Self::Tcp(host) => host.fmt(formatter),
         }
     }
-}
-
-/// Says what was wrong with the arguments, and how to call the command.
-pub(crate) fn refuse_arguments(error: &dyn fmt::Display, usage: &str) -> ExitCode {
-    eprintln!("{error}\n{usage}");
-    ExitCode::from(BAD_ARGUMENTS)
 }
 
 /// Runs a future on a glommio executor of this thread.
