@@ -7,10 +7,17 @@
 //! confused: the first is accepted, the second is given back. Numbers are compared as serial
 //! numbers, so a session may wrap around.
 //!
+//! A client may use its streams in another order than it opened them in, and never use some, so what
+//! the peer has used is everything up to the highest number, less the gaps. A client of this crate
+//! tells from time to time which streams it has dropped unused, so the gaps that it leaves are
+//! streams that are open, and a few more.
+//!
 //! Whom it trusts: nobody. A peer can open streams up to the limit, and can leave gaps in its
-//! numbers up to [`MAX_GAPS`]; neither costs more than a table entry.
+//! numbers up to [`MAX_GAPS`]; neither costs more than a table entry. Beyond, the lowest numbers are
+//! [forgotten](StreamTable::is_forgotten): what comes for one of them is refused, and the peer is
+//! told.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
 
 /// The number that no stream has: implementations count from 2, and so does a session that has had
@@ -20,9 +27,9 @@ pub(crate) const NO_STREAM: u32 = 0;
 /// The number of the first stream that a client of this crate opens, as shmipc-go does.
 const FIRST_STREAM: u32 = 2;
 
-/// How many ranges of numbers that were passed over are remembered. Beyond, the oldest counts as
-/// used: a stream whose first event comes that late is refused.
-const MAX_GAPS: usize = 1024;
+/// How many ranges of numbers that were passed over are remembered. Beyond, the lowest is forgotten.
+/// So many take less than 2 MiB.
+const MAX_GAPS: usize = 1 << 16;
 /// How many streams can be looked up without hashing.
 const NEAR: usize = 64;
 
@@ -75,6 +82,25 @@ impl<T: Clone> StreamTable<T> {
     /// was closed here, or never existed: what comes is given back.
     pub(crate) fn is_new(&self, id: u32) -> bool {
         self.role == Role::Server && id != NO_STREAM && !self.used.contains(id)
+    }
+
+    /// Server: whether this number is too far below the highest to know whether the peer has used
+    /// it. If it has not, it must be told that the stream is refused.
+    pub(crate) fn is_forgotten(&self, id: u32) -> bool {
+        self.role == Role::Server && self.used.is_forgotten(id)
+    }
+
+    /// Server: the peer has closed a stream that is not in the table. Only one of this crate closes
+    /// streams that it has `never_used`, in the order of its queue.
+    pub(crate) fn note_closed(&mut self, id: u32, never_used: bool) {
+        if self.role == Role::Client {
+            return;
+        }
+        match never_used {
+            true => self.used.insert(id),
+            // It may be a number that is no stream's.
+            false => self.used.fill(id),
+        }
     }
 
     /// A stream of the table.
@@ -138,62 +164,88 @@ impl<T: Clone> StreamTable<T> {
 }
 
 /// The numbers that a peer has used: everything up to the highest, less the gaps.
+///
+/// Numbers are kept as positions that do not wrap around: the first round's are the numbers
+/// themselves, and each round adds 2^32.
 struct UsedNumbers {
-    highest: Option<u32>,
-    /// Inclusive ranges that were passed over, oldest first.
-    gaps: VecDeque<(u32, u32)>,
+    highest: Option<u64>,
+    /// Ranges that were passed over: the last of each by its first.
+    gaps: BTreeMap<u64, u64>,
+    /// What lies below is forgotten.
+    known_from: u64,
 }
 
 impl UsedNumbers {
     const fn new() -> Self {
-        Self { highest: None, gaps: VecDeque::new() }
+        Self { highest: None, gaps: BTreeMap::new(), known_from: 0 }
+    }
+
+    /// Where a number stands, as near to the highest as can be. `None`: before the first round.
+    fn position(id: u32, highest: u64) -> Option<u64> {
+        // The low half of a position is the number.
+        let distance = id.wrapping_sub(highest as u32).cast_signed();
+        highest.checked_add_signed(distance.into())
+    }
+
+    fn gap_of(&self, position: u64) -> Option<(u64, u64)> {
+        let (&first, &last) = self.gaps.range(..=position).next_back()?;
+        (position <= last).then_some((first, last))
     }
 
     fn contains(&self, id: u32) -> bool {
-        match self.highest {
-            None => false,
-            Some(highest) if is_after(id, highest) => false,
-            Some(_) => !self.gaps.iter().any(|&gap| is_in(id, gap)),
-        }
+        let Some(highest) = self.highest else { return false };
+        Self::position(id, highest)
+            .is_none_or(|position| position <= highest && self.gap_of(position).is_none())
+    }
+
+    fn is_forgotten(&self, id: u32) -> bool {
+        let Some(highest) = self.highest else { return false };
+        Self::position(id, highest).is_none_or(|position| position < self.known_from)
     }
 
     fn insert(&mut self, id: u32) {
         let Some(highest) = self.highest else {
             // Numbers below the first one that arrives may still be on their way.
             if id > FIRST_STREAM {
-                self.gaps.push_back((FIRST_STREAM, id - 1));
+                self.gaps.insert(FIRST_STREAM.into(), u64::from(id) - 1);
             }
-            self.highest = Some(id);
+            self.highest = Some(id.into());
             return;
         };
-        if is_after(id, highest) {
-            if id != highest.wrapping_add(1) {
-                self.gaps.push_back((highest.wrapping_add(1), id.wrapping_sub(1)));
-            }
-            self.highest = Some(id);
-        } else if let Some(index) = self.gaps.iter().position(|&gap| is_in(id, gap)) {
-            let (low, high) = self.gaps[index];
-            self.gaps.remove(index);
-            if id != high {
-                self.gaps.insert(index, (id.wrapping_add(1), high));
-            }
-            if id != low {
-                self.gaps.insert(index, (low, id.wrapping_sub(1)));
-            }
+        let Some(position) = Self::position(id, highest) else { return };
+        if position <= highest {
+            return self.fill(id);
         }
-        while self.gaps.len() > MAX_GAPS {
-            self.gaps.pop_front();
+        if position > highest + 1 {
+            self.gaps.insert(highest + 1, position - 1);
+            self.forget_lowest();
+        }
+        self.highest = Some(position);
+    }
+
+    /// Takes a number out of its gap, if it is in one.
+    fn fill(&mut self, id: u32) {
+        let position = self.highest.and_then(|highest| Self::position(id, highest));
+        let Some(position) = position else { return };
+        let Some((first, last)) = self.gap_of(position) else { return };
+        if first < position {
+            self.gaps.insert(first, position - 1);
+        } else {
+            self.gaps.remove(&first);
+        }
+        if position < last {
+            self.gaps.insert(position + 1, last);
+        }
+        self.forget_lowest();
+    }
+
+    fn forget_lowest(&mut self) {
+        if self.gaps.len() > MAX_GAPS
+            && let Some((_, last)) = self.gaps.pop_first()
+        {
+            self.known_from = last + 1;
         }
     }
-}
-
-/// Whether `id` comes behind `other` in the order of serial numbers.
-fn is_after(id: u32, other: u32) -> bool {
-    id.wrapping_sub(other).cast_signed() > 0
-}
-
-fn is_in(id: u32, (low, high): (u32, u32)) -> bool {
-    id.wrapping_sub(low) <= high.wrapping_sub(low)
 }
 
 /// Stream numbers are small and dense, and a peer that picks them to collide slows its own session
@@ -288,7 +340,7 @@ mod tests {
     #[test]
     fn numbers_wrap_around() {
         let mut table = server();
-        table.used.highest = Some(u32::MAX - 1);
+        table.used.highest = Some((7 << 32) - 2);
         assert!(!table.is_new(u32::MAX - 1));
         table.note_used(1);
         assert!(table.is_new(u32::MAX));
@@ -298,24 +350,71 @@ mod tests {
     }
 
     #[test]
-    fn gaps_are_bounded() {
-        let mut used = UsedNumbers::new();
-        for step in 0..10 * MAX_GAPS as u32 {
-            used.insert(2 * step);
+    fn a_stream_that_is_used_after_all_others_is_new() {
+        let mut table = server();
+        // Every other one is used, and the second as the last.
+        for id in (3..2 * MAX_GAPS as u32).step_by(2) {
+            assert!(table.is_new(id));
+            table.note_used(id);
         }
-        assert_eq!(used.gaps.len(), MAX_GAPS);
+        for id in (2..2 * MAX_GAPS as u32).step_by(2) {
+            assert!(table.is_new(id) && !table.is_forgotten(id), "{id}");
+            table.note_used(id);
+            assert!(!table.is_new(id));
+        }
+        assert!(table.used.gaps.is_empty());
+    }
+
+    #[test]
+    fn gaps_are_bounded_and_what_is_beyond_is_known_to_be_forgotten() {
+        let mut table = server();
+        let steps = MAX_GAPS as u32 + 100;
+        for step in 1..=steps {
+            table.note_used(2 * step + 1);
+        }
+        assert_eq!(table.used.gaps.len(), MAX_GAPS);
+        for step in 1..=steps {
+            let is_forgotten = step <= 100;
+            let unused = 2 * step;
+            assert_eq!(table.is_forgotten(unused), is_forgotten, "{unused}");
+            assert_eq!(table.is_new(unused), !is_forgotten, "{unused}");
+            assert!(!table.is_new(unused + 1));
+        }
+        assert!(!table.is_forgotten(2 * steps + 2) && table.is_new(2 * steps + 2));
+    }
+
+    #[test]
+    fn a_stream_that_is_closed_unused_leaves_no_gap() {
+        let mut table = server();
+        table.note_used(5);
+        for id in [3, 9, 0, 2, 4] {
+            table.note_closed(id, false);
+        }
+        assert!(table.used.gaps.is_empty());
+        assert!(!table.is_new(3) && table.is_new(9));
+        table.note_closed(6, true);
+        assert!(!table.is_new(6) && table.is_new(7));
+        assert!(table.used.gaps.is_empty());
     }
 
     proptest! {
         #[test]
-        fn used_numbers_agree_with_a_set(ids in prop::collection::vec(2u32..200, 0..150)) {
+        fn used_numbers_agree_with_a_set(
+            ids in prop::collection::vec(0u32..200, 0..150),
+            // The first round, and one that wraps around in the middle.
+            base in prop::sample::select(vec![2, u32::MAX - 99]),
+        ) {
             let mut used = UsedNumbers::new();
             let mut model = HashSet::new();
+            if base != 2 {
+                used.highest = Some((3 << 32) - 101);
+            }
             for id in ids {
-                used.insert(id);
+                used.insert(base.wrapping_add(id));
                 model.insert(id);
-                for probe in 2..200 {
-                    prop_assert_eq!(used.contains(probe), model.contains(&probe), "{}", probe);
+                for probe in 0..200 {
+                    let is_used = used.contains(base.wrapping_add(probe));
+                    prop_assert_eq!(is_used, model.contains(&probe), "{}", probe);
                 }
             }
         }

@@ -125,6 +125,9 @@ impl SessionInner {
     /// Enters a stream that is not in the table, if the peer opens it now and there is room.
     fn open_for_peer(self: &Rc<Self>, id: u32) -> Option<Rc<StreamInner>> {
         if !self.streams.borrow().is_new(id) {
+            if self.streams.borrow().is_forgotten(id) {
+                self.refuse_forgotten(id);
+            }
             return None;
         }
         let is_over = self.accepts.is_over.get();
@@ -138,6 +141,14 @@ impl SessionInner {
         let stream = Rc::new(StreamInner::new(id, &self.lanes.manager));
         self.streams.borrow_mut().insert(id, Rc::clone(&stream));
         Some(stream)
+    }
+
+    /// The peer may wait for an answer on a stream that it has used so late that it cannot be told
+    /// from one that was closed long ago.
+    #[cold]
+    fn refuse_forgotten(self: &Rc<Self>, id: u32) {
+        tracing::debug!(stream = id, why = "used too late", "stream refused");
+        self.tell_closed(id, Path::SharedMemory);
     }
 
     fn put_before_acceptors(&self, stream: Rc<StreamInner>) {
@@ -206,10 +217,13 @@ impl SessionInner {
 
     fn peer_ended(&self, id: u32, how: fn(&StreamLife)) {
         let stream = self.streams.borrow().get(id).cloned();
-        if let Some(stream) = stream {
-            how(stream.life());
-            self.wake_reader(&stream);
-            stream.writer.wake();
+        match stream {
+            Some(stream) => {
+                how(stream.life());
+                self.wake_reader(&stream);
+                stream.writer.wake();
+            }
+            None => self.streams.borrow_mut().note_closed(id, self.credit.is_known()),
         }
     }
 

@@ -17,6 +17,11 @@ use crate::wire::{Event, EventState, Message, RESET_STATUS, fallback_header, syn
 /// How many events are shown to the peer with one store, in the middle of a batch.
 const PUBLISH_EVERY: i64 = 8;
 
+/// So many streams that were dropped unused are told of at once.
+const TELL_UNUSED: usize = 1024;
+/// And so many may wait for room in the queue.
+const MAX_UNUSED: usize = 1 << 16;
+
 impl SessionInner {
     /// Puts an event into the queue. `Ok(false)`: the queue is full.
     ///
@@ -145,12 +150,38 @@ impl SessionInner {
         }
         if let OnClose::Tell(path) = on_close {
             // A stream on which nothing was sent is one that the peer never heard of.
-            if stream.is_known_to_peer() {
+            if !stream.is_known_to_peer() {
+                self.note_unused(stream.id());
+            } else {
                 // One that was about to use the socket may still have something in the queue.
                 let has_used = stream.sending.has_used_socket();
                 let path = if has_used || self.orders_paths() { path } else { Path::SharedMemory };
                 tell(path);
             }
+        }
+    }
+
+    /// A stream was closed that the peer has never heard of. Its number is a gap that the peer has
+    /// to remember, so it is told of many such at once, as far as there is room in the queue.
+    fn note_unused(self: &Rc<Self>, stream_id: u32) {
+        if !self.credit.is_known() {
+            return;
+        }
+        let mut unused = self.lanes.unused.borrow_mut();
+        unused.push(stream_id);
+        if unused.len() < TELL_UNUSED {
+            return;
+        }
+        while let Some(&stream_id) = unused.last() {
+            let status = EventState::Closed.to_status();
+            match self.put_event(Event { stream_id, offset: 0, status }) {
+                Ok(true) => unused.pop(),
+                // Full, or the session is over. The peer remembers more of them than these.
+                Ok(false) | Err(_) => {
+                    unused.truncate(MAX_UNUSED);
+                    return;
+                }
+            };
         }
     }
 

@@ -71,6 +71,8 @@ pub(super) struct Lanes {
     pub(super) pool_waiting: WakerList,
     /// Streams whose close waits for room in the send queue.
     pub(super) kept_closes: RefCell<VecDeque<u32>>,
+    /// Streams that were dropped unused, and that the peer is not told of yet.
+    pub(super) unused: RefCell<Vec<u32>>,
     /// Whether something was published since the peer's working flag was last looked at.
     pub(super) must_look: Cell<bool>,
 }
@@ -317,6 +319,7 @@ impl Session {
                 queue_waiting: WakerList::default(),
                 pool_waiting: WakerList::default(),
                 kept_closes: RefCell::default(),
+                unused: RefCell::default(),
                 must_look: Cell::new(false),
             },
             streams: RefCell::new(StreamTable::new(role, config.limits.streams)),
