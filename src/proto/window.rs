@@ -19,6 +19,10 @@
 
 use std::cell::Cell;
 
+/// How much credit for what came over the socket is told at once: more often than otherwise, since
+/// the sender may wait for it to leave the socket, and wants to see that the reader reads.
+const SOCKET_CREDIT: u64 = 16 << 10;
+
 /// What this side has sent on a stream and the peer's reader has not taken.
 #[derive(Debug, Default)]
 pub(crate) struct SendWindow {
@@ -44,6 +48,11 @@ impl SendWindow {
     /// How much was sent until now.
     pub(crate) fn sent(&self) -> u64 {
         self.sent.get()
+    }
+
+    /// How much of it the peer's reader has taken, as far as it has said so.
+    pub(crate) fn credited(&self) -> u64 {
+        self.credited.get()
     }
 
     /// Whether something has gone over the socket.
@@ -120,8 +129,8 @@ impl ReceiveWindow {
         self.uncredited.get() >= window - window / 4
     }
 
-    /// The reader took a message. Credit is due once it is half a window, or when the reader is
-    /// `done` with what came over the socket.
+    /// The reader took a message. Credit is due once it is half a window, or less of what came over
+    /// the socket, and when the reader is `done` with that.
     #[inline]
     pub(crate) fn note_taken(&self, size: u64, over_socket: bool, done: bool, window: u64) -> Due {
         let owed = self.owed.get() + size;
@@ -129,7 +138,7 @@ impl ReceiveWindow {
         if over_socket {
             self.owes_for_socket.set(true);
         }
-        if self.owes_for_socket.get() && (done || owed >= window / 2) {
+        if self.owes_for_socket.get() && (done || owed >= SOCKET_CREDIT.min(window / 2)) {
             self.owes_for_socket.set(!done);
             return Due::Now;
         }

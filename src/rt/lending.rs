@@ -5,8 +5,6 @@ use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, Bytes};
-
 use super::loan::Loan;
 use super::write_half::WriteHalf;
 use crate::error::Result;
@@ -94,9 +92,8 @@ impl Future for Alloc<'_> {
 #[must_use = "futures do nothing unless they are awaited"]
 pub struct Send<'a> {
     half: EndsWait<'a>,
+    /// Until it is sent, all at once: nothing is waited for between two parts of a message.
     chain: Option<Chain>,
-    /// What of the message still has to go over the socket.
-    bytes: Bytes,
 }
 
 impl Future for Send<'_> {
@@ -117,29 +114,37 @@ impl Future for Send<'_> {
 impl<'a> Send<'a> {
     #[inline]
     pub(super) fn new(half: &'a mut WriteHalf, chain: Chain) -> Self {
-        Self { half: EndsWait(half), chain: Some(chain), bytes: Bytes::new() }
+        Self { half: EndsWait(half), chain: Some(chain) }
     }
 
     #[inline(never)]
     fn poll_slowly(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
         while let Some(chain) = &self.chain {
-            if !chain.is_shared() || self.half.0.path() == Path::Socket {
-                // Also when the stream fell back after the loan was made: in order, it can only
-                // follow that way.
-                self.half.0.inner().life().fall_back();
-                self.bytes = self.chain.take().map(Chain::into_bytes).unwrap_or_default();
-                break;
+            let is_shared = chain.is_shared();
+            // Also when the stream fell back after the loan was made: in order, it can only follow
+            // that way.
+            if ready!(self.half.0.poll_path(context))? == Path::Socket {
+                return self.poll_socket(context);
             }
             ready!(self.half.0.poll_room(context))?;
-            if let Some(chain) = self.chain.take() {
-                self.chain = self.half.0.send_now(chain)?;
+            let Some(mut chain) = self.chain.take() else { break };
+            if !is_shared {
+                chain = self.half.0.move_to_memory(chain)?;
             }
+            if !chain.is_shared() {
+                self.half.0.fall_back();
+                self.chain = Some(chain);
+                return self.poll_socket(context);
+            }
+            self.chain = self.half.0.send_now(chain)?;
         }
-        while !self.bytes.is_empty() {
-            // In one piece, since it is one flush, as long as the peer takes messages that long.
-            let at_most = self.half.0.session().config.limits.message_len as usize - 16;
-            let count = ready!(self.half.0.poll_send_fallback(context, &self.bytes, at_most))?;
-            self.bytes.advance(count);
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_socket(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
+        ready!(self.half.0.poll_socket_room(context))?;
+        if let Some(chain) = self.chain.take() {
+            self.half.0.send_whole_over_socket(&chain.into_bytes());
         }
         Poll::Ready(Ok(()))
     }

@@ -47,6 +47,7 @@ mod door_lock;
 mod doorbell;
 mod drain;
 mod driver;
+mod fallback;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod give_way;

@@ -29,6 +29,8 @@ const KEEP_OF_OTHERS: usize = 4 << 20;
 pub(super) struct Outbox {
     kept: RefCell<VecDeque<Bytes>>,
     kept_bytes: Cell<usize>,
+    /// How much may be kept, of a message that is longer than others, until nothing is.
+    allowed_bytes: Cell<usize>,
     /// Whether the task that waits for the socket runs.
     has_task: Cell<bool>,
     waiting: WakerList,
@@ -80,7 +82,16 @@ impl Outbox {
     /// Whether more is kept than payload can be, so that the rest are messages that the peer makes
     /// this side send, and does not read.
     pub(super) fn is_overfull(&self, message_len: u32) -> bool {
-        self.kept_bytes.get() > KEEP_AT_MOST + message_len as usize + KEEP_OF_OTHERS
+        let payload = (KEEP_AT_MOST + message_len as usize).max(self.allowed_bytes.get());
+        self.kept_bytes.get() > payload.saturating_add(KEEP_OF_OTHERS)
+    }
+
+    /// Says that a message of so many bytes comes, in however many pieces.
+    pub(super) fn make_room(&self, len: usize) {
+        let kept = if self.is_empty() { 0 } else { self.allowed_bytes.get() };
+        // Each piece has a header.
+        let needed = self.kept_bytes.get().saturating_add(len).saturating_add(len / 64);
+        self.allowed_bytes.set(kept.max(needed));
     }
 
     fn drop_front(&self, sent: usize) {

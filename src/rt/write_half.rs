@@ -6,11 +6,12 @@ use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures_lite::AsyncWrite;
 
 use super::deadline::Deadline;
+use super::fallback::{ComingBack, PoolWait};
 use super::lending::{Alloc, Send};
 use super::loan::{Loan, Message};
 use super::overtaking::Overtaking;
@@ -25,7 +26,7 @@ use crate::wire::{Event, EventState};
 /// The most bytes that one write puts behind one event. The peer reads the first piece while this
 /// side writes the second, and its slices come back warm.
 const WRITE_AT_MOST: usize = 256 << 10;
-/// The most bytes that one FallbackData carries.
+/// The most bytes that one FallbackData of a write carries.
 const FALLBACK_AT_MOST: usize = 64 << 10;
 
 /// The sending half of a [`Stream`](crate::Stream), as [`split`](crate::Stream::split) gives it.
@@ -59,12 +60,12 @@ const FALLBACK_AT_MOST: usize = 64 << 10;
 pub struct WriteHalf {
     session: Rc<SessionGuard>,
     inner: Rc<StreamInner>,
-    /// Until when the present write waits for free slices, before it leaves shared memory.
-    pool_deadline: Option<Instant>,
+    pool_wait: PoolWait,
     deadline: Deadline,
     overtaking: Overtaking,
     /// What the present operation waits for in the session.
     waiting: SendWait,
+    coming_back: ComingBack,
 }
 
 impl WriteHalf {
@@ -72,10 +73,11 @@ impl WriteHalf {
         Self {
             session,
             inner,
-            pool_deadline: None,
+            pool_wait: PoolWait::default(),
             deadline: Deadline::default(),
             overtaking: Overtaking::default(),
             waiting: SendWait::default(),
+            coming_back: ComingBack::default(),
         }
     }
 
@@ -108,8 +110,10 @@ impl WriteHalf {
     /// Borrows shared memory for a message of up to `len` bytes.
     ///
     /// Waits while the pool is empty, up to [`pool_wait`](crate::ConfigBuilder::pool_wait); then,
-    /// and while the stream is [fallen back](Self::is_fallen_back), the loan is private memory.
-    /// Cancel-safe: nothing is taken until it is given.
+    /// and while the stream is [fallen back](Self::is_fallen_back), the loan is private memory. A
+    /// stream that is fallen back waits a moment for the peer's reader when there are free slices,
+    /// to come back to shared memory. Cancel-safe: nothing is taken until it is given, and the next
+    /// one waits anew.
     ///
     /// # Errors
     ///
@@ -124,7 +128,11 @@ impl WriteHalf {
     /// A loan of any stream of the same session will do. One into which nothing was written is
     /// given back, and nothing is sent. Waits while the send queue is full, and while the peer's
     /// reader is too far behind. Cancel-safe: a send that is dropped before it ends has sent
-    /// nothing.
+    /// nothing, and one that has sent something has sent all.
+    ///
+    /// A loan of private memory goes into shared memory when there are slices by now, and over the
+    /// socket otherwise; there, what is longer than
+    /// [`max_message_len`](crate::ConfigBuilder::max_message_len) arrives as several flushes.
     ///
     /// # Errors
     ///
@@ -219,6 +227,8 @@ impl WriteHalf {
     pub(super) fn end_wait(&mut self) {
         if self.waiting.is_present() {
             self.waiting.end(self.session.inner());
+            // The next one that needs memory waits anew.
+            self.pool_wait.end();
         }
     }
 
@@ -270,13 +280,28 @@ impl WriteHalf {
 
     /// Which way data goes now.
     #[inline]
-    pub(super) fn path(&self) -> Path {
-        let path = self.inner.life().path();
-        if path == Path::Socket && self.session().may_return_to_memory(&self.inner) {
-            self.inner.life().return_to_memory();
-            return Path::SharedMemory;
+    pub(super) fn poll_path(&mut self, context: &mut Context<'_>) -> Poll<Result<Path>> {
+        match self.inner.life().path() {
+            Path::SharedMemory => Poll::Ready(Ok(Path::SharedMemory)),
+            Path::Socket => self.poll_return(context),
         }
-        path
+    }
+
+    #[cold]
+    fn poll_return(&mut self, context: &mut Context<'_>) -> Poll<Result<Path>> {
+        let session = self.session.inner();
+        match self.coming_back.poll(session, &self.inner, context) {
+            Poll::Ready(true) => {
+                self.inner.life().return_to_memory();
+                Poll::Ready(Ok(Path::SharedMemory))
+            }
+            Poll::Ready(false) => Poll::Ready(Ok(Path::Socket)),
+            Poll::Pending => {
+                // The credit comes by the queue.
+                session.activate();
+                self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed))
+            }
+        }
     }
 
     #[inline]
@@ -286,13 +311,12 @@ impl WriteHalf {
         len: usize,
     ) -> Poll<Result<Loan>> {
         self.check_open()?;
-        if self.path() == Path::SharedMemory {
+        if ready!(self.poll_path(context))? == Path::SharedMemory {
             let session = self.session.inner();
             // Before any slice is taken: only an active session comes to rest again and gives back.
             session.activate();
             let allocated = session.lanes.manager.allocate(len, false);
             if let Some(chain) = allocated.map_err(|error| session.broken(error))? {
-                self.pool_deadline = None;
                 return Poll::Ready(Ok(Loan { chain }));
             }
             ready!(self.poll_pool(context))?;
@@ -392,7 +416,7 @@ impl WriteHalf {
         if len == 0 {
             return Poll::Ready(Ok(0));
         }
-        if self.path() == Path::SharedMemory
+        if ready!(self.poll_path(context))? == Path::SharedMemory
             && let Some(count) = ready!(self.poll_send_slices(context, parts, len))?
         {
             return Poll::Ready(Ok(count));
@@ -417,7 +441,7 @@ impl WriteHalf {
         let Some(parcel) = written else {
             return self.poll_pool(context).map_ok(|()| None);
         };
-        self.pool_deadline = None;
+        self.pool_wait.end();
         self.send_parcel(parcel)?;
         Poll::Ready(Ok(Some(parcel.len)))
     }
@@ -426,29 +450,78 @@ impl WriteHalf {
     fn poll_pool(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
         let session = self.session.inner();
         let now = Instant::now();
-        let until = *self.pool_deadline.get_or_insert_with(|| {
+        let (until, is_new) = self.pool_wait.until(now, session.config.pool_wait);
+        if is_new {
             session.counters.pool_empty.add(1);
-            // For ever is as good as a year.
-            let at_most = session.config.pool_wait.min(Duration::from_secs(365 * 24 * 3600));
-            now + at_most
-        });
+        }
         if now < until {
             self.waiting.begin(session, WaitsFor::Memory(Some(until)), context);
             ready!(self.deadline.poll(context));
-            self.pool_deadline = None;
+            self.pool_wait.end();
             return Poll::Ready(Err(Error::DeadlinePassed));
         }
-        self.pool_deadline = None;
+        self.pool_wait.expire();
         self.inner.life().fall_back();
         Poll::Ready(Ok(()))
     }
 
-    pub(super) fn poll_send_fallback(
+    /// Puts a message into slices that was written into private memory, now that there are some.
+    /// Gives it as it is if there are not.
+    #[cold]
+    pub(super) fn move_to_memory(&self, chain: Chain) -> Result<Chain> {
+        let session = self.session();
+        if !chain.is_of(&session.lanes.manager) {
+            return Err(Error::ForeignLoan);
+        }
+        session.activate();
+        let slices = session.lanes.manager.allocate(chain.len(), false);
+        let Some(mut slices) = slices.map_err(|error| session.broken(error))? else {
+            return Ok(chain);
+        };
+        let bytes = chain.into_bytes();
+        let count = slices.write(&bytes);
+        debug_assert_eq!(count, bytes.len(), "it was allocated for that");
+        Ok(slices)
+    }
+
+    /// Leaves shared memory for a message of private memory.
+    pub(super) fn fall_back(&self) {
+        self.inner.life().fall_back();
+    }
+
+    /// Sends bytes over the socket, the first `at_most` of them.
+    fn poll_send_fallback(
         &mut self,
         context: &mut Context<'_>,
         bytes: &[u8],
         at_most: usize,
     ) -> Poll<Result<usize>> {
+        ready!(self.poll_socket_room(context))?;
+        let count = bytes.len().min(at_most);
+        self.send_over_socket(&bytes[..count]);
+        Poll::Ready(Ok(count))
+    }
+
+    /// Sends a whole message over the socket, of which there is room for the first piece: in one
+    /// piece, since it is one flush, as long as the peer takes messages that long. What is longer
+    /// goes all the same, and nothing is waited for in between: half a message is none.
+    pub(super) fn send_whole_over_socket(&self, bytes: &[u8]) {
+        let session = self.session();
+        session.outbox().make_room(bytes.len());
+        let at_most = session.config.limits.message_len as usize - 16;
+        for piece in bytes.chunks(at_most) {
+            self.send_over_socket(piece);
+        }
+    }
+
+    fn send_over_socket(&self, piece: &[u8]) {
+        self.session().send_fallback(self.inner.id(), piece, EventState::Open);
+        self.inner.note_known_to_peer();
+        self.inner.sending.note_sent_over_socket(piece.len() as u64);
+    }
+
+    /// Waits until a message of this stream may go over the socket.
+    pub(super) fn poll_socket_room(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
         self.check_open()?;
         let session = self.session.inner();
         if !session.has_window(&self.inner) {
@@ -472,11 +545,7 @@ impl WriteHalf {
         // Everything that was published before must be seen before; the peer drains its queue when
         // the message comes.
         session.flush_queue();
-        let count = bytes.len().min(at_most);
-        session.send_fallback(self.inner.id(), &bytes[..count], EventState::Open);
-        self.inner.note_known_to_peer();
-        self.inner.sending.note_sent_over_socket(count as u64);
-        Poll::Ready(Ok(count))
+        Poll::Ready(Ok(()))
     }
 }
 

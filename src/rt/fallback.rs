@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! When a stream leaves shared memory for the socket, and when it comes back.
+//!
+//! It leaves when the pool has had no slices for as long as the configuration says. It comes back
+//! when the peer's reader has taken what went over the socket, since nothing can overtake that any
+//! more; only a peer of this crate says so.
+//!
+//! Both are waits that a dropped future may leave behind, and that the next one does not continue.
+//! [`Alloc`](super::lending::Alloc) ends its own when it is dropped; a write has no future that could.
+
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use super::deadline::Deadline;
+use super::session::SessionInner;
+use super::stream::StreamInner;
+
+/// How long a stream that uses the socket waits at first for the peer's reader to take something of
+/// what went that way, so that it can come back to shared memory when all is taken. It is doubled
+/// up to [`RETURN_DOUBLINGS`] times for a reader that comes later.
+const RETURN_WAIT: Duration = Duration::from_millis(10);
+const RETURN_DOUBLINGS: u32 = 6;
+
+/// A wait that nobody came back to for so long after its end was that of a write that has been
+/// dropped: [`AsyncWrite`](futures_lite::AsyncWrite) has no future that says so.
+const ABANDONED_AFTER: Duration = Duration::from_millis(20);
+/// But only so often in a row: the executor may be that slow.
+const MAX_ABANDONED: u8 = 3;
+
+/// A wait for slices.
+#[derive(Default)]
+pub(super) struct PoolWait {
+    until: Option<Instant>,
+    /// How many waits in a row were taken for those of writes that had been dropped.
+    abandoned: u8,
+}
+
+impl PoolWait {
+    /// Until when the present write waits, which begins to now if it does not wait yet; then the
+    /// second value is true.
+    pub(super) fn until(&mut self, now: Instant, wait: Duration) -> (Instant, bool) {
+        let is_abandoned = |until: Instant| now > until + ABANDONED_AFTER;
+        if self.abandoned < MAX_ABANDONED && self.until.is_some_and(is_abandoned) {
+            self.abandoned += 1;
+            self.until = None;
+        }
+        let is_new = self.until.is_none();
+        // For ever is as good as a year.
+        let wait = wait.min(Duration::from_secs(365 * 24 * 3600));
+        (*self.until.get_or_insert(now + wait), is_new)
+    }
+
+    /// The wait is over.
+    #[inline]
+    pub(super) fn end(&mut self) {
+        self.until = None;
+    }
+
+    /// It lasted as long as it may.
+    pub(super) fn expire(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// A stream's attempts to leave the socket.
+#[derive(Default)]
+pub(super) struct ComingBack {
+    /// Until when the present attempt waits for the peer's reader.
+    deadline: Deadline,
+    until: Option<Instant>,
+    /// What the peer's reader had taken when it was last looked at. While it takes more, it is
+    /// waited for.
+    seen: u64,
+    /// How many attempts in a row were in vain.
+    failures: u32,
+    /// The next attempt is made when the peer's reader has taken so much.
+    not_before: u64,
+}
+
+impl ComingBack {
+    /// Whether the stream goes back to shared memory now, or stays on the socket.
+    ///
+    /// While a sender goes on sending there is always something on its way. So it stops for a
+    /// moment, as soon as there are slices to come back to. A reader that does not come in time is
+    /// not waited for again before it has taken what was sent by then, and the window is used
+    /// meanwhile.
+    pub(super) fn poll(
+        &mut self,
+        session: &SessionInner,
+        stream: &StreamInner,
+        context: &mut Context<'_>,
+    ) -> Poll<bool> {
+        if session.may_return_to_memory(stream) {
+            *self = Self::default();
+            return Poll::Ready(true);
+        }
+        let credited = stream.sending.credited();
+        let is_worth_it = session.credit.is_known()
+            && credited >= self.not_before
+            && session.lanes.manager.might_allocate();
+        if !is_worth_it {
+            return Poll::Ready(false);
+        }
+        let now = Instant::now();
+        let is_abandoned = |until| now > until + ABANDONED_AFTER && self.failures == 0;
+        if self.until.is_none_or(is_abandoned) || self.seen != credited {
+            let until = now + RETURN_WAIT * (1 << self.failures.min(RETURN_DOUBLINGS));
+            (self.until, self.seen) = (Some(until), credited);
+            self.deadline.set(self.until);
+        }
+        if self.deadline.poll(context).is_ready() {
+            self.until = None;
+            self.failures += 1;
+            self.not_before = stream.sending.sent();
+            return Poll::Ready(false);
+        }
+        stream.writer.register(context);
+        Poll::Pending
+    }
+}

@@ -1,0 +1,379 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What one slow or absent reader, an empty pool and a dropped future must not do to others: keep a
+//! stream on the socket, lose a stream, stop other streams, or leave half a message behind.
+
+use std::cell::Cell;
+use std::future::Future;
+use std::pin::pin;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use futures_lite::future::{poll_once, yield_now, zip};
+use futures_lite::{AsyncReadExt, AsyncWriteExt};
+use shmipc_glommio::{Config, ConfigBuilder, Connector, Error, Listener, Loan, Session, Stream};
+
+use support::executor::{SocketPath, run};
+
+mod support {
+    #[allow(dead_code, reason = "other tests use the rest")]
+    pub(crate) mod executor;
+}
+
+const LIMIT: Duration = Duration::from_secs(120);
+
+fn small() -> ConfigBuilder {
+    Config::builder().buffer_size(1 << 20).queue_capacity(64)
+}
+
+/// Two ends of a session on this executor.
+async fn pair(client: ConfigBuilder, server: ConfigBuilder) -> (Session, Session) {
+    let path = SocketPath::new();
+    let listener = Listener::bind(path.as_str(), server.build().unwrap()).unwrap();
+    let connector = Connector::new(client.build().unwrap());
+    let (client, server) = zip(connector.connect(path.as_str()), listener.accept()).await;
+    (client.unwrap(), server.unwrap())
+}
+
+/// A stream's two ends. The client has sent one byte on it, and the server has read that.
+async fn open(client: &Session, server: &Session) -> (Stream, Stream) {
+    let mut near = client.open_stream().unwrap();
+    near.write_all(&[0]).await.unwrap();
+    let mut far = server.accept().await.unwrap();
+    far.read_exact(&mut [0]).await.unwrap();
+    (near, far)
+}
+
+fn pattern(seed: usize, len: usize) -> Vec<u8> {
+    (0..len).map(|index| (seed * 131 + index * 17 + (index >> 8) * 3) as u8).collect()
+}
+
+async fn until(mut is_so: impl FnMut() -> bool) {
+    while !is_so() {
+        glommio::timer::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+async fn send(stream: &mut Stream, bytes: &[u8]) -> Result<(), Error> {
+    let mut loan = stream.alloc(bytes.len()).await?;
+    assert_eq!(loan.write(bytes), bytes.len());
+    stream.send(loan).await
+}
+
+async fn recv(stream: &mut Stream) -> Option<Vec<u8>> {
+    stream.recv().await.unwrap().map(|message| message.into_bytes().to_vec())
+}
+
+#[derive(Clone, Copy)]
+enum Api {
+    Loans,
+    Bytes,
+}
+
+/// A sender that never stops, and a reader that pauses until the sender has had to use the socket.
+/// Gives how many of the messages that the reader then read had come over the socket.
+async fn messages_over_the_socket_after_a_pause(api: Api, len: usize, messages: usize) -> u64 {
+    let config = || small().stream_window(4 << 20).queue_capacity(1024);
+    let (client, server) = pair(config(), config()).await;
+    let (mut near, mut far) = open(&client, &server).await;
+    let stops = Rc::new(Cell::new(false));
+    let writing = glommio::spawn_local({
+        let stops = Rc::clone(&stops);
+        async move {
+            let mut number = 0;
+            while !stops.get() {
+                let message = pattern(number, len);
+                match api {
+                    Api::Loans => send(&mut near, &message).await.unwrap(),
+                    Api::Bytes => near.write_all(&message).await.unwrap(),
+                }
+                number += 1;
+                // Others have their turn, as they would on other cores.
+                yield_now().await;
+            }
+            near.finish().await.unwrap();
+        }
+    });
+    until(|| client.stats().fallback_sent > 100).await;
+    let mut message = vec![0; len];
+    for number in 0..messages {
+        far.read_exact(&mut message).await.unwrap();
+        assert!(message == pattern(number, len), "{number}");
+    }
+    stops.set(true);
+    let mut rest = Vec::new();
+    far.read_to_end(&mut rest).await.unwrap();
+    writing.await;
+    client.stats().fallback_sent
+}
+
+#[test]
+fn loans_come_back_to_shared_memory_while_the_sender_keeps_sending() {
+    for len in [64, 8000, 30_000] {
+        run(LIMIT, move || async move {
+            let messages = 30_000_000 / (len + 1000);
+            let socket = messages_over_the_socket_after_a_pause(Api::Loans, len, messages).await;
+            // What filled the window while nobody read is 4 MiB at most, and a little.
+            let in_the_window = (4 << 20) / len as u64 + 500;
+            assert!(
+                socket < in_the_window.min(messages as u64 / 2) + 500,
+                "{socket} of {messages}"
+            );
+        });
+    }
+}
+
+#[test]
+fn bytes_come_back_to_shared_memory_while_the_sender_keeps_sending() {
+    for len in [64, 8000, 30_000] {
+        run(LIMIT, move || async move {
+            let messages = 30_000_000 / (len + 1000);
+            let socket = messages_over_the_socket_after_a_pause(Api::Bytes, len, messages).await;
+            let in_the_window = (4 << 20) / len as u64 + 500;
+            assert!(
+                socket < in_the_window.min(messages as u64 / 2) + 500,
+                "{socket} of {messages}"
+            );
+        });
+    }
+}
+
+#[test]
+fn a_reader_that_stays_away_does_not_keep_its_sender_from_the_window() {
+    run(LIMIT, || async {
+        let config = || small().stream_window(4 << 20).queue_capacity(1024);
+        let (client, server) = pair(config(), config()).await;
+        let (mut near, mut far) = open(&client, &server).await;
+        // More than the pool has: the rest goes over the socket, and no wait for the reader, who
+        // comes only when all of it was sent.
+        let messages = 300;
+        for number in 0..messages {
+            send(&mut near, &pattern(number, 8000)).await.unwrap();
+        }
+        assert!(client.stats().fallback_sent > 100);
+        for number in 0..messages {
+            assert!(recv(&mut far).await.unwrap() == pattern(number, 8000), "{number}");
+        }
+    });
+}
+
+/// Opens streams, and uses one after each `unused` that it drops or keeps. Then writes on the first.
+async fn the_first_stream_comes_last(steps: usize, keeps: bool) {
+    let config = || small().queue_capacity(1024).max_streams(1 << 20);
+    let (client, server) = pair(config(), config()).await;
+    let mut first = client.open_stream().unwrap();
+    let mut kept = Vec::new();
+    for step in 0..steps {
+        let mut used = client.open_stream().unwrap();
+        used.write_all(&[step as u8]).await.unwrap();
+        let unused = client.open_stream().unwrap();
+        if keeps {
+            kept.push(unused);
+        }
+        let mut accepted = server.accept().await.unwrap();
+        assert_eq!(recv(&mut accepted).await.unwrap(), [step as u8]);
+    }
+    first.write_all(b"still there").await.unwrap();
+    let mut accepted = server.accept().await.unwrap();
+    assert_eq!(recv(&mut accepted).await.unwrap(), b"still there");
+    accepted.write_all(b"an answer").await.unwrap();
+    assert_eq!(recv(&mut first).await.unwrap(), b"an answer");
+    for (number, mut unused) in kept.into_iter().enumerate() {
+        unused.write_all(&pattern(number, 4)).await.unwrap();
+        let mut accepted = server.accept().await.unwrap();
+        assert_eq!(recv(&mut accepted).await.unwrap(), pattern(number, 4));
+    }
+}
+
+#[test]
+fn a_stream_is_served_that_is_first_used_after_many_that_were_used_and_dropped() {
+    run(LIMIT, || the_first_stream_comes_last(1025, false));
+}
+
+#[test]
+fn every_other_of_many_streams_may_be_used_first() {
+    run(LIMIT, || the_first_stream_comes_last(1030, true));
+}
+
+#[test]
+fn a_stream_that_is_used_too_late_to_be_known_is_closed_and_not_left_waiting() {
+    run(LIMIT, || async {
+        let config = || small().queue_capacity(1024).max_streams(1 << 20);
+        let (client, server) = pair(config(), config()).await;
+        // Each of them is a number that the server has to remember.
+        let mut unused = Vec::new();
+        for _ in 0..(1 << 16) / 64 + 1 {
+            let mut used = Vec::new();
+            for step in 0..64 {
+                unused.push(client.open_stream().unwrap());
+                let mut stream = client.open_stream().unwrap();
+                stream.write_all(&[step]).await.unwrap();
+                used.push(stream);
+            }
+            for _ in 0..64 {
+                drop(server.accept().await.unwrap());
+            }
+        }
+        let mut served = unused.pop().unwrap();
+        for stream in &mut unused[..5] {
+            stream.write_all(b"too late").await.unwrap();
+            assert!(recv(stream).await.is_none(), "an end, and no wait without one");
+            assert!(stream.is_closed_by_peer());
+        }
+        served.write_all(b"in time").await.unwrap();
+        let mut accepted = server.accept().await.unwrap();
+        assert_eq!(recv(&mut accepted).await.unwrap(), b"in time");
+    });
+}
+
+/// As soon as `count` polls of it, and what happens between them, are over, the future is dropped.
+async fn poll_and_drop<F: Future>(future: F, count: usize) -> Option<F::Output> {
+    let mut future = pin!(future);
+    for _ in 0..count {
+        if let Some(output) = poll_once(&mut future).await {
+            return Some(output);
+        }
+        yield_now().await;
+    }
+    None
+}
+
+#[test]
+fn a_send_that_is_dropped_has_sent_all_or_nothing() {
+    run(LIMIT, || async {
+        let mut was_sent = 0;
+        let mut was_dropped = 0;
+        for polls in 1..40 {
+            let config = || {
+                let limit = 4096;
+                small().pool_wait(Duration::ZERO).max_message_len(limit).stream_window(16 << 10)
+            };
+            let (client, server) = pair(config(), config()).await;
+            let (mut near, mut far) = open(&client, &server).await;
+            let mut other = client.open_stream().unwrap();
+            let mut loans = Vec::new();
+            loop {
+                let loan = other.alloc(1).await.unwrap();
+                if !loan.is_shared() {
+                    break;
+                }
+                loans.push(loan);
+            }
+            // Far above what a message of the socket, and the window, may have.
+            let message = pattern(polls, 100_000);
+            let mut loan = near.alloc(message.len()).await.unwrap();
+            assert!(!loan.is_shared());
+            loan.write(&message);
+            let reading = glommio::spawn_local(async move {
+                let mut bytes = Vec::new();
+                far.read_to_end(&mut bytes).await.unwrap();
+                bytes
+            });
+            match poll_and_drop(near.send(loan), polls).await {
+                Some(sent) => {
+                    sent.unwrap();
+                    was_sent += 1;
+                }
+                None => was_dropped += 1,
+            }
+            drop(loans);
+            near.finish().await.unwrap();
+            let bytes = reading.await;
+            let is_whole = bytes.is_empty() || bytes == message;
+            assert!(is_whole, "{} of {} bytes after {polls} polls", bytes.len(), message.len());
+        }
+        println!("{was_sent} were sent, {was_dropped} dropped");
+    });
+}
+
+#[test]
+fn a_send_whose_deadline_passes_has_sent_all_or_nothing() {
+    run(LIMIT, || async {
+        let config = || {
+            let limit = 4096;
+            small().pool_wait(Duration::ZERO).max_message_len(limit).stream_window(16 << 10)
+        };
+        let (client, server) = pair(config(), config()).await;
+        let (mut near, mut far) = open(&client, &server).await;
+        let mut other = client.open_stream().unwrap();
+        let mut loans = Vec::new();
+        while other.alloc(1).await.is_ok_and(|loan| {
+            let is_shared = loan.is_shared();
+            loans.push(loan);
+            is_shared
+        }) {}
+        let mut expected = Vec::new();
+        let mut was_late = 0;
+        for number in 0..10 {
+            let message = pattern(number, 100_000);
+            let mut loan = near.alloc(message.len()).await.unwrap();
+            loan.write(&message);
+            near.set_write_deadline(Some(Instant::now() + Duration::from_millis(5)));
+            match near.send(loan).await {
+                Ok(()) => expected.extend(message),
+                Err(Error::DeadlinePassed) => was_late += 1,
+                Err(error) => panic!("{error}"),
+            }
+            near.set_write_deadline(None);
+        }
+        assert!(was_late > 0, "nothing was ever late");
+        let mut bytes = Vec::new();
+        let finishing = async { near.finish().await.unwrap() };
+        zip(finishing, async { far.read_to_end(&mut bytes).await.unwrap() }).await;
+        assert!(bytes == expected, "{} bytes, {} were sent", bytes.len(), expected.len());
+    });
+}
+
+/// Borrows all the memory there is, also what the other side keeps for a moment.
+async fn all_memory(stream: &mut Stream, other_side: &Session) -> Vec<Loan> {
+    let mut loans = Vec::new();
+    loop {
+        while let Some(loan) = poll_once(stream.alloc(1)).await {
+            loans.push(loan.unwrap());
+        }
+        // The last slice of a list stays.
+        let lists = other_side.pool_usage().lists;
+        if lists.iter().all(|list| list.free <= 1 && list.magazine == 0) {
+            return loans;
+        }
+        glommio::timer::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+#[test]
+fn an_alloc_that_is_dropped_leaves_no_deadline_to_the_next() {
+    run(LIMIT, || async {
+        let wait = Duration::from_millis(100);
+        let config = || small().pool_wait(wait);
+        let (client, server) = pair(config(), config()).await;
+        let (mut near, _far) = open(&client, &server).await;
+        let mut other = client.open_stream().unwrap();
+        let loans = all_memory(&mut other, &server).await;
+        assert!(poll_once(near.alloc(1)).await.is_none());
+        glommio::timer::sleep(2 * wait).await;
+        // It has not waited yet.
+        let start = Instant::now();
+        let loan = near.alloc(1).await.unwrap();
+        assert!(!loan.is_shared() && start.elapsed() >= wait, "after {:?}", start.elapsed());
+        drop(loans);
+    });
+}
+
+#[test]
+fn a_write_that_is_dropped_leaves_no_deadline_to_the_next() {
+    run(LIMIT, || async {
+        let wait = Duration::from_millis(100);
+        let config = || small().pool_wait(wait);
+        let (client, server) = pair(config(), config()).await;
+        let (mut near, mut far) = open(&client, &server).await;
+        let mut other = client.open_stream().unwrap();
+        let loans = all_memory(&mut other, &server).await;
+        assert!(poll_once(near.write(b"given up")).await.is_none());
+        glommio::timer::sleep(10 * wait).await;
+        // An other write waits anew, and has memory when there is some in time.
+        assert!(poll_once(near.write(b"another")).await.is_none(), "it did not wait");
+        drop(loans);
+        near.write_all(b"another").await.unwrap();
+        assert_eq!(recv(&mut far).await.unwrap(), b"another");
+        assert_eq!(client.stats().fallback_sent, 0);
+    });
+}
