@@ -91,7 +91,6 @@ impl ComingBack {
         context: &mut Context<'_>,
     ) -> Poll<bool> {
         if session.may_return_to_memory(stream) {
-            *self = Self::default();
             return Poll::Ready(true);
         }
         let credited = stream.sending.credited();

@@ -65,7 +65,8 @@ pub struct WriteHalf {
     overtaking: Overtaking,
     /// What the present operation waits for in the session.
     waiting: SendWait,
-    coming_back: ComingBack,
+    /// While it uses the socket.
+    coming_back: Option<Box<ComingBack>>,
 }
 
 impl WriteHalf {
@@ -77,7 +78,7 @@ impl WriteHalf {
             deadline: Deadline::default(),
             overtaking: Overtaking::default(),
             waiting: SendWait::default(),
-            coming_back: ComingBack::default(),
+            coming_back: None,
         }
     }
 
@@ -290,8 +291,10 @@ impl WriteHalf {
     #[cold]
     fn poll_return(&mut self, context: &mut Context<'_>) -> Poll<Result<Path>> {
         let session = self.session.inner();
-        match self.coming_back.poll(session, &self.inner, context) {
+        let attempts = self.coming_back.get_or_insert_default();
+        match attempts.poll(session, &self.inner, context) {
             Poll::Ready(true) => {
+                self.coming_back = None;
                 self.inner.life().return_to_memory();
                 Poll::Ready(Ok(Path::SharedMemory))
             }
