@@ -123,10 +123,13 @@ impl Sessions {
         let open: Vec<Session> = self.open.borrow().values().cloned().collect();
         for session in &open {
             // A peer that does not take its last bytes must not keep the others waiting.
-            or(session.close(), async {
+            let closed = or(session.close(), async {
                 glommio::timer::sleep(GRACE / 4).await;
-            })
-            .await;
+                Ok(())
+            });
+            if let Err(error) = closed.await {
+                tell(format_args!("session with {:?}: {error}", session.peer()));
+            }
         }
         drop(open);
         settle(|| self.open.borrow().is_empty()).await;

@@ -199,16 +199,20 @@ impl ConfigBuilder {
     /// The highest protocol version that a client speaks. Default: version 3. Servers take all, see
     /// [`accepted_protocol`](Self::accepted_protocol).
     ///
-    /// With version 4 a server that does not know it closes the connection; the client then
-    /// [falls back](Self::fall_back).
+    /// A server that does not know version 4 closes the connection, or says nothing; the client
+    /// then [falls back](Self::fall_back).
     pub fn protocol(mut self, protocol: ProtocolVersion) -> Self {
         self.config.protocol = protocol;
         self
     }
 
     /// Whether a client of version 4 connects once more, with version 3, when a server ends the
-    /// connection instead of answering. One that answers with a refusal is taken at its word.
-    /// Default: yes.
+    /// connection instead of answering, or says nothing for a quarter of the
+    /// [handshake's time](Self::handshake_timeout), half a second at the most. After a silence
+    /// version 3 is used at once at that address, by this core, for a minute. A server that answers
+    /// with a refusal is taken at its word. Default: yes.
+    ///
+    /// Without, such a server is [`Version4Unanswered`](crate::HandshakeError::Version4Unanswered).
     pub fn fall_back(mut self, falls_back: bool) -> Self {
         self.config.falls_back = falls_back;
         self
@@ -424,6 +428,17 @@ impl ConfigBuilder {
         self
     }
 
+    /// How long a session that ends waits until its peer has taken what was sent to it: see
+    /// [`Session::close`](crate::Session::close). Zero: not at all. Default: two seconds.
+    ///
+    /// Only other implementations are waited for, and only while they have something to take, or
+    /// keep the memory of what they have taken. Two sides of this crate take what was sent before
+    /// the end in any case.
+    pub fn close_timeout(mut self, timeout: Duration) -> Self {
+        self.config.limits.close_timeout = timeout;
+        self
+    }
+
     /// How many bytes that came over the socket may wait unread in a session. Beyond, the socket is
     /// not read until readers catch up. Default: 64 MiB.
     pub fn max_unread_fallback_bytes(mut self, bytes: usize) -> Self {
@@ -492,9 +507,10 @@ impl Config {
         if let Spin::For(budget) = &mut self.spin {
             *budget = LONGEST.min(*budget);
         }
-        let stall = self.limits.stall.iter_mut();
+        let Limits { stall, handshake_timeout, close_timeout, .. } = &mut self.limits;
+        let stall = stall.iter_mut();
         let others =
-            [&mut self.limits.handshake_timeout, &mut self.pool_wait, &mut self.reactor_interval];
+            [handshake_timeout, close_timeout, &mut self.pool_wait, &mut self.reactor_interval];
         for duration in stall.chain(others) {
             *duration = LONGEST.min(*duration);
         }

@@ -361,6 +361,22 @@ pub enum Error {
     /// (see [`stall_limit`](crate::ConfigBuilder::stall_limit)).
     #[error("the peer has not moved for {0:?} (`stall_limit`)")]
     PeerStalled(Duration),
+    /// The session was closed here, and the peer had not taken all that was sent to it when the
+    /// time for that was over (see [`close_timeout`](crate::ConfigBuilder::close_timeout)).
+    #[error(
+        "closed while the peer had not taken everything within {after:?} (`close_timeout`): \
+         {events} events, {slices} slices, {socket_bytes} bytes of the socket are left"
+    )]
+    NotTaken {
+        /// How long the peer had.
+        after: Duration,
+        /// Events of the IO queue that it has not taken.
+        events: u32,
+        /// Buffer slices that it has not given back.
+        slices: usize,
+        /// About how many bytes of the socket it has not read.
+        socket_bytes: usize,
+    },
     /// The session was closed on this side.
     #[error("the session was closed here")]
     SessionClosed,
@@ -497,6 +513,7 @@ impl Error {
                 | Self::Memory(_)
                 | Self::PeerNotReading
                 | Self::PeerStalled(_)
+                | Self::NotTaken { .. }
         )
     }
 
@@ -504,7 +521,12 @@ impl Error {
     pub fn kind(&self) -> io::ErrorKind {
         match self {
             Self::Wire(_) | Self::Memory(_) => io::ErrorKind::InvalidData,
-            Self::Handshake(HandshakeError::Timeout(_)) => io::ErrorKind::TimedOut,
+            Self::Handshake(HandshakeError::Timeout(_) | HandshakeError::NeverMapped(_)) => {
+                io::ErrorKind::TimedOut
+            }
+            Self::Handshake(HandshakeError::Version4Unanswered { .. }) => {
+                io::ErrorKind::Unsupported
+            }
             Self::Handshake(HandshakeError::Closed { .. }) => io::ErrorKind::UnexpectedEof,
             Self::Handshake(
                 HandshakeError::PeerNotAllowed { .. }
@@ -526,7 +548,9 @@ impl Error {
             Self::Unavailable { source, .. } => source.kind(),
             Self::Os { source, .. } => source.kind(),
             Self::PeerClosed | Self::StreamReset => io::ErrorKind::ConnectionReset,
-            Self::PeerNotReading | Self::PeerStalled(_) => io::ErrorKind::TimedOut,
+            Self::PeerNotReading | Self::PeerStalled(_) | Self::NotTaken { .. } => {
+                io::ErrorKind::TimedOut
+            }
             Self::SessionClosed => io::ErrorKind::ConnectionAborted,
             Self::StreamClosed => io::ErrorKind::NotConnected,
             Self::StreamClosedByPeer => io::ErrorKind::BrokenPipe,

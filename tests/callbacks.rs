@@ -110,7 +110,7 @@ fn a_panic_in_on_change_ends_no_client() {
         let (session, server) = zip(client.session(0), listener.accept()).await;
         assert!(session.unwrap().end_reason().is_none() && server.unwrap().end_reason().is_none());
         assert!(changes.get() >= 2);
-        client.close().await;
+        client.close().await.unwrap();
     });
 }
 
@@ -141,7 +141,7 @@ fn a_panic_in_what_makes_the_task_of_a_stream_costs_that_stream_only() {
         assert_eq!(&answer, b"hello");
         assert_eq!(first.read(&mut answer).await.unwrap(), 0, "it is closed");
         assert!(within(LIMIT, || counted.stats().panicked_streams == 1).await);
-        client.close().await;
+        client.close().await.unwrap();
         drop((first, second));
         assert!(matches!(serving.await, Error::PeerClosed));
     });

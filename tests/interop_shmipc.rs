@@ -23,7 +23,7 @@ mod support {
 use support::executor::{SocketPath, run, within};
 use support::lists;
 use support::payload::{Way, check, payload};
-use support::peer::{Order, Peer, Plan, Role, be_peer};
+use support::peer::{OnNegotiation, Order, Peer, Plan, Role, be_peer};
 use support::process_memory::{mapping, shared_files};
 
 /// Until when the other process must have done a thing that takes it a moment.
@@ -101,7 +101,7 @@ fn in_every_combination(case: Case) {
                 address: path.as_str().to_owned(),
                 is_file: memory == MemoryKind::File,
                 version_4: (protocol == ProtocolVersion::V4).then_some(wakeup),
-                closes_on_negotiation: false,
+                on_negotiation: OnNegotiation::Answer,
                 prefix,
                 pool: case.pool,
                 plan: case.plan.clone(),
@@ -359,7 +359,10 @@ fn a_close_right_behind_the_data_comes_behind_it() {
 }
 
 /// The combinations that a side which prefers version 4 tries first.
-fn fallbacks(role: Role) -> impl Iterator<Item = (MemoryKind, Wakeup, Order, SocketPath)> {
+fn fallbacks(
+    role: Role,
+    on_negotiation: OnNegotiation,
+) -> impl Iterator<Item = (MemoryKind, Wakeup, Order, SocketPath)> {
     let combinations = VERSION_4.into_iter().filter(move |&(other, ..)| other == role);
     combinations.enumerate().map(move |(number, (_, memory, _, wakeup))| {
         let path = SocketPath::new();
@@ -368,8 +371,11 @@ fn fallbacks(role: Role) -> impl Iterator<Item = (MemoryKind, Wakeup, Order, Soc
             address: path.as_str().to_owned(),
             is_file: memory == MemoryKind::File,
             version_4: Some(wakeup),
-            closes_on_negotiation: role == Role::Server,
-            prefix: format!("/dev/shm/fallback{}{role:?}{number}", std::process::id()),
+            on_negotiation,
+            prefix: format!(
+                "/dev/shm/fallback{}{role:?}{on_negotiation:?}{number}",
+                std::process::id()
+            ),
             pool: 8 * MIB,
             plan: Plan {
                 lengths: [1, 64, 4 << 10, 100_000, 1 << 20].to_vec(),
@@ -393,19 +399,45 @@ fn config_of(order: &Order, memory: MemoryKind) -> ConfigBuilder {
 #[test]
 fn our_client_falls_back_to_version_3_with_their_server_of_before() {
     run(Duration::from_secs(120), || async {
-        for (memory, wakeup, order, _path) in fallbacks(Role::Server) {
+        for (memory, wakeup, order, _path) in fallbacks(Role::Server, OnNegotiation::Close) {
             println!("{memory:?}, {wakeup:?}");
             let config = config_of(&order, memory).protocol(ProtocolVersion::V4).wakeup(wakeup);
             let mut peer = Peer::start("peer_process", &order);
             assert!(within(SOON, || peer.is_ready()).await, "{:?}", peer.ended());
             let stubborn = Connector::new(config.clone().fall_back(false).build().unwrap());
             // Also when the kernel calls it a reset, since something was unread.
-            let error = stubborn.connect(&order.address).await.unwrap_err();
-            assert!(matches!(error, Error::Handshake(HandshakeError::Closed { .. })), "{error}");
-            assert!(within(SOON, || peer.negotiations_closed() == 1).await);
+            must_be_unanswered(stubborn.connect(&order.address).await.unwrap_err());
+            assert!(within(SOON, || peer.negotiations_unanswered() == 1).await);
             let (stats, agreed) = talk_to(&mut peer, config, &order).await;
             assert_eq!(agreed, (ProtocolVersion::V3, Wakeup::Socket));
-            assert_eq!(peer.negotiations_closed(), 2);
+            assert_eq!(peer.negotiations_unanswered(), 2);
+            assert!(stats.bytes_received > 4 << 20, "{stats:?}");
+        }
+    });
+}
+
+fn must_be_unanswered(error: Error) {
+    let is_due = matches!(error, Error::Handshake(HandshakeError::Version4Unanswered { .. }));
+    assert!(is_due, "{error}");
+}
+
+/// As the server of shmipc-go does.
+#[test]
+fn our_client_falls_back_to_version_3_with_their_server_that_stays_silent() {
+    run(Duration::from_secs(120), || async {
+        for (memory, wakeup, order, _path) in fallbacks(Role::Server, OnNegotiation::StaySilent) {
+            println!("{memory:?}, {wakeup:?}");
+            let config = config_of(&order, memory).protocol(ProtocolVersion::V4).wakeup(wakeup);
+            let mut peer = Peer::start("peer_process", &order);
+            assert!(within(SOON, || peer.is_ready()).await, "{:?}", peer.ended());
+            let short = Duration::from_millis(100);
+            let stubborn = config.clone().fall_back(false).handshake_timeout(short);
+            let stubborn = Connector::new(stubborn.build().unwrap());
+            must_be_unanswered(stubborn.connect(&order.address).await.unwrap_err());
+            assert!(within(SOON, || peer.negotiations_unanswered() == 1).await);
+            let (stats, agreed) = talk_to(&mut peer, config, &order).await;
+            assert_eq!(agreed, (ProtocolVersion::V3, Wakeup::Socket));
+            assert_eq!(peer.negotiations_unanswered(), 2);
             assert!(stats.bytes_received > 4 << 20, "{stats:?}");
         }
     });
@@ -414,7 +446,7 @@ fn our_client_falls_back_to_version_3_with_their_server_of_before() {
 #[test]
 fn their_client_falls_back_with_our_server_that_takes_no_more_than_version_3() {
     run(Duration::from_secs(120), || async {
-        for (memory, wakeup, order, _path) in fallbacks(Role::Client) {
+        for (memory, wakeup, order, _path) in fallbacks(Role::Client, OnNegotiation::Answer) {
             println!("{memory:?}, {wakeup:?}");
             let config = config_of(&order, memory).accepted_protocol(ProtocolVersion::V3);
             let listener = Listener::bind(&order.address, config.build().unwrap()).unwrap();

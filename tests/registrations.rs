@@ -193,7 +193,7 @@ fn sessions_that_have_ended_leave_nothing_in_their_shard() {
         run(Duration::from_secs(120), move || async move {
             let connector = Connector::new(small());
             for _ in 0..count {
-                connector.connect(&at).await.unwrap().close().await;
+                connector.connect(&at).await.unwrap().close().await.unwrap();
             }
         });
     };

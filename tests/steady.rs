@@ -81,7 +81,7 @@ async fn cost_of(round: impl AsyncFn(&mut Stream)) -> (u64, u64) {
     }
     let after = (ALLOCATIONS.load(Ordering::Relaxed), rings());
     drop(stream);
-    client.close().await;
+    client.close().await.unwrap();
     serving.await;
     (after.0 - before.0, after.1 - before.1)
 }

@@ -398,7 +398,7 @@ mod tests {
             let mut batch = [0; 1000];
             stream.read(&mut batch).await.unwrap();
             stream.write_all(answer).await.unwrap();
-            session.close().await;
+            session.close().await.unwrap();
         }
     }
 

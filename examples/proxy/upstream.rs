@@ -56,7 +56,9 @@ impl Upstream {
 
     /// Ends the sessions, and makes no others.
     pub(crate) async fn close(&self) {
-        self.client.close().await;
+        if let Err(error) = self.client.close().await {
+            eprintln!("the server has not taken everything: {error}");
+        }
     }
 }
 

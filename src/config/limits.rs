@@ -54,6 +54,7 @@ pub(crate) struct Limits {
     pub(crate) total_mapped_bytes: u64,
     /// `None`: for ever.
     pub(crate) stall: Option<Duration>,
+    pub(crate) close_timeout: Duration,
     pub(crate) unread_fallback_bytes: usize,
     /// `None`: by the size of the buffer memory.
     pub(crate) stream_window: Option<u64>,
@@ -71,6 +72,7 @@ impl Default for Limits {
             mapped_bytes: 1 << 30,
             total_mapped_bytes: 64 << 30,
             stall: Some(Duration::from_secs(60)),
+            close_timeout: Duration::from_secs(2),
             unread_fallback_bytes: 64 << 20,
             stream_window: None,
         }

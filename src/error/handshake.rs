@@ -149,6 +149,23 @@ pub enum HandshakeError {
     /// The client's negotiation does not offer version 4, and it was told so.
     #[error("the client negotiates, and does not offer version 4")]
     Version4NotOffered,
+    /// The server did not answer the opening of version 4, as one that does not know it, and this
+    /// side must not [fall back](crate::ConfigBuilder::fall_back).
+    #[error(
+        "the server did not answer the opening of version 4 ({how}): it may not know that version, \
+         and falling back to version 3 is not allowed (`fall_back`)"
+    )]
+    Version4Unanswered {
+        /// What it did instead, in words.
+        how: &'static str,
+    },
+    /// The server of a version 2 session has not taken the first event that was sent to it: it has
+    /// not mapped the memory. (Version 2 has no message that says so.)
+    #[error(
+        "the server has not taken the first message within {0:?}: it has not mapped the shared \
+         memory of this version 2 session"
+    )]
+    NeverMapped(Duration),
     /// The server selected a version that it was not offered (version 4).
     #[error("the server selected version {0}, which was not offered to it")]
     VersionNotOffered(u64),

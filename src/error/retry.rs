@@ -54,6 +54,7 @@ impl Error {
             | Self::PeerClosed
             | Self::PeerNotReading
             | Self::PeerStalled(_)
+            | Self::NotTaken { .. }
             | Self::StreamClosedByPeer
             | Self::DeadlinePassed
             | Self::TooManyStreams(_) => true,
@@ -77,6 +78,9 @@ impl HandshakeError {
         match self {
             Self::Closed { .. }
             | Self::Timeout(_)
+            // It may have been starting.
+            | Self::Version4Unanswered { .. }
+            | Self::NeverMapped(_)
             | Self::TooManySessions(_)
             | Self::GaveWay(_)
             | Self::Stopping

@@ -2,8 +2,8 @@
 //! The client's side of the handshakes of versions 2 to 4 (WIRE chapter 2; spec chapter 4).
 //!
 //! Invariants: see the parent module. The client opens with version 2 or 3, never more, since a
-//! shmipc-go server closes on any other opening; or with version 4's own message, on which older
-//! servers close too, and then [falls back](ClientHandshake::may_fall_back). Both memories are
+//! shmipc-go server does not answer any other opening; or with version 4's own message, which older
+//! servers do not answer either, and then [falls back](ClientHandshake::may_fall_back). Both memories are
 //! created and initialised before they are announced, and in versions 2 and 3 before anything is
 //! said.
 //!
@@ -144,8 +144,8 @@ impl ClientHandshake {
         }
     }
 
-    /// Whether a connection that ends now is one of a server that does not know version 4, as far
-    /// as can be told.
+    /// Whether a server that closes the connection now, or stays silent, is one that does not know
+    /// version 4, as far as can be told.
     pub(crate) fn may_fall_back(&self) -> bool {
         matches!(self.state, State::SendNegotiation | State::AwaitNegotiation)
     }

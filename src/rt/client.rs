@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Instant;
 
 use futures_lite::future::or;
 
@@ -17,7 +18,6 @@ use super::kept::{Kept, SessionStatus};
 use super::session::Session;
 use super::shard_sessions::{Ended, Picked, ShardSessions};
 use super::stream::Stream;
-use super::task_waker::relayed;
 use crate::error::{Error, Result};
 
 /// While nobody knows how many shards a server has, no more than this are looked for.
@@ -57,7 +57,7 @@ const MOST_UNKNOWN_SHARDS: usize = 4096;
 ///         .await?;
 ///     assert_eq!(answer.into_bytes(), key);
 /// }
-/// client.close().await;
+/// client.close().await?;
 /// # Ok::<_, Error>(()) }).unwrap().join().unwrap().unwrap();
 /// # drop(server);
 /// # shmipc_glommio::Result::<()>::Ok(())
@@ -197,14 +197,19 @@ impl Client {
         shards.iter().flat_map(|shard| shard.status()).collect()
     }
 
-    /// Makes no more sessions, sends what waits for the sockets of those that there are, and ends
-    /// them, those among them that are held elsewhere. A server that does not read is waited for
-    /// up to the [patience](ClientBuilder::patience).
+    /// Makes no more sessions, and [closes](Session::close) those that there are, those among them
+    /// that are held elsewhere, all at the same time. Takes no longer than the
+    /// [patience](ClientBuilder::patience).
     ///
     /// Every handle of this client is closed then: whoever asks it for something, or waits for it,
     /// gets [`Error::SessionClosed`]. When the future is dropped, no more sessions are made all the
     /// same; sessions that were not ended by then are as if the last handle had been dropped.
-    pub async fn close(&self) {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotTaken`] of the first session whose server has not taken what was sent to it. All
+    /// sessions are over in any case.
+    pub async fn close(&self) -> Result<()> {
         self.inner.is_closed.set(true);
         let shards = std::mem::take(&mut *self.inner.shards.borrow_mut());
         let mut sessions = Vec::new();
@@ -214,18 +219,18 @@ impl Client {
         for shard in shards.values() {
             sessions.extend(shard.dismantle().await);
         }
-        let closing = async {
-            for session in &sessions {
-                session.close().await;
-            }
-        };
-        let too_late = async {
-            relayed(glommio::timer::sleep(self.inner.settings.patience)).await;
-        };
-        or(closing, too_late).await;
+        // One limit for all: servers take what was sent at the same time.
+        let limit = self.inner.connector.config().limits.close_timeout;
+        let limit = limit.min(self.inner.settings.patience);
+        let began = Instant::now();
+        let mut result = Ok(());
         for session in &sessions {
-            session.inner().fail(Error::SessionClosed);
+            let left = limit.saturating_sub(began.elapsed());
+            if let Err(error @ Error::NotTaken { .. }) = session.close_within(left).await {
+                result = result.and(Err(error));
+            }
         }
+        result
     }
 
     /// Takes something from a session to a shard, as soon as there is one that gives it.

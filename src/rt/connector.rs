@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! How a client gets a session.
 
+use std::cell::Cell;
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
@@ -9,8 +10,9 @@ use std::rc::Rc;
 
 use nix::errno::Errno;
 
-use super::handshake;
+use super::handshake::{self, Answer};
 use super::listener::within;
+use super::old_servers::{self, Address};
 use super::poller::Poller;
 use super::session::Session;
 use super::socket::Socket;
@@ -70,7 +72,8 @@ impl Connector {
     /// than [configured](crate::ConfigBuilder::handshake_timeout).
     pub async fn connect(&self, path: impl AsRef<Path>) -> Result<Session> {
         let path = path.as_ref();
-        self.session(async || Socket::connect_unix(path).await).await
+        let address = || Address::of_path(path);
+        self.session(address, async || Socket::connect_unix(path).await).await
     }
 
     /// Connects to shard `index` of the server at `path`: to `PATH.<index>`, where a
@@ -126,30 +129,56 @@ impl Connector {
     ///
     /// As [`connect`](Self::connect).
     pub async fn connect_tcp(&self, address: SocketAddr) -> Result<Session> {
-        self.session(async || Socket::connect_tcp(address).await).await
+        self.session(|| Address::Tcp(address), async || Socket::connect_tcp(address).await).await
     }
 
     pub(super) fn config(&self) -> &Config {
         &self.config
     }
 
-    async fn session(&self, open: impl AsyncFn() -> Result<Socket>) -> Result<Session> {
+    async fn session(
+        &self,
+        address: impl Fn() -> Address,
+        open: impl AsyncFn() -> Result<Socket>,
+    ) -> Result<Session> {
         let config = &self.config;
         // Started before the handshake, it is ready behind it.
         Poller::current();
+        let may_fall_back = config.protocol == ProtocolVersion::V4 && config.falls_back;
+        // Before the connection, so that it is that of the server which is connected to.
+        let address = may_fall_back.then(address);
+        let is_old = address.as_ref().is_some_and(old_servers::is_old);
+        let version = if is_old { ProtocolVersion::V3 } else { config.protocol };
+        let answer = Cell::new(Answer::NotDue);
         let connect = async {
-            match handshake::connect(open().await?, config, config.protocol).await {
-                Ok(established) => Ok(established),
-                Err(failed) if failed.may_fall_back && config.falls_back => {
-                    tracing::info!(error = %failed.error, "no answer in version 4");
-                    let version = ProtocolVersion::V3;
-                    let again = handshake::connect(open().await?, config, version).await;
-                    again.map_err(|failed| failed.error)
-                }
-                Err(failed) => Err(failed.error),
+            let failed = match handshake::connect(open().await?, config, version, &answer).await {
+                Ok(established) => return Ok(established),
+                Err(failed) => failed,
+            };
+            if let (true, Some(address)) = (is_old, &address) {
+                // Whoever is there now may know more than the one before.
+                old_servers::forget(address);
             }
+            let Some(address) = address.filter(|_| failed.may_fall_back) else {
+                return Err(failed.error);
+            };
+            tracing::info!(error = %failed.error, "no answer in version 4");
+            let is_silent = answer.get() == Answer::Due;
+            let version = ProtocolVersion::V3;
+            let again = handshake::connect(open().await?, config, version, &answer).await;
+            if again.is_ok() && is_silent {
+                old_servers::remember(address);
+            }
+            again.map_err(|failed| failed.error)
         };
-        let established = relayed(within(config, connect)).await?;
+        let established = match relayed(within(config, connect)).await {
+            // The whole time has passed in silence.
+            Err(Error::Handshake(HandshakeError::Timeout(_))) if answer.get() == Answer::Due => {
+                let how = "it said nothing";
+                return Err(HandshakeError::Version4Unanswered { how }.into());
+            }
+            established => established?,
+        };
         Ok(Session::start(established, config, self.trust))
     }
 }

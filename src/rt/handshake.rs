@@ -10,8 +10,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::rc::Rc;
+use std::time::Duration;
 
-use futures_lite::future::yield_now;
+use futures_lite::future::{or, yield_now};
 use nix::errno::Errno;
 
 use super::admission::{Admission, Admitted};
@@ -44,6 +45,11 @@ const HANDSHAKE_MESSAGE_LEN: u32 = 8 + MAX_NEGOTIATION_LEN;
 /// millisecond's work.
 const RESERVED_AT_ONCE: usize = 1 << 20;
 
+/// How long a server may take for its answer to the opening of version 4, at the most, before it is
+/// taken for one that does not know it: hundreds of times what an answer takes. A server that was
+/// slower is asked again later.
+const LONGEST_SILENCE: Duration = Duration::from_millis(500);
+
 /// What two sides agreed on, ready to carry a session.
 pub(super) struct Established {
     pub(super) role: Role,
@@ -61,6 +67,17 @@ pub(super) struct ConnectError {
     pub(super) may_fall_back: bool,
 }
 
+/// How far a server is with its answer to the opening of version 4.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// Nothing was asked yet, or not in version 4, or the connection has ended.
+    NotDue,
+    /// It has said nothing.
+    Due,
+    /// It has said something.
+    Given,
+}
+
 /// Both memories of a session, from one side.
 pub(super) struct SessionMemory {
     pub(super) producer: Producer<Region>,
@@ -72,12 +89,15 @@ pub(super) struct SessionMemory {
     pub(super) admitted: Option<Admitted>,
 }
 
-/// The client's side, opening with this version. The caller bounds the time.
+/// The client's side, opening with this version. The caller bounds the time, except that a server
+/// which says nothing to version 4 is given up early when there is something to fall back to.
 pub(super) async fn connect(
     socket: Socket,
     config: &Config,
     version: ProtocolVersion,
+    answer: &Cell<Answer>,
 ) -> Result<Established, ConnectError> {
+    answer.set(Answer::NotDue);
     let fixed = |error| ConnectError { error, may_fall_back: false };
     let peer = socket.peer().map_err(fixed)?;
     peer.check(&config.allowed_peers, "server").map_err(|error| fixed(error.into()))?;
@@ -89,11 +109,20 @@ pub(super) async fn connect(
     let mut handshake =
         ClientHandshake::new(version, config.memory, features, paths.clone()).map_err(fixed)?;
     let mut inbox = Inbox::new();
-    let driven = drive_client(&mut handshake, &mut inbox, &socket, &paths, config).await;
+    let driven = drive_client(&mut handshake, &mut inbox, &socket, &paths, config, answer).await;
     let (agreement, created) = driven.map_err(|error| {
         // Whoever has said a part of something knows the version.
         let is_unheard = handshake.may_fall_back() && inbox.deframer.is_empty();
-        let may_fall_back = is_unheard && is_end_of_connection(&error);
+        let is_closed = is_unheard && is_end_of_connection(&error);
+        if is_closed {
+            answer.set(Answer::NotDue);
+        }
+        let is_silent = is_unheard && answer.get() == Answer::Due;
+        let may_fall_back = is_closed || is_silent;
+        if is_closed && !config.falls_back {
+            let how = "it closed the connection";
+            return fixed(HandshakeError::Version4Unanswered { how }.into());
+        }
         ConnectError { error, may_fall_back }
     })?;
     let Created { mut memory, doorbell, .. } = created;
@@ -128,6 +157,7 @@ async fn drive_client(
     socket: &Socket,
     paths: &MemoryPaths,
     config: &Config,
+    answer: &Cell<Answer>,
 ) -> Result<(Agreement, Created), Error> {
     let mut created = None;
     loop {
@@ -146,6 +176,11 @@ async fn drive_client(
                 handshake.sent();
             }
             ClientStep::AwaitMessage(due) => {
+                if handshake.may_fall_back() {
+                    answer.set(Answer::Due);
+                    await_answer(inbox, socket, config).await?;
+                    answer.set(Answer::Given);
+                }
                 let (header, message) = inbox.receive(socket, due).await?;
                 handshake.receive(&header, &message)?;
             }
@@ -155,6 +190,28 @@ async fn drive_client(
             }
         }
     }
+}
+
+/// Waits until the server says something to the opening of version 4, or ends the connection.
+///
+/// # Errors
+///
+/// It does not for so long that it is taken for one that does not know the version: a quarter of
+/// the handshake's time, so that the rest suffices for version 3, and no more than
+/// [`LONGEST_SILENCE`].
+async fn await_answer(inbox: &Inbox, socket: &Socket, config: &Config) -> Result<(), Error> {
+    if !inbox.deframer.is_empty() {
+        return Ok(());
+    }
+    if !config.falls_back {
+        return socket.readable().await;
+    }
+    let limit = (config.limits.handshake_timeout / 4).min(LONGEST_SILENCE);
+    let silent = async {
+        glommio::timer::sleep(limit).await;
+        Err(HandshakeError::Timeout(limit).into())
+    };
+    or(socket.readable(), silent).await
 }
 
 /// The server's side, with a peer that may be spoken to. The caller bounds the time.

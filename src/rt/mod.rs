@@ -21,10 +21,11 @@
 //!   [`deadline`]; [`loan`]: messages as values, borrowed and sent by [`lending`]; [`credit`]: how
 //!   far a sender may go.
 //! - [`listener`], [`connector`]: how sessions come to be; [`admission`]: how many;
-//!   [`peer`]: with whom; [`socket_path`]: the files of sockets, and [turns](door_lock) at them.
+//!   [`old_servers`]: in which version not to try; [`peer`]: with whom; [`socket_path`]: the files of sockets, and [turns](door_lock) at them.
 //! - [`client`], made by a [`client_builder`]: a core's [sessions](shard_sessions) to the shards of
 //!   a server, each [`kept`] up with a [`backoff`].
-//! - [`drain`]: how a session is brought to its end without a loss.
+//! - [`drain`]: how a session is brought to its end without losing what was asked of it; [`close`]:
+//!   without losing what it has sent.
 //! - [`server`]: an executor for each of its [`cores`], each with a [`shard`] of the sessions;
 //!   [`dealer`]: the thread that deals what comes in at their common door; [`serving`]: a task for
 //!   each stream; [`tasks`]: tasks that end with what they belong to; [`wakers`] and
@@ -37,6 +38,7 @@ mod backoff;
 mod callback;
 mod client;
 mod client_builder;
+mod close;
 mod company;
 mod connector;
 mod cores;
@@ -56,6 +58,7 @@ mod kept;
 mod lending;
 mod listener;
 mod loan;
+mod old_servers;
 mod outbox;
 mod overtaking;
 mod own_core;

@@ -55,6 +55,11 @@ impl Outbox {
         self.kept_bytes.get() == 0
     }
 
+    /// How many bytes the socket has not taken.
+    pub(super) fn len(&self) -> usize {
+        self.kept_bytes.get()
+    }
+
     /// Whether payload should wait.
     pub(super) fn is_full(&self) -> bool {
         self.kept_bytes.get() >= KEEP_AT_MOST

@@ -107,7 +107,7 @@ impl SessionInner {
     }
 }
 
-fn closed(stream_id: u32) -> Event {
+pub(super) fn closed(stream_id: u32) -> Event {
     Event { stream_id, offset: 0, status: EventState::Closed.to_status() }
 }
 

@@ -29,6 +29,7 @@ use futures_lite::future::{or, poll_fn, yield_now};
 use glommio::{Latency, Shares, TaskQueueHandle};
 
 use super::activity::Place;
+use super::close::{Lingering, end_lingering};
 use super::company::Company;
 use super::driver::Stay;
 use super::give_way::GiveWay;
@@ -98,6 +99,7 @@ pub(super) struct Poller {
     watch: Watch,
     ticks: Ticks,
     rests: Rests,
+    lingering: Lingering,
     last_reactor_pass: Cell<Option<Instant>>,
     /// Whether tasks did more since the last pass than run once: then the time has to be looked up.
     is_clock_stale: Cell<bool>,
@@ -130,12 +132,14 @@ impl Poller {
             watch: Watch::default(),
             ticks: Ticks::default(),
             rests: Rests::default(),
+            lingering: Lingering::default(),
             last_reactor_pass: Cell::new(None),
             is_clock_stale: Cell::new(false),
             reactor_interval: Cell::new(Duration::MAX),
         });
         CURRENT.set(Some(Rc::clone(&poller)));
         poller.spawn(run(Rc::clone(&poller)));
+        poller.spawn(end_lingering(Rc::clone(&poller)));
         poller
     }
 
@@ -149,6 +153,10 @@ impl Poller {
 
     pub(super) fn rests(&self) -> &Rests {
         &self.rests
+    }
+
+    pub(super) fn lingering(&self) -> &Lingering {
+        &self.lingering
     }
 
     /// Looks at io_uring at least this often while a session is busy.
@@ -175,6 +183,10 @@ impl Poller {
         let executor = glommio::executor().id();
         let current = CURRENT.with_borrow(Clone::clone);
         if let Some(poller) = current.filter(|poller| poller.executor == executor) {
+            // Each of them ends in time by itself.
+            while !poller.lingering.is_empty() {
+                glommio::timer::sleep(LAST_LOOK).await;
+            }
             poller.tasks.cancel().await;
             // What was dropped with them is closed by io_uring, when it is looked at the next time.
             glommio::timer::sleep(LAST_LOOK).await;

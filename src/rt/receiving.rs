@@ -361,6 +361,9 @@ impl SessionInner {
                     let unread = &self.inbox.unread_bytes;
                     unread.set(unread.get() + data.socket_cost());
                     self.deliver(stream_id, data);
+                    if let Some(stream) = self.streams.borrow().get(stream_id) {
+                        stream.note_come_by_socket();
+                    }
                 }
                 if EventState::from_status(status) == EventState::HalfClosed {
                     self.peer_half_closed(stream_id);

@@ -69,6 +69,7 @@ impl SessionInner {
         };
         if must_ring {
             self.counters.sync_events_sent.add(1);
+            self.expect_first_event_taken();
             match self.doorbell() {
                 Doorbell::EventFds { theirs, .. } => self.ring_event_fd(theirs),
                 _ => self.send_message(&sync_event(self.version_byte())),

@@ -12,6 +12,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use super::activity::Activity;
 use super::admission::Admitted;
@@ -37,6 +38,9 @@ use crate::shm::queue::{Consumer, Producer};
 use crate::shm::region::{Region, SharedFile};
 use crate::stats::{Counters, PoolUsage, SessionStats};
 use crate::wire::{Deframer, ShardIdentity};
+
+/// A session whose client does not hear whether its server has come to have it.
+const UNANSWERED: (Role, ProtocolVersion) = (Role::Client, ProtocolVersion::V2);
 
 /// Everything that both handles and tasks of a session share.
 pub(super) struct SessionInner {
@@ -173,6 +177,10 @@ impl SessionInner {
         self.ending.waiting.wake_all();
         self.outbox.clear();
         self.lanes.manager.set_resting(true);
+        // The peer can see what was taken. Who is in the middle of taking fails for another reason.
+        if let Ok(mut consumer) = self.lanes.consumer.try_borrow_mut() {
+            consumer.publish();
+        }
         // Wakes the reader, and tells the peer.
         self.socket.shut_down();
         self.ending.files.borrow_mut().clear();
@@ -256,8 +264,7 @@ impl SessionGuard {
 
 impl Drop for SessionGuard {
     fn drop(&mut self) {
-        self.inner.flush_queue();
-        self.inner.fail(Error::SessionClosed);
+        self.inner.end_at_last();
     }
 }
 
@@ -292,7 +299,7 @@ impl Drop for SessionGuard {
 ///     let answer = stream.recv().await?.expect("an answer");
 ///     assert_eq!(answer.into_bytes(), question);
 /// }
-/// session.close().await;
+/// session.close().await?;
 /// assert!(matches!(session.closed().await, Error::SessionClosed));
 /// # assert!(matches!(server.await, Err(Error::PeerClosed)));
 /// # Ok::<(), Error>(()) }).unwrap().join().unwrap().unwrap();
@@ -335,7 +342,7 @@ impl Session {
             },
             credit,
             poller: Poller::current(),
-            movement: Movement::default(),
+            movement: Movement::of_peer((role, agreement.version) == UNANSWERED),
             peer,
             socket,
             doorbell,
@@ -412,17 +419,42 @@ impl Session {
         self.inner().ended()
     }
 
-    /// Sends what waits for the socket, then ends the session.
+    /// Ends the session when its peer has taken what was sent before.
     ///
-    /// Its streams end with [`Error::SessionClosed`]. Not needed for anything but the wait:
-    /// dropping every handle ends the session too. Cancel-safe: a session that is not ended goes
-    /// on.
-    pub async fn close(&self) {
+    /// Waits until the socket has taken what was sent over it. A peer that is not of this crate
+    /// drops what it has not read when the connection ends; so it is waited for until it has taken
+    /// every event, and has given back every buffer slice, that was sent to it before the call.
+    /// What is sent meanwhile is not waited for. A server that keeps the memory of a message while
+    /// its stream is open is helped by closing the streams first.
+    ///
+    /// Streams end with [`Error::SessionClosed`]. Dropping every handle ends the session in the
+    /// same way, in the background, as long as the executor runs: a program whose executor ends
+    /// waits here, or for [`shut_down`](crate::shut_down). Cancel-safe: a session that has not
+    /// ended goes on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotTaken`], when the peer has not taken everything within the
+    /// [configured time](crate::ConfigBuilder::close_timeout). Why the session had ended before, if
+    /// it was not closed on this side; but a peer that went away after it had taken everything is
+    /// no error. The session is over in any case.
+    pub async fn close(&self) -> Result<()> {
+        self.close_within(self.inner().config.limits.close_timeout).await
+    }
+
+    pub(super) async fn close_within(&self, limit: Duration) -> Result<()> {
         let inner = self.inner();
-        inner.flush_queue();
-        // An error means that it is over already.
-        let _ = inner.flushed().await;
-        inner.fail(Error::SessionClosed);
+        let taken = match inner.ended() {
+            Some(error) => Err(error),
+            None => inner.let_peer_take(limit).await,
+        };
+        inner.fail(taken.clone().err().unwrap_or(Error::SessionClosed));
+        match taken {
+            // Closed before, or by another handle meanwhile.
+            Err(Error::SessionClosed) => Ok(()),
+            Err(Error::PeerClosed) if inner.has_peer_taken_all().await => Ok(()),
+            taken => taken,
+        }
     }
 
     /// The protocol version that both sides agreed on.

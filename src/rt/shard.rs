@@ -6,7 +6,7 @@
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
@@ -34,7 +34,8 @@ pub(super) type Failure = Box<dyn std::error::Error + Send + Sync>;
 /// How often streams are looked at that should end: longer than somebody who is in the middle of
 /// something takes to go on.
 const DRAIN_INTERVAL: Duration = Duration::from_millis(20);
-/// How long a session gets to send what waits for its socket, when it is closed.
+/// How long a session gets to end when the server has no more time: half of that until its peer has
+/// taken what was sent, the other half once the handlers were cut.
 const CLOSE_PATIENCE: Duration = Duration::from_millis(500);
 
 /// What one shard of a server counted.
@@ -343,7 +344,7 @@ impl Shard {
             let result = or(handled, cut).await;
             shard.let_streams_end(&session).await;
             shard.note_end(number, &session, result);
-            close(&session).await;
+            shard.close(&session).await;
             shard.inner.open.borrow_mut().remove(&number);
             shard.inner.ended.wake_all();
             drop(load);
@@ -402,6 +403,7 @@ impl Shard {
         }
         let began = Instant::now();
         let mut drain = Drain::Look;
+        let mut closing = BTreeSet::new();
         // Without a deadline, the listener failed before anybody asked.
         while let Phase::Draining(deadline) = self.inner.stop.phase.get() {
             let now = Instant::now();
@@ -413,10 +415,12 @@ impl Shard {
             if now >= began + deadline.saturating_duration_since(began) / 2 {
                 drain = Drain::All;
             }
-            for session in self.sessions() {
+            let open = self.inner.open.borrow().clone();
+            for (number, session) in open {
                 let is_done = session.inner().drain_streams(drain);
-                if is_done && drain != Drain::Look && session.end_reason().is_none() {
-                    glommio::spawn_local(async move { close(&session).await }).detach();
+                let may_close = drain != Drain::Look && session.end_reason().is_none();
+                if is_done && may_close && closing.insert(number) {
+                    self.begin_close(session);
                 }
             }
             if drain == Drain::Look {
@@ -425,7 +429,7 @@ impl Shard {
             glommio::timer::sleep(DRAIN_INTERVAL.min(left_until(deadline))).await;
         }
         for session in self.sessions() {
-            glommio::spawn_local(async move { close(&session).await }).detach();
+            self.begin_close(session);
         }
         let end = Instant::now() + 2 * CLOSE_PATIENCE;
         while !self.inner.open.borrow().is_empty() && Instant::now() < end {
@@ -435,6 +439,25 @@ impl Shard {
         while !self.inner.open.borrow().is_empty() {
             self.ended_within(CLOSE_PATIENCE).await;
         }
+    }
+
+    fn begin_close(&self, session: Session) {
+        let shard = self.clone();
+        glommio::spawn_local(async move { shard.close(&session).await }).detach();
+    }
+
+    /// Closes a session when its peer has taken what was sent to it, if it does so in time: before
+    /// the session's own limit, and not long after the server has stopped.
+    async fn close(&self, session: &Session) {
+        let cut = async {
+            self.inner.stop.reached(|phase| phase == Phase::Cut).await;
+            glommio::timer::sleep(CLOSE_PATIENCE).await;
+            Ok(())
+        };
+        if let Err(error) = or(session.close(), cut).await {
+            tracing::debug!(shard = self.index(), %error, "session closed");
+        }
+        session.inner().fail(Error::SessionClosed);
     }
 
     /// Shuts down the sockets of all sessions, of which no task will run again, so that peers know.
@@ -482,15 +505,6 @@ fn left_until(deadline: Instant) -> Duration {
 pub(super) fn panic_text(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("panicked")
-}
-
-/// Closes a session whose peer may not take the last bytes.
-async fn close(session: &Session) {
-    or(session.close(), async {
-        glommio::timer::sleep(CLOSE_PATIENCE).await;
-        session.inner().fail(Error::SessionClosed);
-    })
-    .await;
 }
 
 /// Takes dealt connections into the listener, as many at a time as it has places for.

@@ -6,7 +6,8 @@
 //! which passing memory needs. So both kinds of socket are held in them here, and the few calls
 //! that glommio does not make are made on the descriptor, none of which waits.
 //!
-//! `unsafe` here: taking over descriptors that were made, or received, a line before.
+//! `unsafe` here: taking over descriptors that were made, or received, a line before; and a question
+//! about a socket's buffer for which `nix` has no function.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::SocketAddr;
@@ -214,6 +215,15 @@ impl Socket {
         let hung_up = PollFlags::POLLHUP | PollFlags::POLLERR;
         nix::poll::poll(&mut polled, PollTimeout::ZERO).is_ok()
             && polled[0].revents().is_some_and(|revents| revents.intersects(hung_up))
+    }
+
+    /// About how many bytes the peer has not read yet; over TCP, that its host has not received.
+    pub(super) fn unread_by_peer(&self) -> usize {
+        let mut bytes: nix::libc::c_int = 0;
+        // SAFETY: the kernel writes one integer to the address, which is that of a live one.
+        let result = unsafe { nix::libc::ioctl(self.raw(), nix::libc::TIOCOUTQ, &raw mut bytes) };
+        // An error means that there is no connection any more.
+        if result == 0 { usize::try_from(bytes).unwrap_or_default() } else { 0 }
     }
 
     /// Ends the connection in both directions, for every handle on it.

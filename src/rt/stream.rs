@@ -40,6 +40,8 @@ pub(super) struct StreamInner {
     pub(super) has_waiting_credit: Cell<bool>,
     /// Whether this side's direction has ended and the peer is not known to understand that.
     pub(super) owes_end: Cell<bool>,
+    /// Whether something of it came over the socket.
+    has_come_by_socket: Cell<bool>,
     /// Whether the peer has heard of the stream, and so must hear of its end.
     is_known_to_peer: Cell<bool>,
     /// Whether something came since this was last looked at.
@@ -76,6 +78,7 @@ impl StreamInner {
             owes_credit: Cell::new(false),
             has_waiting_credit: Cell::new(false),
             owes_end: Cell::new(false),
+            has_come_by_socket: Cell::new(false),
             is_known_to_peer: Cell::new(false),
             has_received: Cell::new(false),
             sent_before: Cell::new(0),
@@ -113,6 +116,16 @@ impl StreamInner {
     pub(super) fn note_received(&self) {
         self.note_known_to_peer();
         self.has_received.set(true);
+    }
+
+    /// Notes that something of it came over the socket.
+    pub(super) fn note_come_by_socket(&self) {
+        self.has_come_by_socket.set(true);
+    }
+
+    /// Whether either side has used the socket for it.
+    fn has_used_socket(&self) -> bool {
+        self.sending.has_used_socket() || self.has_come_by_socket.get()
     }
 
     #[inline]
@@ -228,7 +241,11 @@ impl Stream {
     pub(super) fn is_reusable(&self) -> bool {
         let inner = self.writer.inner();
         let is_whole = inner.life().here() == Side::Open && inner.life().peer() == Side::Open;
-        is_whole && self.unread() == 0 && !self.writer.session().is_over()
+        let session = self.writer.session();
+        // A peer that does not know the extension never returns to memory on a stream whose data
+        // went over the socket, whichever side began with that (WIRE chapter 5), nor can this side.
+        let may_use_memory = session.credit.is_known() || !inner.has_used_socket();
+        is_whole && may_use_memory && self.unread() == 0 && !session.is_over()
     }
 
     pub(super) fn is_of_session(&self, session: &Session) -> bool {

@@ -139,6 +139,13 @@ impl Classes {
         Some(stand.first + stand.list.place_of_slice(offset)?)
     }
 
+    /// Where the slice of this number stands.
+    pub(super) fn offset_of(&self, id: SliceId) -> usize {
+        let stand = self.stands.iter().find(|stand| stand.has(id));
+        let stand = stand.expect("a number that the ledger has");
+        stand.list.slice(id - stand.first)
+    }
+
     /// The state of every list, in the order in which they stand in the memory.
     pub(super) fn usage<M: Memory>(&self, memory: &M) -> Vec<SliceUsage> {
         let usage = |(number, stand): (usize, &Stand)| {

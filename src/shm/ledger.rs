@@ -9,7 +9,7 @@ use std::cell::Cell;
 use crate::wire::layout::SLICE_HEADER_LEN;
 
 /// A slice, counted through all lists of its memory.
-pub(super) type SliceId = u32;
+pub(crate) type SliceId = u32;
 /// No slice: the end of a chain.
 pub(super) const NO_SLICE: SliceId = u32::MAX;
 

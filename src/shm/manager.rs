@@ -39,8 +39,9 @@ use super::access::{Memory, PeerTrust};
 use super::chain::{Chain, ChainState, Parcel};
 use super::classes::{Class, Classes};
 use super::ledger::Entry;
+pub(super) use super::ledger::NO_SLICE;
+pub(crate) use super::ledger::SliceId;
 pub use super::ledger::{ListOwner, SliceUsage};
-pub(super) use super::ledger::{NO_SLICE, SliceId};
 use super::list::MAX_BATCH;
 use super::region::Region;
 use super::setup::{ListSets, Lists, create_lists, map_lists};
@@ -51,6 +52,9 @@ use crate::wire::layout::{FLAG_HAS_NEXT, FLAG_IN_USE, SLICE_SIZE_OFFSET};
 
 /// The most chains whose memory is kept for the chains to come.
 const MAX_CHAIN_STATES: u32 = 4096;
+
+/// How many slices are looked at in one go when those are sought that the peer has.
+const SEARCHED_AT_ONCE: u32 = 1 << 14;
 
 /// The buffer memory of one session, as one side sees it.
 pub(crate) struct BufferManager<M = Region> {
@@ -452,6 +456,37 @@ impl<M: Memory> BufferManager<M> {
         let entry = self.entry(id);
         entry.offset.set(0);
         entry.next.get()
+    }
+
+    /// Appends to `found` the slices from number `from` on that this side has sent and the peer has
+    /// not given back yet, and returns the number to go on from; `None` behind the last slice.
+    /// Looks at [`SEARCHED_AT_ONCE`] slices at most, since there can be millions of them.
+    pub(crate) fn find_sent(&self, from: SliceId, found: &mut Vec<SliceId>) -> Option<SliceId> {
+        // Fits: a memory has fewer slices than offsets.
+        let (len, begin) = (self.ledger.len() as u32, from.min(self.ledger.len() as u32));
+        let end = begin.saturating_add(SEARCHED_AT_ONCE).min(len);
+        found.extend((begin..end).filter(|&id| self.is_with_peer(id)));
+        (end < len).then_some(end)
+    }
+
+    /// Whether this side has sent the slice, and the peer has not given it back yet.
+    ///
+    /// Private memory knows which slices were sent and have not come back to this side: their
+    /// entries have a length and no offset. Of these, the shared header says which are still in
+    /// use. Whoever frees a slice clears the mark and the size (WIRE chapter 4), and whoever takes
+    /// it next marks it again, with a size of zero until it is sent. So it counts as free unless
+    /// both are as this side wrote them. One that was freed, taken and sent with the very same size
+    /// is taken for one that was not freed until its event is handled, which errs towards waiting.
+    pub(crate) fn is_with_peer(&self, id: SliceId) -> bool {
+        let entry = self.entry(id);
+        let len = entry.len.get();
+        if entry.offset.get() != 0 || len == 0 {
+            return false;
+        }
+        // Relaxed: nothing that the peer wrote is read because of it.
+        let [_, size, _, _, flags] = self.memory.load_words(self.classes.offset_of(id));
+        let [flags, ..] = flags.to_ne_bytes();
+        flags & FLAG_IN_USE != 0 && size == len
     }
 
     /// Puts a held slice among the free. Gives the next of its chain.

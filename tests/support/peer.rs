@@ -30,7 +30,7 @@ use super::payload::{Way, check, payload};
 const ORDER: &str = "SHMIPC_TEST_PEER";
 const READY: &str = "peer: ready";
 const DONE: &str = "peer: done";
-const CLOSED: &str = "peer: closed on a negotiation";
+const UNANSWERED: &str = "peer: did not answer a negotiation";
 /// A peer that is forgotten must not stay.
 const LONGEST_LIFE: Duration = Duration::from_secs(150);
 
@@ -53,6 +53,17 @@ pub(crate) enum Role {
     Client,
 }
 
+/// What a server does when it is opened in version 4.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OnNegotiation {
+    /// It knows the version.
+    Answer,
+    /// It does not, and closes the connection.
+    Close,
+    /// It does not, and neither answers nor closes, as shmipc-go does.
+    StaySilent,
+}
+
 /// Everything that the peer has to know.
 #[derive(Clone, Debug)]
 pub(crate) struct Order {
@@ -63,8 +74,8 @@ pub(crate) struct Order {
     /// How it asks to be woken in version 4, if it opens with that: otherwise with version 2 for
     /// files, and with version 3 for memfds.
     pub(crate) version_4: Option<Wakeup>,
-    /// Whether the server is one of before version 4, which closes on a negotiation.
-    pub(crate) closes_on_negotiation: bool,
+    /// What the server does when it is opened in version 4.
+    pub(crate) on_negotiation: OnNegotiation,
     pub(crate) prefix: String,
     pub(crate) pool: u32,
     pub(crate) plan: Plan,
@@ -84,7 +95,7 @@ impl Order {
                 Some(Wakeup::Polling(interval)) => interval.as_micros().to_string(),
                 Some(_) => "socket".into(),
             },
-            self.closes_on_negotiation.to_string(),
+            format!("{:?}", self.on_negotiation),
             self.prefix.clone(),
             self.pool.to_string(),
             plan.streams.to_string(),
@@ -111,7 +122,11 @@ impl Order {
                 "socket" => Some(Wakeup::Socket),
                 micros => Some(Wakeup::Polling(Duration::from_micros(micros.parse().unwrap()))),
             },
-            closes_on_negotiation: field() == "true",
+            on_negotiation: match field().as_str() {
+                "Answer" => OnNegotiation::Answer,
+                "Close" => OnNegotiation::Close,
+                _ => OnNegotiation::StaySilent,
+            },
             prefix: field(),
             pool: field().parse().unwrap(),
             plan: Plan {
@@ -165,9 +180,9 @@ impl Peer {
         self.said.lock().unwrap().contains(DONE)
     }
 
-    /// How many connections it has closed on a negotiation.
-    pub(crate) fn negotiations_closed(&self) -> usize {
-        self.said.lock().unwrap().matches(CLOSED).count()
+    /// How many negotiations it has not answered.
+    pub(crate) fn negotiations_unanswered(&self) -> usize {
+        self.said.lock().unwrap().matches(UNANSWERED).count()
     }
 
     /// How the process ended, if it has.
@@ -245,9 +260,12 @@ async fn dismissed() {
 
 async fn serve(order: Order) {
     let (address, config) = (address(&order), config(&order));
-    let listener = match order.closes_on_negotiation {
-        false => Listener::new(DefaultUnixListen, address, config).await,
-        true => Listener::new(OldListen, address, config).await,
+    let listener = match order.on_negotiation {
+        OnNegotiation::Answer => Listener::new(DefaultUnixListen, address, config).await,
+        OnNegotiation::Close | OnNegotiation::StaySilent => {
+            let closes = order.on_negotiation == OnNegotiation::Close;
+            Listener::new(OldListen { closes }, address, config).await
+        }
     };
     let mut listener = listener.unwrap();
     println!("{READY}");
@@ -265,16 +283,25 @@ async fn serve(order: Order) {
 }
 
 /// Listens like a server that does not know version 4.
-struct OldListen;
+struct OldListen {
+    /// Whether it closes a connection that is opened in it.
+    closes: bool,
+}
 
-struct OldListener(tokio::net::UnixListener);
+struct OldListener {
+    listener: tokio::net::UnixListener,
+    closes: bool,
+    /// Connections that it neither answers nor closes.
+    silent: Mutex<Vec<tokio::net::UnixStream>>,
+}
 
 impl TransportListen for OldListen {
     type Listener = OldListener;
     type Address = SocketAddr;
 
     async fn listen(&self, address: SocketAddr) -> std::io::Result<OldListener> {
-        DefaultUnixListen.listen(address).await.map(OldListener)
+        let listener = DefaultUnixListen.listen(address).await?;
+        Ok(OldListener { listener, closes: self.closes, silent: Mutex::default() })
     }
 }
 
@@ -285,11 +312,14 @@ impl TransportListener for OldListener {
     async fn accept(&self) -> std::io::Result<(Self::Stream, Self::Address)> {
         const NEGOTIATION: u8 = 10;
         loop {
-            let (stream, address) = self.0.accept().await?;
+            let (stream, address) = self.listener.accept().await?;
             if first_type(&stream).await? != NEGOTIATION {
                 return Ok((stream, address));
             }
-            println!("{CLOSED}");
+            if !self.closes {
+                self.silent.lock().unwrap().push(stream);
+            }
+            println!("{UNANSWERED}");
         }
     }
 }

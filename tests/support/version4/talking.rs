@@ -265,7 +265,7 @@ fn the_end_of_a_session_reaches_the_other_side() {
                 let error = stream.read(&mut [0]).await.unwrap_err();
                 assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{error}");
             };
-            zip(waiting, first.close()).await;
+            zip(waiting, first.close()).await.1.unwrap();
             assert!(matches!(last.end_reason(), Some(Error::PeerClosed)));
             assert!(matches!(first.end_reason(), Some(Error::SessionClosed)));
             drop((stream, other));

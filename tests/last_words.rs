@@ -1,0 +1,550 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What was sent before a session ended arrives, also at a peer that drops what it has not read when
+//! the connection ends; what a server of another implementation never answers, maps or takes is
+//! found out soon; and what its fallback over the socket leaves behind is not used again.
+
+use std::os::unix::net::UnixListener;
+use std::rc::Rc;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use futures_lite::{AsyncReadExt, AsyncWriteExt};
+use shmipc_glommio::{
+    Client, Config, ConfigBuilder, Connector, Cores, Error, HandshakeError, Listener, MemoryKind,
+    ProtocolVersion, Server, Session,
+};
+
+use support::executor::{SocketPath, run, within};
+use support::foreign::{EXCHANGE, FALLBACK, Foreign, NEGOTIATION, accept, receive};
+
+mod support {
+    #[allow(dead_code, reason = "other tests use the rest")]
+    pub(crate) mod executor;
+    pub(crate) mod foreign;
+}
+
+const LIMIT: Duration = Duration::from_secs(120);
+const PATIENT: Duration = Duration::from_secs(60);
+/// Long enough for a close that does not wait to be over.
+const A_WHILE: Duration = Duration::from_millis(40);
+const WORDS: [u8; 216] = [7; 216];
+
+/// Versions 2 and 3, each with the memory that other implementations use with it.
+const KINDS: [(ProtocolVersion, MemoryKind); 3] = [
+    (ProtocolVersion::V3, MemoryKind::Memfd),
+    (ProtocolVersion::V3, MemoryKind::File),
+    (ProtocolVersion::V2, MemoryKind::File),
+];
+
+fn config(version: ProtocolVersion, memory: MemoryKind) -> ConfigBuilder {
+    Config::builder()
+        .container()
+        .protocol(version)
+        .memory(memory)
+        .handshake_timeout(PATIENT)
+        .close_timeout(PATIENT)
+}
+
+/// A server of another implementation on a thread of its own.
+fn serve<T: Send + 'static>(
+    path: &SocketPath,
+    server: impl FnOnce(UnixListener) -> T + Send + 'static,
+) -> JoinHandle<T> {
+    let listener = UnixListener::bind(path.as_str()).unwrap();
+    std::thread::spawn(move || server(listener))
+}
+
+/// Waits for the end of a server's thread, without holding up the executor.
+async fn joined<T>(server: JoinHandle<T>) -> T {
+    assert!(within(PATIENT, || server.is_finished()).await, "the server hangs");
+    server.join().unwrap()
+}
+
+/// Takes one message, each step of it late.
+fn take_late(listener: UnixListener) -> Option<Vec<u8>> {
+    let late = || std::thread::sleep(A_WHILE);
+    let peer = Foreign::serve(accept(&listener), late);
+    late();
+    let event = peer.take()?;
+    late();
+    let words = peer.read(event)?;
+    peer.free(event);
+    peer.sleep();
+    if peer.waiting() > 0 {
+        peer.take();
+    }
+    Some(words)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum End {
+    CloseBoth,
+    CloseSession,
+    DropAll,
+}
+
+#[test]
+fn last_words_reach_a_server_that_handles_a_hang_up_first() {
+    run(LIMIT, || async {
+        for (version, memory) in KINDS {
+            for end in [End::CloseBoth, End::CloseSession, End::DropAll] {
+                let path = SocketPath::new();
+                let server = serve(&path, take_late);
+                let connector = Connector::new(config(version, memory).build().unwrap());
+                let session = connector.connect(path.as_str()).await.unwrap();
+                let mut stream = session.open_stream().unwrap();
+                stream.write_all(&WORDS).await.unwrap();
+                stream.flush().await.unwrap();
+                match end {
+                    End::CloseBoth => {
+                        stream.close().await.unwrap();
+                        drop(stream);
+                        session.close().await.unwrap();
+                    }
+                    End::CloseSession => session.close().await.unwrap(),
+                    End::DropAll => drop((stream, session)),
+                }
+                let words = joined(server).await;
+                assert_eq!(words.as_deref(), Some(&WORDS[..]), "{version:?} {memory:?} {end:?}");
+            }
+        }
+    });
+}
+
+/// Memory of 64 KiB, so that most of what is sent goes over the socket.
+fn tiny(version: ProtocolVersion, memory: MemoryKind) -> ConfigBuilder {
+    config(version, memory)
+        .buffer_size(1 << 16)
+        .slice_classes([shmipc_glommio::SliceClass::new(1004, 100)])
+        .pool_wait(Duration::ZERO)
+}
+
+#[test]
+fn last_words_that_went_over_the_socket_are_read_before_the_hang_up() {
+    const LEN: usize = 1 << 17;
+    run(LIMIT, || async {
+        for (version, memory) in KINDS {
+            let path = SocketPath::new();
+            let server = serve(&path, |listener| {
+                let mut peer = Foreign::serve(accept(&listener), || {});
+                let mut got = 0;
+                while got < LEN {
+                    std::thread::sleep(A_WHILE / 8);
+                    if peer.waiting() > 0 {
+                        let Some(event) = peer.take() else { return got };
+                        let Some(words) = peer.read(event) else { return got };
+                        got += words.len();
+                        peer.free(event);
+                        continue;
+                    }
+                    peer.sleep();
+                    // A hang-up is seen before what is there to read.
+                    if peer.is_hung_up() {
+                        return got;
+                    }
+                    if let (_, FALLBACK, payload) = receive(&mut peer.socket) {
+                        got += payload.len() - 8;
+                    }
+                }
+                while !peer.is_hung_up() {
+                    peer.sleep();
+                    // Whoever takes a barrier was woken for it.
+                    if peer.hears() {
+                        peer.take_all();
+                    }
+                }
+                got
+            });
+            let connector = Connector::new(tiny(version, memory).build().unwrap());
+            let session = connector.connect(path.as_str()).await.unwrap();
+            let mut stream = session.open_stream().unwrap();
+            stream.write_all(&vec![7; LEN]).await.unwrap();
+            stream.flush().await.unwrap();
+            assert!(session.stats().fallback_sent > 0);
+            session.close().await.unwrap();
+            assert_eq!(joined(server).await, LEN, "{version:?} {memory:?}");
+        }
+    });
+}
+
+#[test]
+fn a_peer_that_never_takes_them_ends_the_close_with_an_error() {
+    const SHORT: Duration = Duration::from_millis(50);
+    run(LIMIT, || async {
+        for (takes, left) in [(false, (1, 1)), (true, (0, 1))] {
+            for (version, memory) in KINDS {
+                let path = SocketPath::new();
+                let (done, is_done) = mpsc::channel::<()>();
+                let server = serve(&path, move |listener| {
+                    let peer = Foreign::serve(accept(&listener), || {});
+                    if takes {
+                        peer.take().unwrap();
+                    }
+                    // Its slice is kept.
+                    is_done.recv().unwrap_err();
+                });
+                let config = config(version, memory).close_timeout(SHORT).build().unwrap();
+                let session = Connector::new(config).connect(path.as_str()).await.unwrap();
+                let mut stream = session.open_stream().unwrap();
+                stream.write_all(&WORDS).await.unwrap();
+                let error = session.close().await.unwrap_err();
+                let Error::NotTaken { after, events, slices, .. } = error else {
+                    panic!("{error}");
+                };
+                // A server of version 2 may be so late that it has not come to take it.
+                let is_late = takes && version == ProtocolVersion::V2;
+                assert!(is_late || (events, slices) == left, "{events} {slices} {version:?}");
+                assert_eq!(after, SHORT);
+                assert!(matches!(session.closed().await, Error::NotTaken { .. }));
+                drop(done);
+                joined(server).await;
+            }
+        }
+    });
+}
+
+/// The peer has read the message, and uses its slice for something of its own.
+#[test]
+fn a_close_does_not_wait_for_slices_that_the_peer_uses_again() {
+    run(LIMIT, || async {
+        for sends in [false, true] {
+            let path = SocketPath::new();
+            let server = serve(&path, move |listener| {
+                let mut peer = Foreign::serve(accept(&listener), || {});
+                let event = peer.take().unwrap();
+                peer.free(event);
+                // As it looks when it was taken from the list again.
+                peer.change_slice(event.offset, |slice| slice.flags = 2);
+                if sends {
+                    peer.change_slice(event.offset, |slice| slice.size = WORDS.len() as u32);
+                    peer.put(event);
+                }
+                support::foreign::wait_until("the end", || peer.is_hung_up());
+            });
+            let config = config(ProtocolVersion::V3, MemoryKind::Memfd).build().unwrap();
+            let session = Connector::new(config).connect(path.as_str()).await.unwrap();
+            let mut stream = session.open_stream().unwrap();
+            stream.write_all(&WORDS).await.unwrap();
+            session.close().await.unwrap();
+            joined(server).await;
+        }
+    });
+}
+
+#[test]
+fn a_session_that_has_sent_nothing_closes_without_the_peer() {
+    run(LIMIT, || async {
+        for (version, memory) in KINDS {
+            let path = SocketPath::new();
+            let server = serve(&path, |listener| {
+                let socket = accept(&listener);
+                // A client of version 2 does not need its server for anything.
+                Foreign::serve(socket, || {})
+            });
+            let connector = Connector::new(config(version, memory).build().unwrap());
+            let session = connector.connect(path.as_str()).await.unwrap();
+            let stream = session.open_stream().unwrap();
+            let _peer = joined(server).await;
+            drop(stream);
+            session.close().await.unwrap();
+        }
+    });
+}
+
+/// A server of this crate takes by itself what was sent before the end, but not from files that are
+/// gone before it has opened them.
+#[test]
+fn last_words_reach_our_own_server_of_version_2_that_maps_late() {
+    for end in [End::CloseSession, End::DropAll] {
+        let path = SocketPath::new();
+        let (tell, is_bound) = mpsc::channel();
+        let (ended, is_ended) = mpsc::channel::<()>();
+        let server_path = path.as_str().to_owned();
+        let server = std::thread::spawn(move || {
+            run(LIMIT, move || async move {
+                let listener = Listener::bind(&server_path, Config::default()).unwrap();
+                tell.send(()).unwrap();
+                // Nothing of this core runs meanwhile: not before the client has had its close.
+                let _ = is_ended.recv_timeout(4 * A_WHILE);
+                let session = listener.accept().await.unwrap();
+                let mut stream = session.accept().await.unwrap();
+                let mut words = [0; WORDS.len()];
+                stream.read_exact(&mut words).await.unwrap();
+                assert_eq!(words, WORDS);
+            });
+        });
+        is_bound.recv().unwrap();
+        let client_path = path.as_str().to_owned();
+        run(LIMIT, move || async move {
+            let config = config(ProtocolVersion::V2, MemoryKind::File).build().unwrap();
+            let session = Connector::new(config).connect(&client_path).await.unwrap();
+            let mut stream = session.open_stream().unwrap();
+            stream.write_all(&WORDS).await.unwrap();
+            match end {
+                End::DropAll => drop((stream, session)),
+                _ => session.close().await.unwrap(),
+            }
+            let _ = ended.send(());
+            shmipc_glommio::shut_down().await;
+        });
+        server.join().unwrap();
+    }
+}
+
+#[test]
+fn a_server_that_stops_lets_foreign_clients_take_their_answers() {
+    let path = SocketPath::new();
+    let server = Server::builder(path.as_str())
+        .cores(Cores::Unpinned(1))
+        .config(config(ProtocolVersion::V3, MemoryKind::Memfd).build().unwrap());
+    let server = server
+        .serve_streams(|mut stream| async move {
+            let mut words = [0; WORDS.len()];
+            stream.read_exact(&mut words).await?;
+            stream.write_all(&words).await
+        })
+        .unwrap();
+    let files =
+        ["queue", "buffer"].map(|name| format!("/dev/shm/lastwords{}{name}", std::process::id()));
+    let mut peer = Foreign::connect(path.as_str(), [&files[0], &files[1]]);
+    peer.send(2, &WORDS);
+    support::foreign::wait_until("an answer", || peer.waiting() > 0);
+    // The answer is there, and the client has not looked yet.
+    let stopping = std::thread::spawn(move || server.stop(PATIENT));
+    std::thread::sleep(4 * A_WHILE);
+    let event = peer.take().expect("the answer is lost");
+    std::thread::sleep(A_WHILE);
+    assert_eq!(peer.read(event).expect("the answer is lost"), WORDS);
+    peer.free(event);
+    peer.take();
+    stopping.join().unwrap().unwrap();
+    for file in files {
+        let _ = std::fs::remove_file(file);
+    }
+}
+
+/// Says nothing to the opening of version 4, and does not close either, as shmipc-go. Serves
+/// version 3. Ends after so many sessions, and tells how many openings of version 4 there were.
+fn silent_to_version_4(listener: UnixListener, sessions: usize) -> usize {
+    let (mut kept, mut openings) = (Vec::new(), 0);
+    while kept.len() - openings < sessions {
+        let socket = accept(&listener);
+        let mut header = [0; 8];
+        support::foreign::wait_until("an opening", || {
+            let peeked = nix::sys::socket::recv(
+                std::os::fd::AsRawFd::as_raw_fd(&socket),
+                &mut header,
+                nix::sys::socket::MsgFlags::MSG_PEEK,
+            );
+            peeked.unwrap() == header.len()
+        });
+        if header[7] == NEGOTIATION {
+            openings += 1;
+            kept.push((None, Some(socket)));
+        } else {
+            assert_eq!((header[6], header[7]), (3, EXCHANGE));
+            kept.push((Some(Foreign::serve(socket, || {})), None));
+        }
+    }
+    openings
+}
+
+fn version_4() -> ConfigBuilder {
+    config(ProtocolVersion::V4, MemoryKind::Memfd)
+}
+
+#[test]
+fn silence_to_version_4_means_version_3_and_is_remembered() {
+    run(LIMIT, || async {
+        let path = SocketPath::new();
+        let server = serve(&path, |listener| silent_to_version_4(listener, 3));
+        // Its handshakes have a minute: a client that waited for an answer would hang.
+        for _ in 0..3 {
+            let connector = Connector::new(version_4().build().unwrap());
+            let session = connector.connect(path.as_str()).await.unwrap();
+            assert_eq!(session.protocol(), ProtocolVersion::V3);
+        }
+        assert_eq!(joined(server).await, 1, "openings of version 4");
+        // Another server there is asked again.
+        std::fs::remove_file(path.as_str()).unwrap();
+        let listener = Listener::bind(path.as_str(), Config::default()).unwrap();
+        let session = Connector::new(version_4().build().unwrap()).connect(path.as_str()).await;
+        assert_eq!(session.unwrap().protocol(), ProtocolVersion::V4);
+        drop(listener);
+    });
+}
+
+#[test]
+fn a_client_of_version_4_has_a_session_with_a_server_that_is_silent_to_it() {
+    run(LIMIT, || async {
+        let path = SocketPath::new();
+        let server = serve(&path, |listener| silent_to_version_4(listener, 1));
+        let client = Client::builder(path.as_str()).config(version_4().build().unwrap());
+        let client = client.patience(PATIENT).build().unwrap();
+        let session = client.session(0).await.unwrap();
+        assert_eq!(session.protocol(), ProtocolVersion::V3);
+        drop(session);
+        client.close().await.unwrap();
+        joined(server).await;
+    });
+}
+
+#[test]
+fn silence_to_version_4_without_a_fallback_is_told_by_name() {
+    run(LIMIT, || async {
+        for closes in [false, true] {
+            let path = SocketPath::new();
+            let (done, is_done) = mpsc::channel::<()>();
+            let server = serve(&path, move |listener| {
+                let socket = accept(&listener);
+                if !closes {
+                    is_done.recv().unwrap_err();
+                }
+                drop(socket);
+            });
+            let config = version_4().fall_back(false);
+            let timeout = if closes { PATIENT } else { Duration::from_millis(50) };
+            let connector = Connector::new(config.handshake_timeout(timeout).build().unwrap());
+            let error = connector.connect(path.as_str()).await.unwrap_err();
+            let Error::Handshake(HandshakeError::Version4Unanswered { .. }) = error else {
+                panic!("{error}");
+            };
+            assert!(error.to_string().contains("`fall_back`"), "{error}");
+            drop(done);
+            joined(server).await;
+        }
+    });
+}
+
+#[test]
+fn a_version_2_server_that_never_maps_is_found_out() {
+    run(LIMIT, || async {
+        let path = SocketPath::new();
+        let (done, is_done) = mpsc::channel::<()>();
+        let server = serve(&path, move |listener| {
+            let sockets = [accept(&listener), accept(&listener)];
+            is_done.recv().unwrap_err();
+            drop(sockets);
+        });
+        let timeout = Duration::from_millis(100);
+        let config = config(ProtocolVersion::V2, MemoryKind::File).handshake_timeout(timeout);
+        // The peer is not known to have stalled for a minute.
+        let connector = Connector::new(config.build().unwrap());
+        let quiet = connector.connect(path.as_str()).await.unwrap();
+        let asking = connector.connect(path.as_str()).await.unwrap();
+        let mut stream = asking.open_stream().unwrap();
+        stream.write_all(&WORDS).await.unwrap();
+        let error = stream.read(&mut [0]).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::TimedOut, "{error}");
+        let error = asking.closed().await;
+        let expected = HandshakeError::NeverMapped(timeout);
+        assert!(matches!(&error, Error::Handshake(error) if *error == expected), "{error}");
+        // Nothing is known of the server of one that has asked for nothing.
+        assert!(quiet.end_reason().is_none());
+        drop(done);
+        joined(server).await;
+    });
+}
+
+#[test]
+fn a_version_2_server_that_maps_late_but_in_time_is_not_given_up() {
+    run(LIMIT, || async {
+        let path = SocketPath::new();
+        let server = serve(&path, take_late);
+        let timeout = 4 * A_WHILE;
+        let config = config(ProtocolVersion::V2, MemoryKind::File).handshake_timeout(timeout);
+        let session = Connector::new(config.build().unwrap()).connect(path.as_str()).await.unwrap();
+        let mut stream = session.open_stream().unwrap();
+        stream.write_all(&WORDS).await.unwrap();
+        assert_eq!(joined(server).await.as_deref(), Some(&WORDS[..]));
+        let error = session.closed().await;
+        assert!(matches!(error, Error::PeerClosed), "{error}");
+    });
+}
+
+/// Answers each request of a stream, the first one over the socket, and then as it came: shmipc-go
+/// stays on the socket once a stream has used it.
+fn answers_by_socket(listener: UnixListener, requests: usize) -> Vec<u32> {
+    let mut peer = Foreign::serve(accept(&listener), || {});
+    let mut streams = Vec::new();
+    while streams.len() < requests {
+        peer.sleep();
+        let Some(event) = peer.take() else { break };
+        if event.status & 0xff != 0 {
+            continue;
+        }
+        peer.free(event);
+        streams.push(event.stream_id);
+        peer.fall_back(event.stream_id, b"answer");
+    }
+    peer.sleep();
+    support::foreign::wait_until("the end", || {
+        if peer.waiting() > 0 {
+            peer.take();
+        }
+        peer.is_hung_up()
+    });
+    streams
+}
+
+#[test]
+fn a_stream_whose_peer_has_fallen_back_is_not_kept_for_the_next_exchange() {
+    run(LIMIT, || async {
+        let path = SocketPath::new();
+        let server = serve(&path, |listener| answers_by_socket(listener, 3));
+        let config = config(ProtocolVersion::V3, MemoryKind::Memfd).build().unwrap();
+        let client = Client::builder(path.as_str()).config(config).build().unwrap();
+        for _ in 0..3 {
+            let exchange = client.with_stream(0, async |stream| {
+                stream.write_all(&WORDS).await?;
+                let mut answer = [0; 6];
+                stream.read_exact(&mut answer).await?;
+                assert_eq!(&answer, b"answer");
+                Ok::<_, std::io::Error>(())
+            });
+            exchange.await.unwrap();
+        }
+        assert_eq!(client.status()[0].idle_streams, 0);
+        client.close().await.unwrap();
+        let mut streams = joined(server).await;
+        streams.dedup();
+        assert_eq!(streams.len(), 3, "each exchange has a stream of its own: {streams:?}");
+    });
+}
+
+/// Between two sides of this crate such a stream comes back to memory, and is kept.
+#[test]
+fn a_stream_that_has_fallen_back_towards_our_own_server_is_kept() {
+    run(LIMIT, || async {
+        let path = SocketPath::new();
+        let tiny = tiny(ProtocolVersion::V3, MemoryKind::Memfd).build().unwrap();
+        let listener = Listener::bind(path.as_str(), tiny.clone()).unwrap();
+        let serving = glommio::spawn_local(async move {
+            let session: Session = listener.accept().await.unwrap();
+            let session = Rc::new(session);
+            while let Ok(mut stream) = session.accept().await {
+                let mut buffer = vec![0; 1 << 17];
+                while let Ok(()) = stream.read_exact(&mut buffer).await {
+                    stream.write_all(b"answer").await.unwrap();
+                }
+            }
+        });
+        let client = Client::builder(path.as_str()).config(tiny).build().unwrap();
+        for _ in 0..3 {
+            let exchange = client.with_stream(0, async |stream| {
+                // More than there is memory.
+                let mut loan = stream.alloc(1 << 17).await?;
+                loan.write(&vec![7; 1 << 17]);
+                stream.send(loan).await?;
+                let mut answer = [0; 6];
+                stream.read_exact(&mut answer).await
+            });
+            exchange.await.unwrap();
+        }
+        assert_eq!(client.status()[0].idle_streams, 1);
+        assert!(client.session(0).await.unwrap().stats().fallback_sent > 0);
+        client.close().await.unwrap();
+        serving.await;
+    });
+}
