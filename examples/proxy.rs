@@ -7,15 +7,26 @@
 //! ```
 //!
 //! Each connection has one of its own to the other side, as a stream of the session that the two
-//! proxies share. Bytes go both ways, the end of one direction is passed on, and what is reset on
-//! one side is ended on the other. shmipc knows no reset, so behind the second proxy it looks as if
-//! the connection had been closed.
+//! proxies share. Bytes go both ways, the end of one direction is passed on, and a reset is passed
+//! on as a reset; the loss of a session is one, too. A Unix socket can be reset only while
+//! something that it was sent is unread.
+//!
+//! One proxy alone also connects sockets with programs that speak shmipc themselves. Those of other
+//! implementations know neither the end of one direction nor a reset, only the end of a stream. So
+//! a server's end closes the stream of such a client at once, and a client's end that of such a
+//! server when nothing has come from it for some time (`--half-close-timeout`).
 //!
 //! Everything is told on stderr: where it listens, what failed and why, and at the end one line of
-//! JSON.
+//! JSON. There, `failed` counts the connections that could not be made on the other side (these
+//! are `unreachable`, too), that were reset, that lost their session, or that were cut at the end
+//! because they went on for too long (`cut_at_stop`). All other ends are ordinary.
 
+#[path = "proxy/end.rs"]
+mod end;
 #[path = "proxy/ends.rs"]
 mod ends;
+#[path = "proxy/hangups.rs"]
+mod hangups;
 #[path = "proxy/relay.rs"]
 mod relay;
 #[allow(dead_code, reason = "the other examples use the rest")]
@@ -41,7 +52,8 @@ use nix::sys::signal::{SigSet, Signal};
 use serde_json::json;
 use shmipc_glommio::{Config, ConfigError, Error, Listener, Session, SliceClass};
 
-use ends::{Address, End, Place, SocketListener};
+use end::End;
+use ends::{Address, Place, SocketListener};
 use relay::Carrier;
 use support::address;
 use support::cli::{self, tell};
@@ -87,6 +99,7 @@ struct Options {
     listen: Address,
     connect: Address,
     grace: Duration,
+    half_close_timeout: Duration,
 }
 
 fn main() -> ExitCode {
@@ -122,6 +135,12 @@ fn parse() -> Result<Options, ExitCode> {
         "SECONDS",
         "How long open connections may go on after SIGTERM or SIGINT",
     );
+    let half_close_timeout = cli::option(
+        "half-close-timeout",
+        "SECONDS",
+        "How long nothing must come from a server that does not know half-close, after its client \
+        has finished, before its stream is closed",
+    );
     let command = cli::command(
         "proxy",
         "Connects programs that speak over sockets through shared memory",
@@ -129,6 +148,7 @@ fn parse() -> Result<Options, ExitCode> {
     .arg(listen.required(true).value_parser(value_parser!(Address)))
     .arg(connect.required(true).value_parser(value_parser!(Address)))
     .arg(grace.default_value("5").value_parser(value_parser!(u64).range(..=MOST_GRACE)))
+    .arg(half_close_timeout.default_value("5").value_parser(seconds))
     .after_help(
         "PLACE is tcp:HOST:PORT, unix:PATH, or shm:PATH for shared memory over a Unix socket.\n\
         A PATH of @NAME is an abstract socket. A host's name is looked up once, at the start.",
@@ -140,8 +160,18 @@ fn parse() -> Result<Options, ExitCode> {
             listen: place("listen")?,
             connect: place("connect")?,
             grace: Duration::from_secs(grace),
+            half_close_timeout: matches
+                .get_one("half-close-timeout")
+                .copied()
+                .ok_or("a time is missing")?,
         })
     })
+}
+
+/// Seconds, which may be broken.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number of seconds")?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
 }
 
 /// Each connection of a socket takes a descriptor, and the usual soft limit is 1024.
@@ -160,7 +190,8 @@ async fn serve(options: Options, places: (Place, Place), signals: SigSet) -> Res
         .await
         .map_err(|error| format!("cannot listen on {}: {error}", options.listen))?;
     let back = Back::new(connect, config).map_err(|error| error.to_string())?;
-    let proxy = Rc::new(Proxy::new(back));
+    let proxy = Proxy::new(back, options.half_close_timeout);
+    let proxy = Rc::new(proxy.map_err(|error| format!("cannot watch sockets: {error}"))?);
     tell(format_args!("listening on {}", front.address().unwrap_or(&options.listen)));
 
     let stopped = glommio::executor().spawn_blocking(move || signals.wait());
@@ -265,9 +296,9 @@ async fn accept_sockets(listener: &SocketListener, proxy: &Rc<Proxy>) -> io::Res
 async fn serve_session(session: Session, proxy: Rc<Proxy>) {
     let reason = loop {
         match session.accept().await {
-            // The peer does not know that nothing is accepted any more: it sees the stream closed.
-            Ok(stream) if proxy.is_stopping.get() => drop(stream),
-            Ok(stream) => proxy.start(End::Stream(stream)),
+            // The peer does not know that nothing is accepted any more.
+            Ok(stream) if proxy.is_stopping.get() => drop(End::stream(stream)),
+            Ok(stream) => proxy.start(End::stream(stream)),
             Err(error) => break error,
         }
         glommio::executor().yield_if_needed().await;
@@ -318,7 +349,7 @@ impl Back {
                 stream.set_write_deadline(Some(Instant::now() + PATIENCE));
                 stream.announce().await?;
                 stream.set_write_deadline(None);
-                Ok(End::Stream(stream))
+                Ok(End::stream(stream))
             }
         }
     }
@@ -331,19 +362,26 @@ struct Proxy {
     is_stopping: Cell<bool>,
     open: RefCell<HashMap<u64, JoinHandle<()>>>,
     connections: Cell<u64>,
+    /// Of these: all that did not end in an ordinary way.
     failed: Cell<u64>,
+    /// Of those that failed: no connection to the other side could be made.
+    unreachable: Cell<u64>,
+    /// Of those that failed: they were still open when the time to stop was over.
+    cut_at_stop: Cell<u64>,
 }
 
 impl Proxy {
-    fn new(back: Back) -> Self {
-        Self {
+    fn new(back: Back, half_close_timeout: Duration) -> io::Result<Self> {
+        Ok(Self {
             back,
-            carrier: Carrier::new(LARGEST_SLICE as usize),
+            carrier: Carrier::new(LARGEST_SLICE as usize, half_close_timeout)?,
             is_stopping: Cell::new(false),
             open: RefCell::default(),
             connections: Cell::new(0),
             failed: Cell::new(0),
-        }
+            unreachable: Cell::new(0),
+            cut_at_stop: Cell::new(0),
+        })
     }
 
     /// Serves a connection that was accepted, until it ends.
@@ -359,6 +397,7 @@ impl Proxy {
     async fn stop(&self, grace: Duration) {
         self.is_stopping.set(true);
         self.settle(grace).await;
+        self.cut_at_stop.set(self.open.borrow().len() as u64);
         for serving in self.open.borrow().values() {
             serving.cancel();
         }
@@ -387,6 +426,8 @@ impl Proxy {
             "event": "end",
             "connections": self.connections.get(),
             "failed": self.failed.get(),
+            "unreachable": self.unreachable.get(),
+            "cut_at_stop": self.cut_at_stop.get(),
             "bytes_up": self.carrier.up.get(),
             "bytes_down": self.carrier.down.get(),
         })
@@ -409,8 +450,11 @@ impl Connection {
     }
 
     async fn carry(&self, near: End) -> io::Result<()> {
-        let far = self.proxy.back.connect().await.inspect_err(|_| near.abort())?;
-        self.proxy.carrier.carry(near, far).await
+        let proxy = &self.proxy;
+        let far = proxy.back.connect().await.inspect_err(|_| {
+            proxy.unreachable.set(proxy.unreachable.get() + 1);
+        })?;
+        proxy.carrier.carry(near, far).await
     }
 }
 

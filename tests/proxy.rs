@@ -4,25 +4,22 @@
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::net::{Shutdown, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::{Command, Output};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
-use nix::sys::socket::{setsockopt, sockopt};
-use serde_json::Value;
 
 use kv::client::{Client, Reply};
 use support::executor::SocketPath;
 use support::payload::{Way, check, payload};
-use support::process::{LONG, Process, example_path, shared_memory_files, until};
+use support::process::{LONG, Process, until};
+use support::proxy::{Pair, Proxy, Server, echo, echo_all, has_ended};
 
 #[path = "support/kv/mod.rs"]
 #[allow(dead_code, reason = "not all of it is needed here")]
@@ -33,199 +30,11 @@ mod support {
     #[allow(dead_code, reason = "other tests use the rest")]
     pub(crate) mod payload;
     pub(crate) mod process;
+    #[allow(dead_code, reason = "other tests use the rest")]
+    pub(crate) mod proxy;
 }
 
 const MIB: usize = 1 << 20;
-
-/// A server that does one thing with every connection, each on a thread of its own.
-struct Server {
-    /// As the proxy takes it.
-    address: String,
-    is_stopping: Arc<AtomicBool>,
-    accepting: Option<thread::JoinHandle<()>>,
-}
-
-type Handler = Arc<dyn Fn(UnixStream) -> io::Result<()> + Send + Sync>;
-
-impl Server {
-    fn unix(
-        path: &str,
-        handler: impl Fn(UnixStream) -> io::Result<()> + Send + Sync + 'static,
-    ) -> Self {
-        let _ = fs::remove_file(path);
-        let listener = UnixListener::bind(path).unwrap();
-        let accept = move || listener.accept().map(|(stream, _)| stream);
-        Self::start(format!("unix:{path}"), accept, Arc::new(handler))
-    }
-
-    fn tcp(handler: impl Fn(UnixStream) -> io::Result<()> + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = format!("tcp:{}", listener.local_addr().unwrap());
-        // The standard library's types differ in how they are made, not in what they can do.
-        let accept = move || listener.accept().map(|(stream, _)| OwnedFd::from(stream).into());
-        Self::start(address, accept, Arc::new(handler))
-    }
-
-    fn start(
-        address: String,
-        accept: impl Fn() -> io::Result<UnixStream> + Send + 'static,
-        handler: Handler,
-    ) -> Self {
-        let is_stopping = Arc::new(AtomicBool::new(false));
-        let stops = Arc::clone(&is_stopping);
-        let accepting = thread::spawn(move || {
-            loop {
-                let stream = accept().unwrap();
-                if stops.load(Ordering::Relaxed) {
-                    return;
-                }
-                let handler = Arc::clone(&handler);
-                // What fails here is seen by the client.
-                let serve = move || drop(handler(stream));
-                thread::Builder::new().stack_size(256 << 10).spawn(serve).unwrap();
-            }
-        });
-        Self { address, is_stopping, accepting: Some(accepting) }
-    }
-}
-
-impl Drop for Server {
-    /// Nobody listens any more when this is done; the connections go on.
-    fn drop(&mut self) {
-        self.is_stopping.store(true, Ordering::Relaxed);
-        let (kind, place) = self.address.split_once(':').unwrap();
-        let woken = match kind {
-            "tcp" => TcpStream::connect(place).map(drop),
-            _ => UnixStream::connect(place).map(drop),
-        };
-        if woken.is_ok() {
-            // A panic of it was told when it happened.
-            let _ = self.accepting.take().unwrap().join();
-        }
-    }
-}
-
-fn echo(mut stream: UnixStream) -> io::Result<()> {
-    let mut buffer = vec![0; 64 << 10];
-    loop {
-        match stream.read(&mut buffer)? {
-            0 => return Ok(()),
-            count => stream.write_all(&buffer[..count])?,
-        }
-    }
-}
-
-/// A proxy, and where clients reach it.
-struct Proxy {
-    process: Process,
-    address: String,
-}
-
-impl Proxy {
-    /// Started by a shell whose limit of descriptors is low, as they often are.
-    fn start(listen: &str, connect: &str, options: &[&str]) -> Self {
-        Self::start_limited("-Sn 256", listen, connect, options)
-    }
-
-    fn start_limited(limit: &str, listen: &str, connect: &str, options: &[&str]) -> Self {
-        let mut shell = Command::new("sh");
-        shell.args(["-c", &format!("ulimit {limit} && exec \"$0\" \"$@\"")]);
-        shell.arg(example_path("proxy")).args(["--listen", listen, "--connect", connect]);
-        let mut process = Process::spawn(shell.args(options));
-        let line = process.line_with("listening on ");
-        Self { process, address: line.strip_prefix("listening on ").unwrap().to_owned() }
-    }
-
-    fn connect(&self) -> TcpStream {
-        let address = self.address.strip_prefix("tcp:").unwrap();
-        let stream = TcpStream::connect(address).unwrap();
-        stream.set_read_timeout(Some(LONG)).unwrap();
-        stream.set_write_timeout(Some(LONG)).unwrap();
-        stream
-    }
-
-    /// Ends it as an administrator would. Gives what it carried.
-    fn stop(mut self) -> Value {
-        self.process.signal(Signal::SIGTERM);
-        self.totals()
-    }
-
-    /// Waits until it has ended by itself, or by a signal that it was sent.
-    fn totals(&mut self) -> Value {
-        let line = self.process.line_with(r#""event":"end""#);
-        let (status, _) = self.process.end();
-        assert!(status.success(), "{status}; stderr: {:#?}", self.process.seen);
-        let (kind, path) = self.address.split_once(':').unwrap();
-        assert!(kind == "tcp" || !Path::new(path).exists(), "the socket is left");
-        assert_eq!(shared_memory_files(self.process.pid()), [""; 0]);
-        serde_json::from_str(&line).unwrap()
-    }
-}
-
-/// Two proxies with a session between them: a port of TCP here, the server there.
-struct Pair {
-    near: Proxy,
-    far: Proxy,
-    _path: SocketPath,
-}
-
-impl Pair {
-    fn to(server: &Server) -> Self {
-        Self::with_options(server, &[])
-    }
-
-    fn with_options(server: &Server, options: &[&str]) -> Self {
-        let path = SocketPath::new();
-        let between = format!("shm:{}", path.as_str());
-        let far = Proxy::start(&between, &server.address, options);
-        let near = Proxy::start("tcp:127.0.0.1:0", &between, options);
-        Self { near, far, _path: path }
-    }
-
-    /// Ends both, and checks that both saw the same. Gives what the near one carried.
-    fn stop(self) -> Value {
-        let near = self.near.stop();
-        let far = self.far.stop();
-        for what in ["connections", "bytes_up", "bytes_down"] {
-            assert_eq!(near[what], far[what], "{near}, {far}");
-        }
-        assert_eq!(near["failed"], 0, "{near}");
-        assert_eq!(far["failed"], 0, "{far}");
-        near
-    }
-}
-
-/// Sends messages of these sizes, one behind the other, while the same bytes come back.
-fn echo_all(stream: &TcpStream, number: u32, sizes: &[usize]) {
-    thread::scope(|scope| {
-        let mut writer = stream;
-        scope.spawn(move || {
-            for (message, &size) in sizes.iter().enumerate() {
-                writer.write_all(&payload(Way::Request, number, message as u32, size)).unwrap();
-            }
-        });
-        let mut reader = stream;
-        for (message, &size) in sizes.iter().enumerate() {
-            let mut echoed = vec![0; size];
-            reader.read_exact(&mut echoed).unwrap();
-            check(&echoed, Way::Request, number, message as u32);
-        }
-    });
-}
-
-/// Sees to it that the end of a connection is a reset.
-fn reset(stream: impl AsFd) {
-    let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
-    setsockopt(&stream, sockopt::Linger, &at_once).unwrap();
-}
-
-/// Whether the connection was ended by the other side, in whichever way.
-fn has_ended(mut stream: &TcpStream) -> bool {
-    match stream.read(&mut [0]) {
-        Ok(count) => count == 0,
-        Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
-    }
-}
 
 #[test]
 fn every_byte_comes_back_on_64_connections_at_the_same_time() {
@@ -587,8 +396,9 @@ fn a_server_may_come_late_and_come_again() {
         // Who is connected stays so.
         echo_all(&stream, 2, &[1, 100_000]);
     }
-    assert_eq!(pair.near.stop()["failed"], 0, "it had its streams");
-    assert_eq!(pair.far.stop()["failed"], 3);
+    for totals in [pair.near.stop(), pair.far.stop()] {
+        assert_eq!(totals["failed"], 3, "{totals}");
+    }
 }
 
 #[test]
@@ -630,9 +440,10 @@ fn open_connections_may_end_before_the_proxy_does() {
     let stream = near.connect();
     echo_all(&stream, 1, &[10_000]);
     near.process.signal(Signal::SIGTERM);
-    far.process.signal(Signal::SIGINT);
     let address = near.address.strip_prefix("tcp:").unwrap();
     until("nothing more is accepted", || TcpStream::connect(address).is_err());
+    // Not before: it resets what it does not take any more.
+    far.process.signal(Signal::SIGINT);
     echo_all(&stream, 2, &[10_000]);
     stream.shutdown(Shutdown::Write).unwrap();
     assert!(has_ended(&stream));
@@ -652,39 +463,6 @@ fn connections_that_do_not_end_are_cut_with_a_reset() {
     let error = (&stream).read(&mut [0]).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     pair.far.stop();
-}
-
-#[test]
-fn a_reset_ends_both_directions_on_both_sides() {
-    let (tell, told) = mpsc::channel();
-    let tell = Mutex::new(tell);
-    let server = Server::tcp(move |mut stream: UnixStream| {
-        let mut order = [0];
-        while stream.read(&mut order)? > 0 {
-            if order == *b"r" {
-                reset(&stream);
-                return Ok(());
-            }
-            stream.write_all(&order)?;
-        }
-        tell.lock().unwrap().send(stream).unwrap();
-        Ok(())
-    });
-    let pair = Pair::to(&server);
-    // By the client: the server sees an end.
-    let stream = pair.near.connect();
-    echo_all(&stream, 1, &[1]);
-    reset(&stream);
-    drop(stream);
-    let kept_by_server = told.recv_timeout(LONG).unwrap();
-    // By the server: so does the client.
-    let stream = pair.near.connect();
-    (&stream).write_all(b"r").unwrap();
-    assert!(has_ended(&stream));
-    // Neither proxy waits for the ones who keep their ends, and would have to cut them.
-    assert_eq!(pair.near.stop()["failed"], 1);
-    assert_eq!(pair.far.stop()["failed"], 1);
-    drop((kept_by_server, stream));
 }
 
 #[test]
@@ -733,6 +511,10 @@ fn wrong_arguments_end_with_2() {
         &[&listen[..], &["--connect", "udp:127.0.0.1:53"]].concat(),
         &[&right[..], &["--grace", "-1"]].concat(),
         &[&right[..], &["--grace", "18446744073709551615"]].concat(),
+        &[&right[..], &["--half-close-timeout", "soon"]].concat(),
+        &[&right[..], &["--half-close-timeout=-1"]].concat(),
+        &[&right[..], &["--half-close-timeout", "NaN"]].concat(),
+        &[&right[..], &["--half-close-timeout", "1e300"]].concat(),
         &[&right[..], &["stray"]].concat(),
     ];
     for arguments in wrong {
@@ -740,7 +522,7 @@ fn wrong_arguments_end_with_2() {
         let (status, output) = process.end();
         assert_eq!(status.code(), Some(2), "{arguments:?}");
         assert_eq!(output, "", "{arguments:?}");
-        process.line_with("Usage: ");
+        process.line_with("--help");
     }
     let (status, output) = Process::start("proxy", &["--help"]).end();
     assert!(status.success() && output.contains("\nUsage: proxy"), "{status}: {output}");

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Where connections come from and go to: sockets, TCP and Unix, and streams of sessions.
+//! Where connections come from and go to, and listening there.
 //!
-//! `unsafe` here: lending descriptors to calls that glommio does not make, and handing listening
+//! `unsafe` here: lending a descriptor to a call that glommio does not make, and handing listening
 //! sockets over to it. Its own ways to listen would share a TCP port with any other process of the
 //! user, and leave a moment in which everybody can connect to a Unix socket.
 
@@ -12,18 +12,13 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::str::FromStr;
-use std::task::{Context, Poll};
 
-use futures_lite::{AsyncRead, AsyncWrite};
-use glommio::net::{TcpListener, TcpStream, UnixStream};
+use glommio::net::{TcpListener, TcpStream};
 use nix::errno::Errno;
-use nix::sys::socket::{
-    self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr, setsockopt, sockopt,
-};
-use shmipc_glommio::Stream;
+use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 
+use crate::end::End;
 use crate::support::address::HostPort;
 use crate::support::unix_socket;
 use crate::tell;
@@ -100,62 +95,6 @@ impl fmt::Display for Address {
     }
 }
 
-/// One end of a connection.
-pub(crate) enum End {
-    /// An accepted Unix socket is held in glommio's TCP type as well, which does nothing that it
-    /// could not.
-    Socket(TcpStream),
-    UnixSocket(UnixStream),
-    Stream(Stream),
-}
-
-pub(crate) trait ReadWrite: AsyncRead + AsyncWrite + Unpin {}
-
-impl<T: AsyncRead + AsyncWrite + Unpin> ReadWrite for T {}
-
-impl End {
-    pub(crate) async fn connect_tcp(address: SocketAddr) -> io::Result<Self> {
-        let stream = TcpStream::connect(address).await?;
-        stream.set_nodelay(true)?;
-        Ok(Self::Socket(stream))
-    }
-
-    pub(crate) async fn connect_unix(path: &Path) -> io::Result<Self> {
-        Ok(Self::UnixSocket(unix_socket::connect(path).await?))
-    }
-
-    pub(crate) fn io(&mut self) -> Pin<&mut dyn ReadWrite> {
-        match self {
-            Self::Socket(stream) => Pin::new(stream),
-            Self::UnixSocket(stream) => Pin::new(stream),
-            Self::Stream(stream) => Pin::new(stream),
-        }
-    }
-
-    /// Whether nothing that is written from now on would reach anybody, as far as that can be known
-    /// without writing. Sockets do not tell the end of one direction from that of both.
-    pub(crate) fn takes_nothing(&mut self, context: &mut Context<'_>) -> bool {
-        match self {
-            Self::Socket(_) | Self::UnixSocket(_) => false,
-            Self::Stream(stream) => {
-                matches!(Pin::new(stream).poll_write(context, &[]), Poll::Ready(Err(_)))
-            }
-        }
-    }
-
-    /// Sees to it that closing is a reset, where there is such a thing: over TCP. The peer of a
-    /// stream sees it closed; shmipc knows no other end.
-    pub(crate) fn abort(&self) {
-        if let Self::Socket(stream) = self {
-            // SAFETY: the descriptor is the stream's, which outlives this call.
-            let fd = unsafe { BorrowedFd::borrow_raw(stream.as_raw_fd()) };
-            let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
-            // It may be gone already.
-            let _ = setsockopt(&fd, sockopt::Linger, &at_once);
-        }
-    }
-}
-
 /// A listening socket, TCP or Unix.
 pub(crate) struct SocketListener {
     listener: TcpListener,
@@ -212,7 +151,7 @@ impl SocketListener {
             // Fails only when the connection has gone, which whoever reads will see.
             let _ = stream.set_nodelay(true);
         }
-        Ok(End::Socket(stream))
+        Ok(End::socket(stream))
     }
 }
 

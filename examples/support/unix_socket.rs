@@ -4,7 +4,7 @@
 //! `unsafe` here: handing a socket that is connected over to glommio, which connects to paths only.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
@@ -40,9 +40,13 @@ pub(crate) fn is_same_user(socket: BorrowedFd<'_>) -> bool {
 
 /// Connects to a Unix socket.
 pub(crate) async fn connect(path: &Path) -> io::Result<UnixStream> {
-    if abstract_name(path).is_none() {
-        return Ok(UnixStream::connect(path).await?);
-    }
+    let fd = connect_descriptor(path).await?;
+    // SAFETY: `into_raw_fd` gives up the ownership that the stream takes over.
+    Ok(unsafe { UnixStream::from_raw_fd(fd.into_raw_fd()) })
+}
+
+/// The same, for those who hold the socket in another type: glommio's does not show its descriptor.
+pub(crate) async fn connect_descriptor(path: &Path) -> io::Result<OwnedFd> {
     let address = address(path)?;
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -53,7 +57,7 @@ pub(crate) async fn connect(path: &Path) -> io::Result<UnixStream> {
         }
         glommio::timer::sleep(Duration::from_millis(1)).await;
     }
+    // io_uring would hand every "nothing yet" to us instead of waiting.
     fcntl(&fd, FcntlArg::F_SETFL(OFlag::empty()))?;
-    // SAFETY: `into_raw_fd` gives up the ownership that the stream takes over.
-    Ok(unsafe { UnixStream::from_raw_fd(fd.into_raw_fd()) })
+    Ok(fd)
 }
