@@ -48,6 +48,9 @@ const MOST_SHARDS: usize = 256;
 const GRACE: Duration = Duration::from_secs(2);
 const DEFAULT_BULK: usize = 64 << 20;
 const MOST_BULK: usize = 512 << 20;
+const DEFAULT_OUTPUT: usize = 64 << 20;
+const DEFAULT_OUTPUT_ALL: usize = 512 << 20;
+const MOST_OUTPUT: u64 = 1 << 40;
 
 /// What the command line says.
 struct Options {
@@ -58,6 +61,7 @@ struct Options {
     is_pinned: bool,
     spin: Spin,
     bulk: usize,
+    output: [usize; 2],
     is_debug_allowed: bool,
 }
 
@@ -108,6 +112,23 @@ fn parse() -> Result<Options, ExitCode> {
         cli::option("max-bulk", "BYTES", "The longest key or value [default: 64 MiB]")
             .value_parser(value_parser!(u64).range(1024..=MOST_BULK as u64)),
     )
+    .arg(
+        cli::option(
+            "max-output",
+            "BYTES",
+            "The most replies that are kept for a client that writes and does not read \
+            [default: 64 MiB]",
+        )
+        .value_parser(value_parser!(u64).range(..=MOST_OUTPUT)),
+    )
+    .arg(
+        cli::option(
+            "max-output-all",
+            "BYTES",
+            "The same for all clients together [default: 512 MiB]",
+        )
+        .value_parser(value_parser!(u64).range(..=MOST_OUTPUT)),
+    )
     .arg(cli::flag("debug", "Allow DEBUG SLEEP seconds [key], which blocks a shard"))
     .after_help("More than one shard needs --shm, by which the shards reach each other.");
     cli::read(command, options)
@@ -131,6 +152,10 @@ fn options(matches: &ArgMatches) -> Result<Options, String> {
             Some(micros) => Spin::For(Duration::from_micros(micros)),
         },
         bulk: number("max-bulk").map_or(DEFAULT_BULK, |bulk| bulk as usize),
+        output: [
+            number("max-output").map_or(DEFAULT_OUTPUT, |bytes| bytes as usize),
+            number("max-output-all").map_or(DEFAULT_OUTPUT_ALL, |bytes| bytes as usize),
+        ],
         is_debug_allowed: matches.get_flag("debug"),
     };
     if options.shards > 1 && options.shm.is_none() {
@@ -167,6 +192,7 @@ fn serve(options: &Options) -> io::Result<()> {
         shm: options.shm.clone().unwrap_or_else(private),
         config: session_config(options.spin)?,
         is_debug_allowed: options.is_debug_allowed,
+        output: [options.output[0], options.output[1] / options.shards],
         started: Instant::now(),
     };
     // Names are looked up here, before there is an executor that would have to wait for that.

@@ -451,7 +451,7 @@ fn wrong_arguments_end_with_2() {
         let (status, output) = process.end();
         assert_eq!(status.code(), Some(2), "{example} {arguments:?}");
         assert_eq!(output, "", "{example} {arguments:?}");
-        process.line_with("Usage: ");
+        process.line_with("error: ");
     }
     // Nothing wrong with these but that nobody listens.
     for address in [socket, tcp] {

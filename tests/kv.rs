@@ -121,7 +121,7 @@ fn redis_cli_gets_the_answers_of_redis() {
         ("client setname me", "OK\n"),
         ("client getname", "\n"),
         ("client setinfo lib-name x", "OK\n"),
-        ("hello 3", "NOPROTO unsupported protocol version\n\n"),
+        ("hello 4", "NOPROTO unsupported protocol version\n\n"),
         ("scan x", "ERR invalid cursor\n\n"),
         ("scan 0 COUNT 0", "ERR syntax error\n\n"),
         ("scan 0 MATCH", "ERR syntax error\n\n"),
@@ -531,7 +531,7 @@ fn wrong_arguments_end_with_2() {
         let (status, output) = process.end();
         assert_eq!(status.code(), Some(2), "{arguments:?}");
         assert_eq!(output, "", "{arguments:?}");
-        process.line_with("Usage: ");
+        process.line_with("error: ");
     }
     // Nothing is wrong with these but that the directory is not there.
     for door in ["--unix", "--shm"] {

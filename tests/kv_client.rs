@@ -435,7 +435,7 @@ fn wrong_arguments_end_with_2() {
     for arguments in wrong {
         let (status, output, errors) = Process::client(&arguments).end();
         assert_eq!((status, output.as_str()), (Some(2), ""), "{arguments}");
-        assert!(errors.contains("Usage: "), "{arguments}: {errors}");
+        assert!(errors.starts_with("error: "), "{arguments}: {errors}");
     }
     let (status, output, _) = Process::client("--help").end();
     assert_eq!(status, Some(0));

@@ -4,17 +4,19 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::command::{Command, Scope, Spec};
+use super::command::{self, Command, Scope, Spec};
 use super::exchange::{Exchange, Merge};
 use super::execute;
 use super::info::{self, Sections};
-use super::reply::{self, EMPTY_ARRAY, NULL, OK, Replies};
+use super::origin::Origin;
+use super::reply::{self, EMPTY_ARRAY, OK, Protocol, Replies};
 use super::resp::{Request, integer};
 use super::route::{Route, route};
 use super::shard::Shard;
 use super::store::Store;
 
 const NAME_AT_MOST: usize = 256;
+const WRONG_PASSWORD: &str = "WRONGPASS invalid username-password pair or user is disabled.";
 /// The longest that DEBUG SLEEP sleeps.
 const SLEEP_AT_MOST: f64 = 60.0;
 
@@ -24,6 +26,7 @@ pub(crate) struct Caller {
     id: u64,
     name: Vec<u8>,
     reach: Reach,
+    origin: Origin,
 }
 
 /// For whom the commands of a client are.
@@ -39,14 +42,16 @@ enum Reach {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Flow {
     GoOn,
+    /// This command is to be taken again, once those before it are answered.
+    Later,
     HangUp,
 }
 
 impl Caller {
-    pub(crate) fn new(shard: &Rc<Shard>) -> Self {
+    pub(crate) fn new(shard: &Rc<Shard>, origin: Origin) -> Self {
         let number = Shard::add(&shard.counters.clients_ever);
         let id = number * shard.place.count as u64 + shard.place.index as u64;
-        Self { shard: Rc::clone(shard), id, name: Vec::new(), reach: Reach::All }
+        Self { shard: Rc::clone(shard), id, name: Vec::new(), reach: Reach::All, origin }
     }
 
     /// Before the commands that have come are taken.
@@ -59,9 +64,14 @@ impl Caller {
         if request.len() == 0 {
             return Flow::GoOn;
         }
+        let spec = Spec::of(request, exchange.replies());
+        if spec.is_some_and(|spec| spec.command == Command::Hello) && exchange.has_pieces() {
+            // What was asked before is answered in the version of before.
+            return Flow::Later;
+        }
         exchange.note_command();
         Shard::add(&self.shard.counters.commands);
-        let Some(spec) = Spec::of(request, exchange.replies()) else {
+        let Some(spec) = spec else {
             return Flow::GoOn;
         };
         let place = self.shard.place;
@@ -94,8 +104,18 @@ impl Caller {
             Command::Select => select(request, replies),
             Command::Hello => self.hello(request, replies),
             Command::Client => self.client(request, replies),
-            Command::Describe => replies.extend_from_slice(EMPTY_ARRAY),
-            Command::Config if is(request.get(1), "GET") => replies.extend_from_slice(EMPTY_ARRAY),
+            Command::Describe => describe(request, replies),
+            Command::Config if is(request.get(1), "GET") => reply::map(replies, 0),
+            Command::Auth => auth(request, replies),
+            Command::CrossProtocol => {
+                let name = String::from_utf8_lossy(request.get(0)).into_owned();
+                let what = format_args!(
+                    "possible attack: {name:?} is no command but a line of HTTP, so somebody may \
+                    have a browser or a web server send commands here; the connection is closed"
+                );
+                self.shard.complaints.tell(&self.origin, what);
+                return Flow::HangUp;
+            }
             Command::Config => unknown_subcommand("CONFIG", request, replies),
             Command::Shard if is(request.get(1), "ONLY") => {
                 self.reach = Reach::Here;
@@ -112,7 +132,7 @@ impl Caller {
                 if sections.shards {
                     text += &info::line(&self.shard);
                 }
-                reply::bulk(replies, text.as_bytes());
+                reply::verbatim(replies, text.as_bytes());
             }
             Command::Quit => {
                 replies.extend_from_slice(OK);
@@ -217,41 +237,60 @@ impl Caller {
         exchange.merge(merge, (0..place.count).collect());
     }
 
+    /// `HELLO [version [AUTH user password] [SETNAME name]]`: from its reply on the client is spoken
+    /// to in that version.
     fn hello(&mut self, request: Request<'_>, replies: &mut Replies) {
-        if request.len() > 1 {
-            match integer(request.get(1)) {
-                Some(2) => {}
-                Some(_) => {
-                    let text = format_args!("NOPROTO unsupported protocol version");
-                    return reply::error(replies, text);
+        let protocol = match (request.len(), integer(request.get(1))) {
+            (1, _) => replies.protocol,
+            (_, Some(2)) => Protocol::Resp2,
+            (_, Some(3)) => Protocol::Resp3,
+            (_, Some(_)) => {
+                let text = format_args!("NOPROTO unsupported protocol version");
+                return reply::error(replies, text);
+            }
+            (_, None) => {
+                let text = format_args!("ERR Protocol version is not an integer or out of range");
+                return reply::error(replies, text);
+            }
+        };
+        let mut name = None;
+        let mut at = 2;
+        while at < request.len() {
+            let (option, left) = (request.get(at), request.len() - at - 1);
+            match () {
+                () if is(option, "AUTH") && left >= 2 => {
+                    if !is_known_user(request.get(at + 1)) {
+                        return reply::error(replies, format_args!("{WRONG_PASSWORD}"));
+                    }
+                    at += 3;
                 }
-                None => {
-                    let text =
-                        format_args!("ERR Protocol version is not an integer or out of range");
+                () if is(option, "SETNAME") && left >= 1 => {
+                    name = Some(request.get(at + 1));
+                    at += 2;
+                }
+                () => {
+                    let option = shown(option);
+                    let text = format_args!("ERR Syntax error in HELLO option '{option}'");
                     return reply::error(replies, text);
                 }
             }
         }
-        match request.len() {
-            0..=2 => {}
-            4 if is(request.get(2), "SETNAME") => {
-                if let Err(text) = self.set_name(request.get(3)) {
-                    return reply::error(replies, format_args!("{text}"));
-                }
-            }
-            _ => return reply::error(replies, format_args!("ERR Syntax error in HELLO")),
+        if let Some(Err(text)) = name.map(|name| self.set_name(name)) {
+            return reply::error(replies, format_args!("{text}"));
         }
+        replies.protocol = protocol;
         let fields = [
             ("server", "kv_server"),
             ("version", env!("CARGO_PKG_VERSION")),
             ("mode", "standalone"),
         ];
-        reply::array(replies, 2 * (fields.len() + 4));
+        reply::map(replies, fields.len() + 4);
         for (name, value) in fields {
             reply::bulk(replies, name.as_bytes());
             reply::bulk(replies, value.as_bytes());
         }
-        for (name, value) in [("proto", 2), ("id", self.id as i64)] {
+        let version = if protocol == Protocol::Resp3 { 3 } else { 2 };
+        for (name, value) in [("proto", version), ("id", self.id as i64)] {
             reply::bulk(replies, name.as_bytes());
             reply::integer(replies, value);
         }
@@ -263,18 +302,36 @@ impl Caller {
 
     fn client(&mut self, request: Request<'_>, replies: &mut Replies) {
         let subcommand = request.get(1);
+        let is_switch = is(request.get(2), "ON") || is(request.get(2), "OFF");
         match request.len() {
             2 if is(subcommand, "ID") => reply::integer(replies, self.id as i64),
-            2 if is(subcommand, "GETNAME") && self.name.is_empty() => {
-                replies.extend_from_slice(NULL);
-            }
+            2 if is(subcommand, "GETNAME") && self.name.is_empty() => reply::null(replies),
             2 if is(subcommand, "GETNAME") => reply::bulk(replies, &self.name),
+            2 if is(subcommand, "INFO") => {
+                let version = if replies.protocol == Protocol::Resp3 { 3 } else { 2 };
+                let name = String::from_utf8_lossy(&self.name);
+                let text = format!("id={} name={name} db=0 resp={version}\n", self.id);
+                reply::verbatim(replies, text.as_bytes());
+            }
             3 if is(subcommand, "SETNAME") => match self.set_name(request.get(2)) {
                 Ok(()) => replies.extend_from_slice(OK),
                 Err(text) => reply::error(replies, format_args!("{text}")),
             },
             // What library a client is made with interests nobody here.
-            4 if is(subcommand, "SETINFO") => replies.extend_from_slice(OK),
+            4 if is(subcommand, "SETINFO") => {
+                let option = request.get(2);
+                match is(option, "LIB-NAME") || is(option, "LIB-VER") {
+                    true => replies.extend_from_slice(OK),
+                    false => {
+                        let option = shown(option);
+                        reply::error(replies, format_args!("ERR Unrecognized option '{option}'"));
+                    }
+                }
+            }
+            // No client is evicted, and no key has a time of its last use.
+            3 if (is(subcommand, "NO-EVICT") || is(subcommand, "NO-TOUCH")) && is_switch => {
+                replies.extend_from_slice(OK);
+            }
             _ => unknown_subcommand("CLIENT", request, replies),
         }
     }
@@ -314,6 +371,38 @@ fn is(word: &[u8], name: &str) -> bool {
     word.eq_ignore_ascii_case(name.as_bytes())
 }
 
+/// There are no passwords: as in a Redis without one, the default user may say any.
+fn is_known_user(user: &[u8]) -> bool {
+    user == b"default"
+}
+
+fn auth(request: Request<'_>, replies: &mut Replies) {
+    match request.len() {
+        3 if is_known_user(request.get(1)) => replies.extend_from_slice(OK),
+        3 => reply::error(replies, format_args!("{WRONG_PASSWORD}")),
+        _ => {
+            let text = format_args!(
+                "ERR AUTH <password> called without any password configured for the default user. \
+                Are you sure your configuration is correct?"
+            );
+            reply::error(replies, text);
+        }
+    }
+}
+
+/// Clients ask what commands there are, and get by without an answer.
+fn describe(request: Request<'_>, replies: &mut Replies) {
+    match request.get(1) {
+        about if is(about, "COUNT") => reply::integer(replies, command::count() as i64),
+        about if is(about, "DOCS") => reply::map(replies, 0),
+        about if is(about, "INFO") => {
+            reply::array(replies, request.len() - 2);
+            request.from(2).for_each(|_| reply::null(replies));
+        }
+        _ => replies.extend_from_slice(EMPTY_ARRAY),
+    }
+}
+
 fn select(request: Request<'_>, replies: &mut Replies) {
     match integer(request.get(1)) {
         Some(0) => replies.extend_from_slice(OK),
@@ -325,10 +414,14 @@ fn select(request: Request<'_>, replies: &mut Replies) {
     }
 }
 
-fn unknown_subcommand(command: &str, request: Request<'_>, replies: &mut Replies) {
+/// The start of what a client said, for an error.
+fn shown(word: &[u8]) -> std::borrow::Cow<'_, str> {
     const SHOWN: usize = 128;
-    let subcommand = request.get(1);
-    let subcommand = String::from_utf8_lossy(&subcommand[..subcommand.len().min(SHOWN)]);
+    String::from_utf8_lossy(&word[..word.len().min(SHOWN)])
+}
+
+fn unknown_subcommand(command: &str, request: Request<'_>, replies: &mut Replies) {
+    let subcommand = shown(request.get(1));
     let text = format_args!(
         "ERR unknown subcommand or wrong number of arguments for '{subcommand}'. \
         Try {command} HELP."

@@ -7,9 +7,11 @@ use super::resp::Request;
 /// A command that is understood.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Command {
+    Auth,
     Client,
     Describe,
     Config,
+    CrossProtocol,
     DbSize,
     Debug,
     Decr,
@@ -71,6 +73,7 @@ const MANY: usize = usize::MAX;
 
 /// Sorted by name.
 static SPECS: &[Spec] = &[
+    spec("auth", Command::Auth, Scope::Connection, 2, 3),
     spec("client", Command::Client, Scope::Connection, 2, MANY),
     spec("command", Command::Describe, Scope::Connection, 1, MANY),
     spec("config", Command::Config, Scope::Connection, 2, MANY),
@@ -86,6 +89,7 @@ static SPECS: &[Spec] = &[
     spec("flushdb", Command::FlushAll, Scope::Every, 1, 2),
     spec("get", Command::Get, Scope::Key(1), 2, 2),
     spec("hello", Command::Hello, Scope::Connection, 1, MANY),
+    spec("host:", Command::CrossProtocol, Scope::Connection, 1, MANY),
     spec("incr", Command::Incr, Scope::Key(1), 2, 2),
     spec("incrby", Command::IncrBy, Scope::Key(1), 3, 3),
     spec("info", Command::Info, Scope::Every, 1, MANY),
@@ -94,6 +98,7 @@ static SPECS: &[Spec] = &[
     spec("persist", Command::Persist, Scope::Key(1), 2, 2),
     spec("pexpire", Command::PExpire, Scope::Key(1), 3, 3),
     spec("ping", Command::Ping, Scope::Connection, 1, 2),
+    spec("post", Command::CrossProtocol, Scope::Connection, 1, MANY),
     spec("pttl", Command::PTtl, Scope::Key(1), 2, 2),
     spec("quit", Command::Quit, Scope::Connection, 1, MANY),
     spec("scan", Command::Scan, Scope::Cursor, 2, MANY),
@@ -114,6 +119,11 @@ const fn spec(
     most: usize,
 ) -> Spec {
     Spec { name, command, scope, least, most }
+}
+
+/// How many commands there are, for clients that ask.
+pub(crate) fn count() -> usize {
+    SPECS.iter().filter(|spec| spec.command != Command::CrossProtocol).count()
 }
 
 impl Spec {

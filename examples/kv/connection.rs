@@ -2,26 +2,24 @@
 //! One client: it writes commands, and reads one reply to each, in order.
 //!
 //! The same loop serves TCP, Unix sockets and streams over shared memory. It takes all commands
-//! that have come, and answers them together.
+//! that have come, and answers them together. A client need not read while it writes, within
+//! limits: [`ClientStream`].
 
 use std::io;
 use std::rc::Rc;
-use std::time::Duration;
 
-use futures_lite::future::{or, yield_now};
-use futures_lite::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use futures_lite::future::yield_now;
+use futures_lite::{AsyncRead, AsyncWrite};
 
 use super::caller::{Caller, Flow};
+use super::client_stream::ClientStream;
 use super::exchange::Exchange;
 use super::input::Input;
+use super::origin::Origin;
 use super::reply;
 use super::resp::Parser;
 use super::shard::{Counted, Shard};
 
-/// How long, and how much, a client may go on writing behind what it was hung up for. Its last
-/// reply would be lost if the socket were closed on unread bytes.
-const LINGER: Duration = Duration::from_secs(1);
-const LINGER_BYTES: usize = 1 << 20;
 /// After so many turns without a rest, others have theirs.
 const TURNS: u32 = 8;
 
@@ -48,24 +46,31 @@ pub(crate) enum Writes {
 /// Serves a client until it leaves, or breaks the protocol.
 pub(crate) async fn serve(
     shard: &Rc<Shard>,
-    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    stream: impl AsyncRead + AsyncWrite + Unpin,
     writes: Writes,
+    origin: Origin,
 ) -> io::Result<()> {
     let _counted = Counted::new(&shard.counters.clients);
-    let mut connection = Connection::new(shard, writes);
+    let mut connection = Connection::new(shard, writes, origin);
+    let mut stream = ClientStream::new(stream, &shard.output, origin.is_own_shard());
     let mut turns = 0;
     loop {
-        let turn = connection.take_commands();
-        connection.exchange.finish(&shard.peers, &mut stream).await?;
+        let turn = connection.take_commands(&mut stream.input);
+        match connection.exchange.finish(&shard.peers, &mut stream).await {
+            Err(error) if error.kind() == io::ErrorKind::QuotaExceeded => {
+                shard.complaints.tell(&origin, format_args!("{error}"));
+                return stream.hang_up().await;
+            }
+            finished => finished?,
+        }
         match turn {
             Turn::Starved => {
-                let expected_len = connection.parser.expected_len();
-                if connection.input.fill(&mut stream, expected_len).await? == 0 {
+                if stream.fill(connection.parser.expected_len()).await? == 0 {
                     return Ok(());
                 }
             }
             Turn::Full => {}
-            Turn::Over => return hang_up(stream).await,
+            Turn::Over => return stream.hang_up().await,
         }
         turns += 1;
         if turns % TURNS == 0 || turn == Turn::Full {
@@ -75,18 +80,16 @@ pub(crate) async fn serve(
 }
 
 struct Connection {
-    input: Input,
     parser: Parser,
     caller: Caller,
     exchange: Exchange,
 }
 
 impl Connection {
-    fn new(shard: &Rc<Shard>, writes: Writes) -> Self {
+    fn new(shard: &Rc<Shard>, writes: Writes, origin: Origin) -> Self {
         Self {
-            input: Input::default(),
             parser: Parser::new(shard.settings.limits),
-            caller: Caller::new(shard),
+            caller: Caller::new(shard, origin),
             exchange: Exchange::new(
                 shard.place.index,
                 shard.place.count,
@@ -96,8 +99,8 @@ impl Connection {
     }
 
     /// Executes, or passes on, the commands that are there.
-    fn take_commands(&mut self) -> Turn {
-        let Self { input, parser, caller, exchange } = self;
+    fn take_commands(&mut self, input: &mut Input) -> Turn {
+        let Self { parser, caller, exchange } = self;
         caller.start_turn();
         while !exchange.is_full() {
             let len = match parser.parse(input.unread()) {
@@ -109,6 +112,9 @@ impl Connection {
                 }
             };
             let flow = caller.take(parser.request(input.unread()), exchange);
+            if flow == Flow::Later {
+                return Turn::Full;
+            }
             parser.take();
             input.consume(len);
             if flow == Flow::HangUp {
@@ -117,24 +123,4 @@ impl Connection {
         }
         Turn::Full
     }
-}
-
-/// Ends a connection so that the client gets its last reply.
-async fn hang_up(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
-    stream.close().await?;
-    let drain = async {
-        let (mut buffer, mut left) = ([0; 4096], LINGER_BYTES);
-        while left > 0 {
-            match stream.read(&mut buffer).await? {
-                0 => break,
-                count => left = left.saturating_sub(count),
-            }
-        }
-        Ok(())
-    };
-    let enough = async {
-        glommio::timer::sleep(LINGER).await;
-        Ok(())
-    };
-    or(drain, enough).await
 }

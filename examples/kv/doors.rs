@@ -22,6 +22,7 @@ use glommio::Task;
 use glommio::net as glommio_net;
 
 use super::connection::{self, Writes};
+use super::origin::Origin;
 use super::shard::Shard;
 use super::socket::ReservedAddress;
 use super::unix_socket;
@@ -176,7 +177,8 @@ async fn accept_tcp(shard: Rc<Shard>, listener: glommio_net::TcpListener) {
             Ok(stream) => {
                 // Replies are written whole; if it cannot be set, they come later, but come.
                 let _ = stream.set_nodelay(true);
-                welcome(&shard, stream);
+                let origin = Origin::Tcp(stream.peer_addr().ok());
+                welcome(&shard, stream, origin);
             }
             Err(_) => glommio::timer::sleep(PAUSE).await,
         }
@@ -188,11 +190,15 @@ async fn accept_unix(shard: Rc<Shard>, mut dealt: glommio_net::UnixStream) {
     while dealt.read_exact(&mut fd).await.is_ok() {
         let fd = RawFd::from_ne_bytes(fd);
         // SAFETY: `deal` gave up this open descriptor when it wrote its number, to this shard only.
-        welcome(&shard, unsafe { glommio_net::UnixStream::from_raw_fd(fd) });
+        welcome(&shard, unsafe { glommio_net::UnixStream::from_raw_fd(fd) }, Origin::Unix);
     }
 }
 
-fn welcome(shard: &Rc<Shard>, mut stream: impl AsyncRead + AsyncWrite + Unpin + 'static) {
+fn welcome(
+    shard: &Rc<Shard>,
+    mut stream: impl AsyncRead + AsyncWrite + Unpin + 'static,
+    origin: Origin,
+) {
     let shard = Rc::clone(shard);
     glommio::spawn_local(async move {
         if shard.counters.clients.get() >= CLIENTS_AT_MOST {
@@ -200,7 +206,7 @@ fn welcome(shard: &Rc<Shard>, mut stream: impl AsyncRead + AsyncWrite + Unpin + 
             return stream.write_all(refusal).await.ok();
         }
         // A connection that fails has nobody left to be told.
-        connection::serve(&shard, stream, Writes::Plain).await.ok()
+        connection::serve(&shard, stream, Writes::Plain, origin).await.ok()
     })
     .detach();
 }

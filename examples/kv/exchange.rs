@@ -9,15 +9,15 @@
 //! serves such a stream asks nobody else.
 
 use std::future::{pending, poll_fn};
-use std::io::{self, IoSlice};
+use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
+use futures_lite::AsyncWrite;
 use futures_lite::future::or;
-use futures_lite::{AsyncWrite, AsyncWriteExt};
 use shmipc_glommio::{Session, WriteHalf};
 
+use super::client_stream::ReplySink;
 use super::execute::{REPLY_AT_MOST, REPLY_TOO_LONG};
 use super::peers::Peers;
 use super::reply::{self, Replies};
@@ -29,8 +29,6 @@ const BATCH_BYTES: usize = 256 << 10;
 const BATCH_COMMANDS: usize = 1024;
 /// So many bytes of replies are sent before the rest of the batch's are there.
 const OUTPUT_AT_MOST: usize = 4 << 20;
-/// How long a client may take to read anything of what it asked for, before it is given up.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the replies to one client are made of.
 pub(crate) struct Exchange {
@@ -116,6 +114,11 @@ impl Exchange {
         self.commands += 1;
     }
 
+    /// Whether replies are to be put together of what several shards say.
+    pub(crate) fn has_pieces(&self) -> bool {
+        !self.pieces.is_empty()
+    }
+
     /// Passes a command on to a shard. Its reply is the client's.
     pub(crate) fn forward(&mut self, shard: usize, command: &[u8]) {
         self.place();
@@ -160,12 +163,14 @@ impl Exchange {
     pub(crate) async fn finish(
         &mut self,
         peers: &Peers,
-        client: &mut (impl AsyncWrite + Unpin),
+        client: &mut impl ReplySink,
     ) -> io::Result<()> {
         if self.pieces.is_empty() {
-            send(client, self.replies()).await?;
+            client.send(self.replies(), OUTPUT_AT_MOST).await?;
         } else {
             self.place();
+            // The client has not changed its version since the first of these pieces.
+            self.output.protocol = self.replies().protocol;
             // They are taken apart again.
             self.replies().flatten();
             self.open_links(peers).await;
@@ -250,34 +255,12 @@ fn poll_send_all(outgoing: &mut [Outgoing], context: &mut Context<'_>) -> Poll<(
     all
 }
 
-/// Sends replies to a client, and forgets them.
-async fn send(client: &mut (impl AsyncWrite + Unpin), replies: &mut Replies) -> io::Result<()> {
-    let mut parts = replies.parts();
-    let mut left = &mut parts[..];
-    // Empty parts go with those before them.
-    IoSlice::advance_slices(&mut left, 0);
-    while !left.is_empty() {
-        match or(client.write_vectored(left), too_late()).await? {
-            0 => return Err(io::ErrorKind::WriteZero.into()),
-            count => IoSlice::advance_slices(&mut left, count),
-        }
-    }
-    drop(parts);
-    replies.clear(OUTPUT_AT_MOST);
-    Ok(())
-}
-
-async fn too_late() -> io::Result<usize> {
-    glommio::timer::sleep(PATIENCE).await;
-    Err(io::ErrorKind::TimedOut.into())
-}
-
 async fn join_all(
     pieces: &mut Vec<Piece>,
     here: usize,
     sources: &mut [Source],
     output: &mut Replies,
-    client: &mut (impl AsyncWrite + Unpin),
+    client: &mut impl ReplySink,
 ) -> io::Result<()> {
     for piece in pieces.drain(..) {
         let before = output.len();
@@ -286,10 +269,10 @@ async fn join_all(
             reply::error(output, format_args!("{failure}"));
         }
         if output.len() >= OUTPUT_AT_MOST {
-            send(client, output).await?;
+            client.send(output, OUTPUT_AT_MOST).await?;
         }
     }
-    send(client, output).await
+    client.send(output, OUTPUT_AT_MOST).await
 }
 
 /// Appends the next piece. Whatever fails, the replies that belong to it have been taken.
@@ -333,7 +316,7 @@ async fn join(
                 let body = part.iter().position(|&byte| byte == b'\n').map_or(0, |end| end + 1);
                 text.extend_from_slice(part[body..].strip_suffix(b"\r\n").unwrap_or_default());
             }
-            reply::bulk(output, &text);
+            reply::verbatim(output, &text);
             result
         }
     }
@@ -375,12 +358,20 @@ mod tests {
     use std::cell::Cell;
     use std::rc::Rc;
 
-    use futures_lite::AsyncReadExt;
+    use futures_lite::{AsyncReadExt, AsyncWriteExt};
     use glommio::{LocalExecutorBuilder, Placement};
     use shmipc_glommio::{Config, Listener};
 
     use super::*;
     use crate::kv::peers::ONLY;
+
+    impl ReplySink for Vec<u8> {
+        async fn send(&mut self, replies: &mut Replies, kept: usize) -> io::Result<()> {
+            replies.parts().iter().for_each(|part| self.extend_from_slice(part));
+            replies.clear(kept);
+            Ok(())
+        }
+    }
 
     fn config() -> Config {
         Config::builder().buffer_size(1 << 20).build().unwrap()

@@ -4,7 +4,7 @@
 use super::command::Command;
 use super::cursor;
 use super::glob;
-use super::reply::{self, NULL, OK, Replies};
+use super::reply::{self, OK, Replies};
 use super::resp::{Request, integer};
 use super::store::{CountError, Expiry, Full, Moment, Store};
 
@@ -153,7 +153,7 @@ fn number(bytes: &[u8]) -> Result<i64, Refusal> {
 fn value(store: &mut Store, key: &[u8], replies: &mut Replies) {
     match store.get(key) {
         Some(value) => reply::value(replies, value),
-        None => replies.extend_from_slice(NULL),
+        None => reply::null(replies),
     }
 }
 
@@ -236,7 +236,10 @@ fn set(store: &mut Store, request: Request<'_>, replies: &mut Replies) -> Result
     if options.gives_old {
         value(store, key, replies);
     } else {
-        replies.extend_from_slice(if is_wanted { OK } else { NULL });
+        match is_wanted {
+            true => replies.extend_from_slice(OK),
+            false => reply::null(replies),
+        }
     }
     if is_wanted {
         store.set(key, new, options.expiry.unwrap_or(Expiry::Never)).map_err(full)?;

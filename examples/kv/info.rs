@@ -73,7 +73,7 @@ pub(crate) fn line(shard: &Shard) -> String {
     let (touches, counters) = (store.touches(), &shard.counters);
     format!(
         "shard{}:keys={},touches_owner={},touches_other={},sessions={},clients={},forwarded={},\
-        commands={},cross_core_wakes={cross_core_wakes}\r\n",
+        commands={},cross_core_wakes={cross_core_wakes},output_held={}\r\n",
         shard.place.index,
         store.len(),
         touches.by_owner,
@@ -82,6 +82,7 @@ pub(crate) fn line(shard: &Shard) -> String {
         counters.clients.get(),
         counters.forwarded.get(),
         counters.commands.get(),
+        shard.output.held(),
     )
 }
 

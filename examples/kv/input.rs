@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What has come from a client and is not yet used up.
 
+use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 
-use futures_lite::{AsyncRead, AsyncReadExt};
+use futures_lite::AsyncRead;
 
 /// How much room a read has at least.
 const ROOM: usize = 16 << 10;
@@ -34,10 +37,20 @@ impl Input {
         from: &mut (impl AsyncRead + Unpin),
         expected_len: usize,
     ) -> io::Result<usize> {
+        poll_fn(|context| self.poll_fill(from, context, expected_len)).await
+    }
+
+    /// The same, for callers that wait for something else, too.
+    pub(crate) fn poll_fill(
+        &mut self,
+        from: &mut (impl AsyncRead + Unpin),
+        context: &mut Context<'_>,
+        expected_len: usize,
+    ) -> Poll<io::Result<usize>> {
         self.make_room(expected_len);
-        let count = from.read(&mut self.bytes[self.end..]).await?;
+        let count = ready!(Pin::new(from).poll_read(context, &mut self.bytes[self.end..]))?;
         self.end += count;
-        Ok(count)
+        Poll::Ready(Ok(count))
     }
 
     fn make_room(&mut self, expected_len: usize) {

@@ -17,9 +17,20 @@ const REFERRED_FROM: usize = 512;
 /// What is sent with one write, part by part.
 pub(crate) type Parts<'a> = SmallVec<[IoSlice<'a>; 9]>;
 
+/// The version of the protocol of Redis that a client is spoken to in.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Protocol {
+    #[default]
+    Resp2,
+    /// With types of its own for nothing, maps and texts.
+    Resp3,
+}
+
 /// Replies, one behind the other.
 #[derive(Debug, Default)]
 pub(crate) struct Replies {
+    /// How those that are put in from now on are written.
+    pub(crate) protocol: Protocol,
     bytes: Vec<u8>,
     /// The values that are not among the bytes, first to last.
     values: Vec<Referred>,

@@ -3,11 +3,10 @@
 
 use std::fmt::{self, Write};
 
-pub(crate) use super::replies::Replies;
+pub(crate) use super::replies::{Protocol, Replies};
 use super::store::Value;
 
 pub(crate) const OK: &[u8] = b"+OK\r\n";
-pub(crate) const NULL: &[u8] = b"$-1\r\n";
 pub(crate) const EMPTY_ARRAY: &[u8] = b"*0\r\n";
 
 /// An error, whose text starts with its kind: `ERR syntax error`.
@@ -28,6 +27,36 @@ pub(crate) fn bulk(replies: &mut Replies, bytes: &[u8]) {
     header(replies, b'$', bytes.len() as i64);
     replies.extend_from_slice(bytes);
     replies.extend_from_slice(b"\r\n");
+}
+
+/// Nothing: a key is not there.
+pub(crate) fn null(replies: &mut Replies) {
+    replies.extend_from_slice(match replies.protocol {
+        Protocol::Resp2 => b"$-1\r\n",
+        Protocol::Resp3 => b"_\r\n",
+    });
+}
+
+/// So many pairs follow. Without a type for them they are an array.
+pub(crate) fn map(replies: &mut Replies, len: usize) {
+    match replies.protocol {
+        Protocol::Resp2 => array(replies, 2 * len),
+        Protocol::Resp3 => header(replies, b'%', len as i64),
+    }
+}
+
+/// A text for people.
+pub(crate) fn verbatim(replies: &mut Replies, text: &[u8]) {
+    match replies.protocol {
+        Protocol::Resp2 => bulk(replies, text),
+        Protocol::Resp3 => {
+            let kind = b"txt:";
+            header(replies, b'=', (kind.len() + text.len()) as i64);
+            replies.extend_from_slice(kind);
+            replies.extend_from_slice(text);
+            replies.extend_from_slice(b"\r\n");
+        }
+    }
 }
 
 /// A value of the store's.
@@ -81,6 +110,21 @@ impl Write for OneLine<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_has_a_type_in_version_3_has_it_there_only() {
+        let written = |protocol| {
+            let mut replies = Replies::new();
+            replies.protocol = protocol;
+            null(&mut replies);
+            map(&mut replies, 2);
+            verbatim(&mut replies, b"a b");
+            bulk(&mut replies, b"c");
+            replies.bytes().to_vec()
+        };
+        assert_eq!(written(Protocol::Resp2), b"$-1\r\n*4\r\n$3\r\na b\r\n$1\r\nc\r\n");
+        assert_eq!(written(Protocol::Resp3), b"_\r\n%2\r\n=7\r\ntxt:a b\r\n$1\r\nc\r\n");
+    }
 
     #[test]
     fn replies_look_as_the_protocol_has_them() {

@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 use glommio::Task;
 use shmipc_glommio::{Config, Session, Shard as Core};
 
+use super::client_stream::OutputLimits;
 use super::connection::{self, Writes};
 use super::doors::{self, Doors};
 use super::execute::Place;
+use super::origin::{Complaints, Origin};
 use super::peers::Peers;
 use super::resp::Limits;
 use super::store::Store;
@@ -30,6 +32,8 @@ pub(crate) struct Settings {
     pub(crate) shm: PathBuf,
     pub(crate) config: Config,
     pub(crate) is_debug_allowed: bool,
+    /// How many bytes of replies are kept for one client, and for all of one shard.
+    pub(crate) output: [usize; 2],
     pub(crate) started: Instant,
 }
 
@@ -42,6 +46,8 @@ pub(crate) struct Shard {
     pub(crate) store: RefCell<Store>,
     pub(crate) peers: Peers,
     pub(crate) counters: Counters,
+    pub(crate) output: Rc<OutputLimits>,
+    pub(crate) complaints: Complaints,
 }
 
 /// What has happened in a shard.
@@ -101,6 +107,8 @@ pub(crate) fn start_shard(
         store: RefCell::new(Store::new()),
         peers: Peers::new(&settings.shm, settings.config.clone())?,
         counters: Counters::default(),
+        output: Rc::new(OutputLimits::new(settings.output[0], settings.output[1])),
+        complaints: Complaints::default(),
         settings,
     });
     let mut tasks = doors::open(&shard, doors)?;
@@ -111,10 +119,11 @@ pub(crate) fn start_shard(
 /// Serves every stream of a session, until it ends.
 pub(crate) async fn serve_session(shard: Rc<Shard>, session: Session) {
     let _counted = Counted::new(&shard.counters.sessions);
+    let origin = Origin::Session(session.peer());
     let serve = |stream| {
         let shard = Rc::clone(&shard);
         // A stream that ends with an error has no reply to lose.
-        async move { connection::serve(&shard, stream, Writes::Vectored).await.ok() }
+        async move { connection::serve(&shard, stream, Writes::Vectored, origin).await.ok() }
     };
     session.serve_streams(serve).await;
 }

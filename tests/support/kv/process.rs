@@ -130,10 +130,20 @@ impl Server {
     }
 
     pub(crate) fn start_in(directory: Directory, shards: usize) -> Self {
+        Self::start_in_with(directory, shards, &[])
+    }
+
+    #[allow(dead_code, reason = "not every test starts it with more")]
+    pub(crate) fn start_with(shards: usize, options: &[&str]) -> Self {
+        Self::start_in_with(Directory::new(), shards, options)
+    }
+
+    fn start_in_with(directory: Directory, shards: usize, options: &[&str]) -> Self {
         let (unix, shm, shards) =
             (directory.file("unix"), directory.file("shm"), &shards.to_string());
         let doors = ["--tcp", "127.0.0.1:0", "--unix", &unix, "--shm", &shm];
-        let mut process = Running::start(&[&doors[..], &["--shards", shards, "--debug"]].concat());
+        let mut process =
+            Running::start(&[&doors[..], &["--shards", shards, "--debug"], options].concat());
         let tcp = process.line_with("listening on tcp ");
         assert_eq!(process.line_with("listening on unix "), unix);
         assert_eq!(process.line_with("listening on shm "), format!("{shm} ({shards} shards)"));
