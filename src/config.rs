@@ -318,9 +318,8 @@ impl ConfigBuilder {
     /// Whether creating memory asks first if there is enough of it: in the file system of
     /// [file memory](MemoryKind::File), and below the memory limits of this process' control
     /// groups. The pages of file memory are taken at once then, 8 ms for the default 32 MiB, so
-    /// that they are there when they are needed. A server looks at the limit of locked memory
-    /// before it starts its executors. Default: yes. Without, whoever touches a page that cannot be
-    /// had is killed.
+    /// that they are there when they are needed. Default: yes. Without, whoever touches a page that
+    /// cannot be had is killed.
     pub fn check_memory(mut self, checks: bool) -> Self {
         self.config.checks_memory = checks;
         self

@@ -10,16 +10,10 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use nix::sys::resource::{Resource, getrlimit};
-
 use crate::config::{Config, MemoryKind};
 use crate::error::{Error, ResourceError};
+use crate::preflight::{self, Wanted};
 use crate::wire::layout::queue_memory_len;
-
-/// What glommio wants to be allowed before it starts an executor.
-const LEAST_LOCKED_MEMORY: u64 = 512 << 10;
-/// What the rings of one executor take of that on kernels that count them (before 5.12).
-const LOCKED_PER_EXECUTOR: u64 = 64 << 10;
 
 /// The memory that the sessions of a program take when each of its cores has some to every shard of
 /// a server.
@@ -46,6 +40,8 @@ pub struct Footprint {
     sessions: u64,
     buffer_bytes: u64,
     queue_bytes: u64,
+    /// The larger one of a session's two memories.
+    largest_file: u64,
     /// Where files of shared memory are, when the memory is files.
     directory: Option<PathBuf>,
 }
@@ -64,6 +60,7 @@ impl Config {
             sessions,
             buffer_bytes: total(self.buffer_size.into()),
             queue_bytes: total(queue_memory_len(self.queue_capacity)),
+            largest_file: queue_memory_len(self.queue_capacity).max(self.buffer_size.into()),
             directory: (self.memory == MemoryKind::File).then(|| directory.to_owned()),
         }
     }
@@ -90,9 +87,10 @@ impl Footprint {
         self.buffer_bytes.saturating_add(self.queue_bytes)
     }
 
-    /// Asks whether this machine, and what this process may have of it, can hold that: the file
-    /// system of file memory, the memory limits of the process' control groups, and the limit of
-    /// locked memory that the executors come under.
+    /// Asks whether this machine, and what this process may have of it, can hold that: everything
+    /// that [`preflight`](crate::preflight) looks at for so many executors, open files and the size
+    /// of files for the sessions, the file system of file memory, and the memory limits of the
+    /// process' control groups.
     ///
     /// The answer is of this moment: others may take the memory meanwhile. What cannot be found out
     /// (no `/proc`, no `/sys`) is not held against it.
@@ -101,9 +99,11 @@ impl Footprint {
     ///
     /// [`Error::Resource`], with what there is too little of.
     pub fn check(&self) -> Result<(), Error> {
-        let limit = getrlimit(Resource::RLIMIT_MEMLOCK).ok().map(|(soft, _)| soft);
-        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        self.fits_locked_memory(limit, counts_rings(&release))?;
+        let executors = usize::try_from(self.executors).unwrap_or(usize::MAX);
+        preflight::check(Wanted { executors, more_threads: 0, sessions: self.sessions })?;
+        if self.sessions > 0 {
+            preflight::check_file_size("the memory of a session", self.largest_file)?;
+        }
         self.check_shared_memory()
     }
 
@@ -133,22 +133,6 @@ impl Footprint {
         ResourceError::SharedMemory { directory, needed, available }.into()
     }
 
-    fn fits_locked_memory(
-        &self,
-        limit: Option<u64>,
-        counts_rings: bool,
-    ) -> Result<(), ResourceError> {
-        let counted = if counts_rings { self.executors } else { 0 };
-        let rings = counted.saturating_mul(LOCKED_PER_EXECUTOR);
-        let needed = rings.max(LEAST_LOCKED_MEMORY);
-        match limit {
-            Some(limit) if self.executors > 0 && limit < needed => {
-                Err(ResourceError::LockedMemory { needed, limit })
-            }
-            _ => Ok(()),
-        }
-    }
-
     fn fits_directory(&self, directory: &Path, available: u64) -> Result<(), ResourceError> {
         let needed = self.total_bytes();
         if needed <= available {
@@ -165,16 +149,6 @@ impl Footprint {
         }
         let Group { path, available } = group.clone();
         Err(ResourceError::ControlGroup { group: path, needed, available })
-    }
-}
-
-/// Whether a kernel of this release counts the memory of rings as locked: before 5.12 it does.
-fn counts_rings(release: &str) -> bool {
-    let mut numbers = release.split(['.', '-']).map_while(|part| part.trim().parse::<u32>().ok());
-    match (numbers.next(), numbers.next()) {
-        (Some(major), Some(minor)) => (major, minor) < (5, 12),
-        // Nobody knows; new ones are more common.
-        _ => false,
     }
 }
 
@@ -298,24 +272,6 @@ mod tests {
         assert_eq!(files.fits_group(&group), Ok(()));
         let group = Group { available: needed - 1, ..group };
         assert!(matches!(files.fits_group(&group), Err(ResourceError::ControlGroup { .. })));
-
-        assert_eq!(files.fits_locked_memory(Some(512 << 10), true), Ok(()));
-        assert_eq!(files.fits_locked_memory(None, true), Ok(()));
-        let error = files.fits_locked_memory(Some(64 << 10), false).unwrap_err();
-        assert_eq!(error, ResourceError::LockedMemory { needed: 512 << 10, limit: 64 << 10 });
-        let many = footprint(1000, MemoryKind::Memfd);
-        assert!(many.fits_locked_memory(Some(8 << 20), true).is_err());
-        assert_eq!(many.fits_locked_memory(Some(8 << 20), false), Ok(()));
-    }
-
-    #[test]
-    fn old_kernels_count_rings() {
-        for old in ["4.19.0", "5.4.0-150-generic", "5.11\n"] {
-            assert!(counts_rings(old), "{old}");
-        }
-        for new in ["5.12.0", "6.18.2-microvm\n", "10.0", "", "strange"] {
-            assert!(!counts_rings(new), "{new}");
-        }
     }
 
     #[test]

@@ -45,11 +45,12 @@ fn imports_go_down_only() {
         ("error", &[]),
         ("config", &["error"]),
         ("stats", &["shm"]),
+        ("preflight", &["error"]),
         ("wire", &["error", "config"]),
         ("proto", &["error", "config", "wire"]),
-        ("shm", &["error", "config", "wire"]),
-        ("footprint", &["error", "config", "wire"]),
-        ("rt", &["error", "config", "footprint", "stats", "wire", "proto", "shm"]),
+        ("shm", &["error", "config", "wire", "preflight"]),
+        ("footprint", &["error", "config", "wire", "preflight"]),
+        ("rt", &["error", "config", "footprint", "preflight", "stats", "wire", "proto", "shm"]),
         // Looks at everything, and is in no build but those of the fuzzers and of the tests.
         ("fuzzing", &["error", "config", "wire", "proto", "shm", "rt"]),
     ];

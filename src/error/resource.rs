@@ -83,8 +83,8 @@ pub enum ResourceError {
         /// That of a control group of this process, if there is one and it can be seen.
         group_limit: Option<u64>,
     },
-    /// A file of this process may not become as large as its memory (`RLIMIT_FSIZE`, which holds for
-    /// files in memory too). Who went on would be killed by `SIGXFSZ`.
+    /// A file of this process may not become as large as its memory (`RLIMIT_FSIZE`, which holds
+    /// for files in memory too). Going on would have it killed by `SIGXFSZ`.
     #[error(
         "files may have {limit} bytes, {what} takes {needed}: raise the limit with `ulimit -f`, or \
          `LimitFSIZE=` of a systemd unit, or configure a smaller memory"

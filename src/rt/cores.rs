@@ -6,6 +6,7 @@ use nix::sched::{CpuSet as Allowed, sched_getaffinity};
 use nix::unistd::Pid;
 
 use crate::error::{ConfigError, Error, Result};
+use crate::preflight::{self, Wanted};
 
 /// Which processors the shards of a [`Server`](crate::Server) run on, one shard on each.
 ///
@@ -55,6 +56,45 @@ impl Cores {
         }
         Ok(chosen)
     }
+}
+
+/// Looks whether executors can run here, one on each of these processors, before the first one is
+/// made.
+///
+/// To be called first in a program that makes executors by itself, as clients do: the runtime
+/// panics, or ends the process, where the system does not give it what it takes, and does not say
+/// what that was. A [`Server`](crate::Server) looks by itself. Takes a fraction of a millisecond.
+///
+/// It looks at io_uring (seccomp, the sysctl `kernel.io_uring_disabled`, the kernel's age), the
+/// limit of locked memory, open files, threads, and whether threads may be pinned. What sessions
+/// take besides is for [`Footprint::check`](crate::Footprint::check), which does all of this too,
+/// but for the pinning.
+///
+/// ```
+/// use shmipc_glommio::{Client, Cores, preflight};
+///
+/// // Where the system may run the executor on any processor.
+/// preflight(&Cores::Unpinned(1))?;
+/// glommio::LocalExecutorBuilder::default().spawn(|| async {
+///     let client = Client::builder("/run/store.sock").build();
+///     // ...
+/// #   drop(client);
+/// }).unwrap().join().unwrap();
+/// # shmipc_glommio::Result::<()>::Ok(())
+/// ```
+///
+/// # Errors
+///
+/// [`Error::Resource`] names the limit, its value, what is needed, and what to do.
+/// [`ConfigError::Cores`], when the processors are not there, or not for this process.
+pub fn preflight(cores: &Cores) -> Result<()> {
+    look_ahead(&cores.choose()?, 0)
+}
+
+/// The same for processors that were chosen, and so many more threads.
+pub(super) fn look_ahead(chosen: &[Option<usize>], more_threads: usize) -> Result<()> {
+    preflight::check(Wanted { executors: chosen.len(), more_threads, sessions: 0 })?;
+    Ok(preflight::check_processors(chosen.iter().copied().flatten().collect())?)
 }
 
 fn cannot(problem: String) -> Error {

@@ -18,6 +18,7 @@ use super::server_builder::ServerBuilder;
 use super::server_core::{Common, OnRefused, StopsAll, shard_error, tell_refused};
 use super::shard::{ShardStats, panic_text};
 use crate::error::{Error, Result};
+use crate::preflight::thread_error;
 
 /// A server with a shard, an executor on a thread of its own, on each of its cores.
 ///
@@ -171,7 +172,11 @@ impl Server {
             });
         };
         let thread = std::thread::Builder::new().name("shmipc-dealer".into()).spawn(run);
-        self.dealer = Some(thread.map_err(failed)?);
+        let thread = thread.map_err(|error| match thread_error(error) {
+            Ok(too_few) => too_few.into(),
+            Err(error) => failed(error),
+        });
+        self.dealer = Some(thread?);
         Ok(())
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use glommio::{LocalExecutorBuilder, Placement};
 
-use super::cores::Cores;
+use super::cores::{Cores, look_ahead};
 use super::dealer::{Deal, Inlet};
 use super::listener::{Door, listen_error};
 use super::peer::PeerCredentials;
@@ -179,8 +179,9 @@ impl ServerBuilder {
     ///
     /// # Errors
     ///
-    /// A live server listens at one of the paths, a core is not there, the limit of locked memory
-    /// is too low, an executor cannot be made, or a factory fails. Nothing is left running then.
+    /// [`Error::Resource`], when executors cannot run here (see [`preflight`](crate::preflight));
+    /// a live server listens at one of the paths, a core is not there, an executor cannot be made,
+    /// or a factory fails. Nothing is left running then.
     pub fn start<F, M, H, S, E, D>(self, factory: F) -> Result<Server>
     where
         F: Fn(Shard) -> M + Clone + Send + 'static,
@@ -195,9 +196,8 @@ impl ServerBuilder {
             return Err(ConfigError::Limit { what: "deal_queue", value: 0, problem }.into());
         }
         let cores = self.cores.choose()?;
-        if self.config.checks_memory {
-            self.config.footprint(cores.len(), 0, 0).check()?;
-        }
+        // And the thread of the door that they share.
+        look_ahead(&cores, 1)?;
         let doors = open_doors(&self.path, cores.len(), &self.config)?;
         let inlets = (0..cores.len()).map(|_| Inlet::new(self.queue));
         let (inlets, bells): (Vec<_>, Vec<_>) =

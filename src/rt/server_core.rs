@@ -26,6 +26,7 @@ use super::socket::Socket;
 use super::socket_path::SocketPath;
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::preflight::thread_error;
 use crate::wire::ShardIdentity;
 
 pub(super) type OnRefused = Arc<dyn Fn(usize, &Error) + Send + Sync>;
@@ -184,10 +185,12 @@ impl Core {
                 Err(shard_error(index, panic_text(&*panic).into()))
             })
         };
-        std::thread::Builder::new()
-            .name(format!("shard-{index}"))
-            .spawn(run)
-            .map_err(|error| shard_error(index, error.into()))
+        std::thread::Builder::new().name(format!("shard-{index}")).spawn(run).map_err(|error| {
+            match thread_error(error) {
+                Ok(too_few) => too_few.into(),
+                Err(error) => shard_error(index, error.into()),
+            }
+        })
     }
 
     /// The whole life of a shard, which can be seen from outside meanwhile.

@@ -28,6 +28,7 @@ use super::claims::{Claim, Purpose};
 use super::fault::Guarded;
 use super::leftovers;
 use crate::error::{Error, HandshakeError, MemoryError};
+use crate::preflight;
 
 /// Where a descriptor's file may lie: in memory. (`ramfs` stands for `tmpfs` in small kernels.)
 const MEMORY_FILE_SYSTEMS: [FsType; 3] = [TMPFS_MAGIC, HUGETLBFS_MAGIC, FsType(0x8584_58f6)];
@@ -116,6 +117,7 @@ impl Region {
             result => result,
         };
         let file = File::from(fd.map_err(|error| failed(error.into()))?);
+        preflight::check_file_size("a session's memory", len as u64)?;
         file.set_len(len as u64).map_err(failed)?;
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         nix::fcntl::fcntl(&file, FcntlArg::F_ADD_SEALS(seals))
@@ -131,6 +133,7 @@ impl Region {
             Error::os_at("create the shared-memory file", path, error)
                 .advise("`path_prefix` says where such files are made")
         };
+        preflight::check_file_size("a session's memory", len as u64)?;
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(0o600);
         options.custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_CLOEXEC);
