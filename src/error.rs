@@ -28,7 +28,7 @@ pub use handshake::HandshakeError;
 pub use resource::{IoUringProblem, ResourceError};
 
 pub(crate) use retry::{
-    FULL, JSON_PARSE_ERROR, NOT_ALLOWED, STOPPING, TOO_LARGE, VERSION_NOT_SUPPORTED,
+    FULL, JSON_PARSE_ERROR, NOT_ALLOWED, STOPPING, TOO_LARGE, TOTAL_LIMIT, VERSION_NOT_SUPPORTED,
 };
 
 /// Result with this crate's [`Error`].

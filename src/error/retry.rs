@@ -3,7 +3,12 @@
 
 use std::io;
 
+use nix::errno::Errno;
+
 use super::{Error, HandshakeError, MemoryError};
+
+/// The setting that limits the memory of all sessions of a listener.
+pub(crate) const TOTAL_LIMIT: &str = "max_total_mapped_bytes";
 
 /// The codes of refusals, as they go over the wire in version 4
 /// (see [`negotiation`](crate::wire::negotiation)).
@@ -18,9 +23,9 @@ impl Error {
     /// Whether the same may succeed a moment later, with nobody changing a configuration, a
     /// permission or a program meanwhile.
     ///
-    /// A server that is not there may come, one that is full may have room again, and a session that
-    /// was lost can be made again: all of these are worth a retry, with a pause between. What is
-    /// not: a peer that may not be spoken to, versions that do not meet, a path that cannot be, a
+    /// A server that is not there may come, one that is full may have room again, and a session
+    /// that was lost can be made again: all of these are worth a retry, with a pause between. What
+    /// is not: a peer that may not be spoken to, versions that do not meet, a path that cannot be, a
     /// peer that broke the protocol, and everything that is the caller's own mistake. A
     /// [`Client`](crate::Client) goes by this for its connections.
     ///
@@ -91,6 +96,81 @@ impl HandshakeError {
                     .contains(&code.as_str())
             }
             _ => false,
+        }
+    }
+}
+
+impl Error {
+    /// By which code a peer is told that this is why it is refused (version 4), if there is one.
+    pub(crate) fn refusal_code(&self) -> Option<&'static str> {
+        match self {
+            Self::Handshake(error) => match error {
+                HandshakeError::PeerNotAllowed { .. }
+                | HandshakeError::NotAuthorized { .. }
+                | HandshakeError::FileOwner { .. } => Some(NOT_ALLOWED),
+                HandshakeError::TooManySessions(_) | HandshakeError::GaveWay(_) => Some(FULL),
+                HandshakeError::Stopping => Some(STOPPING),
+                HandshakeError::Version4NotOffered | HandshakeError::NoCommonVersion { .. } => {
+                    Some(VERSION_NOT_SUPPORTED)
+                }
+                HandshakeError::Negotiation(_) => Some(JSON_PARSE_ERROR),
+                _ => None,
+            },
+            // What all sessions have together may be less later.
+            Self::Memory(MemoryError::TooLarge { setting: TOTAL_LIMIT, .. }) => Some(FULL),
+            Self::Memory(MemoryError::TooLarge { .. }) => Some(TOO_LARGE),
+            Self::Resource(error) if error.is_retryable() => Some(FULL),
+            Self::Os { source, .. } => match source.kind() {
+                io::ErrorKind::PermissionDenied => Some(NOT_ALLOWED),
+                _ => match source.raw_os_error().map(Errno::from_raw) {
+                    Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM) => Some(FULL),
+                    _ => None,
+                },
+            },
+            _ => None,
+        }
+    }
+
+    /// What a peer is told in words that is refused with this code. Nothing about others.
+    pub(crate) fn refusal_words(&self) -> String {
+        match (self.refusal_code(), self) {
+            (
+                Some(TOO_LARGE),
+                Self::Memory(MemoryError::TooLarge { what, have, limit, setting }),
+            ) => {
+                format!(
+                    "too large: {what} has {have} bytes, this server takes {limit} (`{setting}`)"
+                )
+            }
+            (Some(FULL), Self::Handshake(HandshakeError::TooManySessions(most))) => {
+                format!("full: there are {most} sessions, as many as `max_sessions` allows")
+            }
+            (Some(FULL), Self::Handshake(HandshakeError::GaveWay(_))) => {
+                "full: others waited, and this took long (`max_handshakes`)".into()
+            }
+            (Some(FULL), Self::Memory(_)) => {
+                "full: all sessions together have as much memory as they may \
+                 (`max_total_mapped_bytes`)"
+                    .into()
+            }
+            (Some(FULL), _) => "full: this server has no room for another session now".into(),
+            (Some(NOT_ALLOWED), Self::Handshake(HandshakeError::PeerNotAllowed { .. })) => {
+                "not allowed: this user may not connect here (`allowed_peers` of this server)"
+                    .into()
+            }
+            (Some(NOT_ALLOWED), Self::Handshake(HandshakeError::NotAuthorized { .. })) => {
+                "not allowed: this server did not authorize this process".into()
+            }
+            (Some(NOT_ALLOWED), Self::Handshake(HandshakeError::FileOwner { .. })) => {
+                "not allowed: the files of the memory belong to another user".into()
+            }
+            (Some(NOT_ALLOWED), _) => {
+                "not allowed: the memory cannot be opened here; its directory must be that of this \
+                 server's `path_prefix`"
+                    .into()
+            }
+            (Some(STOPPING), _) => "stopping: this server is about to stop".into(),
+            (_, error) => error.to_string(),
         }
     }
 }

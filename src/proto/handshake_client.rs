@@ -210,6 +210,17 @@ impl ClientHandshake {
             (State::AwaitNegotiation, Message::Negotiation(json)) => {
                 self.selected(json).map(State::CreateMemory)
             }
+            // A server of this crate says so also when it finds out later that it will not have
+            // the session, in place of what is due.
+            (
+                State::SendAnnouncement(agreement)
+                | State::AwaitReady(agreement)
+                | State::SendDescriptors(agreement)
+                | State::AwaitAck(agreement),
+                Message::Negotiation(json),
+            ) if agreement.version == ProtocolVersion::V4 && self.is_refusal(json) => {
+                self.selected(json).map(State::CreateMemory)
+            }
             (State::AwaitExchange, Message::ExchangeMetadata) => {
                 let version = self.agree(version)?;
                 Ok(State::SendAnnouncement(Agreement::plain(version)))
@@ -228,6 +239,11 @@ impl ClientHandshake {
                 expected: state.due(),
             }),
         }
+    }
+
+    fn is_refusal(&self, json: &[u8]) -> bool {
+        let response = NegotiationResponse::decode(json, self.features);
+        matches!(response, Ok(NegotiationResponse::Refused { .. }))
     }
 
     /// What the server selected, if it was offered.
@@ -550,6 +566,41 @@ mod tests {
             agreed(none, &refusal),
             Err(HandshakeError::Refused { code: "CODE".into(), message: "words".into() })
         );
+    }
+
+    #[test]
+    fn a_refusal_may_come_in_place_of_anything_that_is_due() {
+        let none = Features::default();
+        let refusal = answer(&NegotiationResponse::refusal("FULL", "words"));
+        let selection = answer(&NegotiationResponse::selecting(none, None));
+        for kind in [MemoryKind::File, MemoryKind::Memfd] {
+            let mut client = client(ProtocolVersion::V4, kind);
+            client.sent();
+            receive(&mut client, 0, &selection).unwrap();
+            client.memory_created();
+            for _ in 0..4 {
+                let mut refused = client.clone();
+                let error = receive(&mut refused, 0, &refusal).unwrap_err();
+                let (code, message) = ("FULL".into(), "words".into());
+                assert_eq!(error, HandshakeError::Refused { code, message }, "{client:?}");
+                assert!(!refused.may_fall_back());
+                // A second answer is none.
+                let error = receive(&mut client.clone(), 0, &selection).unwrap_err();
+                assert!(matches!(error, HandshakeError::Unexpected { .. }), "{error}");
+                client.sent();
+                if matches!(client.step(), ClientStep::AwaitMessage("AckReadyRecvFd")) {
+                    receive(&mut client.clone(), 0, &refusal).unwrap_err();
+                    receive(&mut client, 0, &Message::AckReadyRecvFd).unwrap();
+                }
+            }
+        }
+        // Not in other versions.
+        let mut older = client(ProtocolVersion::V3, MemoryKind::File);
+        older.sent();
+        receive(&mut older, 3, &Message::ExchangeMetadata).unwrap();
+        older.sent();
+        let error = receive(&mut older, 0, &refusal).unwrap_err();
+        assert!(matches!(error, HandshakeError::Unexpected { .. }), "{error}");
     }
 
     #[test]

@@ -279,13 +279,6 @@ impl ServerHandshake {
 
     /// The state after the client has said what it can do.
     fn negotiate(&self, json: &[u8]) -> State {
-        let answer = |response: NegotiationResponse| {
-            let message = Message::Negotiation(response.encode().into());
-            let mut bytes = Vec::new();
-            let version = ProtocolVersion::V4.message_byte();
-            message.encode(version, &mut bytes).expect("an answer is short");
-            bytes
-        };
         match NegotiationRequest::decode(json) {
             Ok(request) if request.offers_version_4 => {
                 let features = self.abilities.select(request.features);
@@ -309,10 +302,44 @@ impl ServerHandshake {
         }
     }
 
+    /// The message that tells a client of version 4 that it is refused, whole, at any moment before
+    /// it is acknowledged. `None`: it has not said that it speaks version 4, or knows already.
+    pub(crate) fn refusal(&self, code: &str, words: &str) -> Option<Vec<u8>> {
+        let negotiated = match &self.state {
+            State::SendSelection(_, agreement)
+            | State::AwaitAnnouncement(agreement)
+            | State::SendReady(agreement, _)
+            | State::ReceiveDescriptors(agreement, _)
+            | State::MapDescriptors(agreement, _)
+            | State::MapFiles(agreement, _)
+            | State::SendAck(agreement) => agreement.version == ProtocolVersion::V4,
+            State::AwaitOpening
+            | State::SendExchange
+            | State::SendRefusal(..)
+            | State::Refused(_)
+            | State::Established(_)
+            | State::Failed(_) => false,
+        };
+        negotiated.then(|| refusal_message(code, words))
+    }
+
     fn advance(&mut self, next: impl FnOnce(State) -> State) {
         let state = mem::replace(&mut self.state, State::AwaitOpening);
         self.state = next(state);
     }
+}
+
+/// An answer as a whole message.
+fn answer(response: NegotiationResponse) -> Vec<u8> {
+    let message = Message::Negotiation(response.encode().into());
+    let mut bytes = Vec::new();
+    message.encode(ProtocolVersion::V4.message_byte(), &mut bytes).expect("an answer is short");
+    bytes
+}
+
+/// The answer to a client of version 4 that is refused.
+pub(crate) fn refusal_message(code: &str, words: &str) -> Vec<u8> {
+    answer(NegotiationResponse::refusal(code, words))
 }
 
 fn unexpected(state: &State, message: &Message) -> HandshakeError {
@@ -457,6 +484,30 @@ mod tests {
             ]
         );
         all
+    }
+
+    #[test]
+    fn a_client_of_version_4_can_be_refused_until_it_is_acknowledged() {
+        for (name, server, _) in in_every_state() {
+            let speaks_version_4 = match &server.state {
+                State::SendSelection(..) => true,
+                State::AwaitAnnouncement(agreement)
+                | State::SendReady(agreement, _)
+                | State::ReceiveDescriptors(agreement, _)
+                | State::MapDescriptors(agreement, _)
+                | State::MapFiles(agreement, _)
+                | State::SendAck(agreement) => agreement.version == ProtocolVersion::V4,
+                _ => false,
+            };
+            let refusal = server.refusal("FULL", "words");
+            assert_eq!(refusal.is_some(), speaks_version_4, "{name}");
+            let Some(bytes) = refusal else { continue };
+            let header = Header::decode(bytes.first_chunk().unwrap()).unwrap();
+            assert_eq!((header.version, header.message), (0, MessageType::Negotiation));
+            let response =
+                NegotiationResponse::decode(&bytes[HEADER_LEN..], Features::default()).unwrap();
+            assert_eq!(response, NegotiationResponse::refusal("FULL", "words"));
+        }
     }
 
     #[test]

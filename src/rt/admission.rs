@@ -21,7 +21,7 @@ use futures_lite::future::or;
 
 use super::wakers::{WakerList, WakerSlot};
 use crate::config::Limits;
-use crate::error::{Error, HandshakeError, MemoryError};
+use crate::error::{Error, HandshakeError, MemoryError, TOTAL_LIMIT};
 
 /// A user, if known.
 type Uid = Option<u32>;
@@ -144,16 +144,28 @@ impl Admission {
         None
     }
 
+    /// Whether there may be one session more now. Asked before a peer is promised anything; it
+    /// counts only [later](Self::session).
+    ///
+    /// # Errors
+    ///
+    /// There are as many as there may be.
+    pub(super) fn check_sessions(&self) -> Result<(), HandshakeError> {
+        let most = self.limits.sessions;
+        if self.sessions.get() >= most {
+            Err(HandshakeError::TooManySessions(most))
+        } else {
+            Ok(())
+        }
+    }
+
     /// Counts a session from its handshake on.
     ///
     /// # Errors
     ///
     /// There are as many as there may be.
     pub(super) fn session(self: &Rc<Self>) -> Result<Admitted, HandshakeError> {
-        let most = self.limits.sessions;
-        if self.sessions.get() >= most {
-            return Err(HandshakeError::TooManySessions(most));
-        }
+        self.check_sessions()?;
         self.sessions.set(self.sessions.get() + 1);
         Ok(Admitted { admission: Rc::clone(self), mapped_bytes: Cell::new(0) })
     }
@@ -226,12 +238,7 @@ impl Admitted {
         let have = self.admission.mapped_bytes.get().saturating_add(bytes);
         if have > limit {
             let what = "the memory of all sessions of this listener";
-            return Err(MemoryError::TooLarge {
-                what,
-                have,
-                limit,
-                setting: "max_total_mapped_bytes",
-            });
+            return Err(MemoryError::TooLarge { what, have, limit, setting: TOTAL_LIMIT });
         }
         self.admission.mapped_bytes.set(have);
         self.mapped_bytes.set(self.mapped_bytes.get() + bytes);

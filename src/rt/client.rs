@@ -127,8 +127,11 @@ impl Client {
 
     /// A session to a shard: of those that are up, the one with the fewest streams in use.
     ///
-    /// Waits while there is none, up to the [patience](ClientBuilder::patience). Cancel-safe: what
-    /// was begun goes on for the next who asks.
+    /// Waits while there is none, up to the [patience](ClientBuilder::patience). When an attempt to
+    /// connect fails by something that is not [worth a retry](Error::is_retryable), a permission
+    /// for instance, all who wait are told at once, and so are those who ask within the longest
+    /// [back-off](ClientBuilder::backoff) after that; who asks later has it tried again.
+    /// Cancel-safe: what was begun goes on for the next who asks.
     ///
     /// # Errors
     ///
@@ -247,18 +250,24 @@ impl Client {
             match shard.pick(&take) {
                 Picked::Taken(kept, taken) => Poll::Ready(Ok((kept, taken))),
                 Picked::Refused(error) => Poll::Ready(Err(error)),
-                Picked::Nothing => Poll::Pending,
+                Picked::Nothing => match shard.failure() {
+                    Some(error) => Poll::Ready(Err(self.unavailable(index, error))),
+                    None => Poll::Pending,
+                },
             }
         });
         let too_late = async {
             glommio::timer::sleep(self.inner.settings.patience).await;
             // A server that came back with fewer shards can be counted by now.
             self.inner.check_index(index)?;
-            let source = Arc::new(shard.error().unwrap_or(Error::DeadlinePassed));
-            let server = Rc::as_ref(&self.inner.path).into();
-            Err(Error::Unavailable { shard: index, server, source })
+            Err(self.unavailable(index, shard.error().unwrap_or(Error::DeadlinePassed)))
         };
         or(picked, too_late).await
+    }
+
+    fn unavailable(&self, shard: usize, error: Error) -> Error {
+        let server = Rc::as_ref(&self.inner.path).into();
+        Error::Unavailable { shard, server, source: Arc::new(error) }
     }
 }
 

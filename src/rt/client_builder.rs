@@ -85,7 +85,9 @@ impl ClientBuilder {
     /// Between attempts to connect a random time passes, `first` at most after the first failure,
     /// twice as much after each further one, up to `most`. Default: 5 ms and 2 s.
     ///
-    /// A session that lived for less than `most` counts as a failure too.
+    /// A session that lived for less than `most` counts as a failure too. What is not [worth a
+    /// retry](crate::Error::is_retryable) is not tried again by itself, but when someone asks for a
+    /// session `most` later, or after that.
     pub fn backoff(mut self, first: Duration, most: Duration) -> Self {
         self.settings.backoff = Backoff { first: first.min(LONGEST), most: most.min(LONGEST) };
         self

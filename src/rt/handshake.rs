@@ -12,7 +12,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
-use futures_lite::future::{or, yield_now};
+use futures_lite::future::{or, poll_once, yield_now};
 use nix::errno::Errno;
 
 use super::admission::{Admission, Admitted};
@@ -22,10 +22,9 @@ use super::peer::PeerCredentials;
 use super::sending::is_gone;
 use super::socket::{Received, Socket};
 use crate::config::{Config, MemoryKind, ProtocolVersion, Wakeup};
-use crate::error::{Error, HandshakeError, MemoryError};
+use crate::error::{Error, HandshakeError};
 use crate::proto::Agreement;
 use crate::proto::handshake_client::{ClientHandshake, ClientStep};
-use crate::proto::handshake_server::{Abilities, ServerHandshake, ServerStep};
 use crate::proto::session::Role;
 use crate::shm::claims::Purpose;
 use crate::shm::leftovers;
@@ -34,9 +33,7 @@ use crate::shm::queue::{self, Consumer, Producer};
 use crate::shm::region::{NewFile, Region, SharedFile};
 use crate::shm::setup::{ListSets, Side};
 use crate::wire::layout::QueueLayout;
-use crate::wire::{
-    Deframer, Features, Header, MAX_NEGOTIATION_LEN, MemoryPaths, Message, ShardIdentity,
-};
+use crate::wire::{Deframer, Features, Header, MAX_NEGOTIATION_LEN, MemoryPaths, Message};
 
 /// The most bytes that a message of a handshake has: more than two paths of 4095 bytes.
 const HANDSHAKE_MESSAGE_LEN: u32 = 8 + MAX_NEGOTIATION_LEN;
@@ -166,14 +163,16 @@ async fn drive_client(
                 created = Some(create_memory(paths, config, agreement).await?);
                 handshake.memory_created();
             }
-            ClientStep::Send(bytes) => {
-                send_all(socket, bytes).await?;
-                handshake.sent();
-            }
+            ClientStep::Send(bytes) => match send_all(socket, bytes).await {
+                Ok(()) => handshake.sent(),
+                Err(error) => return Err(last_words(handshake, inbox, socket, error).await),
+            },
             ClientStep::SendDescriptors => {
                 let created = created.as_ref().expect("memory is created before it is announced");
-                send_descriptors(socket, &created.descriptors).await?;
-                handshake.sent();
+                match send_descriptors(socket, &created.descriptors).await {
+                    Ok(()) => handshake.sent(),
+                    Err(error) => return Err(last_words(handshake, inbox, socket, error).await),
+                }
             }
             ClientStep::AwaitMessage(due) => {
                 if handshake.may_fall_back() {
@@ -214,66 +213,28 @@ async fn await_answer(inbox: &Inbox, socket: &Socket, config: &Config) -> Result
     or(socket.readable(), silent).await
 }
 
-/// The server's side, with a peer that may be spoken to. The caller bounds the time.
-pub(super) async fn accept(
-    socket: Socket,
-    peer: PeerCredentials,
-    config: &Config,
-    admission: &Rc<Admission>,
-    shard: Option<ShardIdentity>,
-) -> Result<Established, Error> {
-    let mut handshake = ServerHandshake::new(Abilities {
-        highest: config.accepted_protocol,
-        has_descriptors: !socket.is_tcp(),
-        single_popper_lists: config.single_popper_lists,
-        shortest_polling: config.shortest_polling,
-        shard,
-    });
-    let mut inbox = Inbox::new();
-    let mut descriptors = Vec::new();
-    let mut mapped = None;
-    let agreement = loop {
-        match handshake.step() {
-            ServerStep::AwaitMessage(due) => {
-                let (header, message) = inbox.receive(&socket, due).await?;
-                if socket.is_tcp() && matches!(message, Message::ShareMemoryByMemfd(_)) {
-                    return Err(HandshakeError::DescriptorsOverTcp.into());
-                }
-                handshake.receive(&header, &message)?;
-            }
-            ServerStep::Send(bytes) => {
-                send_all(&socket, bytes).await?;
-                handshake.sent();
-            }
-            ServerStep::ReceiveDescriptors(count) => {
-                descriptors = inbox.receive_descriptors(&socket, count).await?;
-                handshake.descriptors_received();
-            }
-            ServerStep::MapDescriptors(agreement, _) => {
-                let descriptors = std::mem::take(&mut descriptors);
-                mapped = Some(map_descriptors(descriptors, agreement, config, admission)?);
-                handshake.mapped();
-            }
-            ServerStep::MapFiles(agreement, paths) => {
-                let memory = map_files(paths, peer, agreement, config, admission)?;
-                let doorbell = without_descriptors(agreement);
-                mapped = Some((memory, doorbell));
-                handshake.mapped();
-            }
-            ServerStep::Refused(error) => return Err(error.clone().into()),
-            ServerStep::Established(&agreement) => break agreement,
-        }
-    };
-    let (memory, doorbell) = mapped.expect("no handshake ends without memory");
-    // What was found in memory that went away meanwhile is not worth much.
-    if memory.manager.is_lost() || memory.consumer.is_lost() {
-        return Err(MemoryError::Lost.into());
+/// Why sending failed: a server that has gone may have said why.
+async fn last_words(
+    handshake: &mut ClientHandshake,
+    inbox: &mut Inbox,
+    socket: &Socket,
+    error: Error,
+) -> Error {
+    if !is_end_of_connection(&error) {
+        return error;
     }
-    Ok(Established { role: Role::Server, peer, socket, agreement, memory, doorbell })
+    // Not waited for: it has gone, and what it said before that is there.
+    match poll_once(inbox.receive(socket, "nothing more")).await {
+        Some(Ok((header, message))) => match handshake.receive(&header, &message) {
+            Err(refused @ HandshakeError::Refused { .. }) => refused.into(),
+            _ => error,
+        },
+        Some(Err(_)) | None => error,
+    }
 }
 
 /// The doorbell of a session that has no eventfds.
-fn without_descriptors(agreement: &Agreement) -> Doorbell {
+pub(super) fn without_descriptors(agreement: &Agreement) -> Doorbell {
     match agreement.wakeup {
         Wakeup::Polling(interval) => Doorbell::Polling(interval),
         Wakeup::Socket | Wakeup::EventFd => Doorbell::Socket,
@@ -281,16 +242,16 @@ fn without_descriptors(agreement: &Agreement) -> Doorbell {
 }
 
 /// What has arrived and is not yet a whole message.
-struct Inbox {
+pub(super) struct Inbox {
     deframer: Deframer,
 }
 
 impl Inbox {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { deframer: Deframer::new(HANDSHAKE_MESSAGE_LEN) }
     }
 
-    async fn receive(
+    pub(super) async fn receive(
         &mut self,
         socket: &Socket,
         due: &'static str,
@@ -321,7 +282,7 @@ impl Inbox {
     }
 
     /// So many descriptors: of the buffer memory, of the queue memory, and then of eventfds.
-    async fn receive_descriptors(
+    pub(super) async fn receive_descriptors(
         &mut self,
         socket: &Socket,
         expected: usize,
@@ -363,7 +324,7 @@ fn broken_off(operation: &'static str, waiting_for: &'static str, error: io::Err
 /// What is due from a peer that is sent something.
 const TO_BE_READ: &str = "the reading of a message";
 
-async fn send_all(socket: &Socket, mut bytes: &[u8]) -> Result<(), Error> {
+pub(super) async fn send_all(socket: &Socket, mut bytes: &[u8]) -> Result<(), Error> {
     let failed = |error| broken_off("send in a handshake", TO_BE_READ, error);
     let sent = socket.try_send(bytes).map_err(failed)?;
     bytes = &bytes[sent..];
@@ -490,7 +451,7 @@ async fn reserve(file: &NewFile, len: usize, config: &Config) -> Result<(), Erro
     Ok(())
 }
 
-fn map_descriptors(
+pub(super) fn map_descriptors(
     descriptors: Vec<OwnedFd>,
     agreement: &Agreement,
     config: &Config,
@@ -513,7 +474,7 @@ fn map_descriptors(
     Ok((map_memory(buffer, queue, agreement, config, admitted)?, doorbell))
 }
 
-fn map_files(
+pub(super) fn map_files(
     paths: &MemoryPaths,
     peer: PeerCredentials,
     agreement: &Agreement,

@@ -4,9 +4,11 @@
 use std::cell::{Cell, RefCell};
 use std::collections::hash_map::RandomState;
 use std::fmt;
+use std::future::poll_fn;
 use std::hash::{BuildHasher, Hasher};
 use std::path::Path;
 use std::rc::Rc;
+use std::task::Poll;
 use std::time::Instant;
 
 use super::backoff::Backoff;
@@ -14,7 +16,7 @@ use super::callback;
 use super::connector::Connector;
 use super::session::Session;
 use super::stream::Stream;
-use super::wakers::WakerList;
+use super::wakers::{WakerList, WakerSlot};
 use crate::error::{Error, Result};
 
 /// How it stands with a session that a [`Client`](crate::Client) keeps.
@@ -49,6 +51,16 @@ pub enum SessionState {
         /// How many attempts have failed in a row.
         failures: u32,
         /// Why the last session ended, or the last attempt failed.
+        error: Error,
+    },
+    /// The last attempt failed by something that is [not worth a retry](Error::is_retryable), and
+    /// no further one is made by itself. Who asks gets the error at once; the first who asks after
+    /// a time has it tried again, and waits for that.
+    #[non_exhaustive]
+    Failed {
+        /// From when on asking begins another attempt.
+        retry_after: Instant,
+        /// Why the attempt failed.
         error: Error,
     },
 }
@@ -102,6 +114,9 @@ pub(super) struct Kept {
     idle: RefCell<Vec<Stream>>,
     most_idle: usize,
     on_change: Option<OnChange>,
+    /// Whether someone has asked for another attempt, and the task that waits for that.
+    is_asked_again: Cell<bool>,
+    asked_again: WakerSlot,
 }
 
 enum State {
@@ -111,6 +126,10 @@ enum State {
     Waiting {
         until: Instant,
         failures: u32,
+        error: Error,
+    },
+    Failed {
+        retry_after: Instant,
         error: Error,
     },
 }
@@ -131,6 +150,8 @@ impl Kept {
             idle: RefCell::default(),
             most_idle,
             on_change,
+            is_asked_again: Cell::new(false),
+            asked_again: WakerSlot::default(),
         }
     }
 
@@ -147,8 +168,35 @@ impl Kept {
         match &*self.state.borrow() {
             State::Connecting(before) => before.clone(),
             State::Up(session) => session.end_reason(),
-            State::Waiting { error, .. } => Some(error.clone()),
+            State::Waiting { error, .. } | State::Failed { error, .. } => Some(error.clone()),
         }
+    }
+
+    /// Why there will be no session unless someone asks for another attempt, and from when on
+    /// asking helps.
+    pub(super) fn failure(&self) -> Option<(Instant, Error)> {
+        match &*self.state.borrow() {
+            State::Failed { retry_after, error } => Some((*retry_after, error.clone())),
+            _ => None,
+        }
+    }
+
+    /// Asks for another attempt after one that failed for good.
+    pub(super) fn ask_again(&self) {
+        self.is_asked_again.set(true);
+        self.asked_again.wake();
+    }
+
+    async fn until_asked_again(&self) {
+        self.is_asked_again.set(false);
+        poll_fn(|context| {
+            if self.is_asked_again.get() {
+                return Poll::Ready(());
+            }
+            self.asked_again.register(context);
+            Poll::Pending
+        })
+        .await;
     }
 
     /// Streams that somebody uses.
@@ -180,7 +228,7 @@ impl Kept {
         drop(idle);
         match self.state.replace(State::Connecting(None)) {
             State::Up(session) => Some(session),
-            State::Connecting(_) | State::Waiting { .. } => None,
+            State::Connecting(_) | State::Waiting { .. } | State::Failed { .. } => None,
         }
     }
 
@@ -247,9 +295,17 @@ impl Kept {
                     failures = if began.elapsed() > backoff.most { 0 } else { failures + 1 };
                     reason
                 }
-                Err(error) => {
+                Err(error) if error.is_retryable() => {
                     failures += 1;
                     error
+                }
+                Err(error) => {
+                    failures += 1;
+                    tracing::warn!(shard = self.shard, %error, "connecting is not tried again");
+                    let retry_after = Instant::now() + backoff.most;
+                    self.change(State::Failed { retry_after, error }, waiting);
+                    self.until_asked_again().await;
+                    continue;
                 }
             };
             let wait = backoff.wait(failures, random());
@@ -273,6 +329,9 @@ impl State {
             Self::Waiting { until, failures, error } => {
                 let (until, failures, error) = (*until, *failures, error.clone());
                 SessionState::Waiting { until, failures, error }
+            }
+            Self::Failed { retry_after, error } => {
+                SessionState::Failed { retry_after: *retry_after, error: error.clone() }
             }
         }
     }

@@ -19,18 +19,19 @@ use std::time::{Duration, Instant};
 use futures_lite::future::or;
 use nix::errno::Errno;
 
+use super::acceptance::Acceptance;
 use super::admission::{Admission, PlaceTaken};
 use super::callback;
 use super::door_lock::DoorLock;
-use super::handshake;
 use super::peer::PeerCredentials;
 use super::poller::Poller;
+use super::refusals::{FAREWELL_TIME, Refusals};
 use super::session::Session;
 use super::socket::{ListenerSocket, Socket};
 use super::socket_path::{self, SocketPath};
 use super::tasks::TaskSet;
 use super::wakers::WakerList;
-use crate::config::Config;
+use crate::config::{Config, ProtocolVersion};
 use crate::error::{Error, HandshakeError, Result};
 use crate::shm::access::PeerTrust;
 use crate::shm::leftovers;
@@ -38,6 +39,8 @@ use crate::wire::ShardIdentity;
 
 /// How long accepting pauses when the process has no descriptor left for another connection.
 const OUT_OF_DESCRIPTORS_PAUSE: Duration = Duration::from_millis(20);
+/// How long handshakes that have nothing to wait for any more get to end.
+const LAST_FAREWELLS: Duration = Duration::from_millis(50);
 /// How often that is told.
 const TELL_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -127,8 +130,8 @@ pub(super) fn listen_error(path: &Path, error: io::Error) -> Error {
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             let (directory, me) = (directory.display(), nix::unistd::geteuid());
             error.advise(format!(
-                "user {me}, as whom this process runs, must be able to create files in {directory}, \
-                 and may not replace those of others"
+                "user {me}, as whom this process runs, must be able to create files in \
+                 {directory}, and may not replace those of others"
             ))
         }
         _ => error,
@@ -147,6 +150,29 @@ struct Shared {
     trust: Cell<Option<u64>>,
     /// Which shard of a server this is.
     shard: Cell<Option<ShardIdentity>>,
+    refusals: Rc<Refusals>,
+    /// Where it listens, for the log.
+    place: String,
+    stop: Rc<Stop>,
+}
+
+/// Whether handshakes that are under way are to end.
+#[derive(Default)]
+struct Stop {
+    is_stopping: Cell<bool>,
+    waiting: WakerList,
+}
+
+impl Stop {
+    fn begin(&self) {
+        self.is_stopping.set(true);
+        self.waiting.wake_all();
+    }
+
+    async fn begun(&self) {
+        let is_stopping = || if self.is_stopping.get() { Poll::Ready(()) } else { Poll::Pending };
+        self.waiting.until(is_stopping).await;
+    }
 }
 
 /// A session whose handshake is done, and what was handed over with its connection.
@@ -223,6 +249,11 @@ impl Listener {
     ) -> Self {
         leftovers::remove_once(&config.path_prefix);
         let admission = Admission::new(&config.limits);
+        let place = match (&path, address) {
+            (Some(path), _) => path.path().display().to_string(),
+            (None, Some(address)) => address.to_string(),
+            (None, None) => String::new(),
+        };
         let shared = Rc::new(Shared {
             config: Rc::new(config),
             admission,
@@ -234,6 +265,9 @@ impl Listener {
             authorize: RefCell::default(),
             trust: Cell::new(None),
             shard: Cell::new(None),
+            refusals: Rc::default(),
+            place,
+            stop: Rc::default(),
         });
         // Started before the first handshake, it is ready behind it.
         Poller::current();
@@ -248,6 +282,11 @@ impl Listener {
 
     /// Calls `tell` for every peer that was dropped before it became a session, with the reason. A
     /// panic in it is logged, and changes nothing.
+    ///
+    /// The log has it too, as a warning with the peer's user and process: each kind of reason at
+    /// once, and from then on at most once a second, with the number of those between. A peer of
+    /// version 4 [is told](crate::wire::negotiation), where its user, the number of sessions, the
+    /// size of its memory, or the end of this server is the reason.
     pub fn on_refused(&self, tell: impl Fn(&Error) + 'static) {
         let before = self.shared.on_refused.replace(Some(Rc::new(tell)));
         // Not while it is borrowed: what is dropped here is the program's.
@@ -301,6 +340,12 @@ impl Listener {
         if let Some(accepting) = self.accepting.take() {
             accepting.cancel().await;
         }
+        // Peers that can be told are told.
+        self.shared.stop.begin();
+        or(self.shared.handshakes.all_ended(), async {
+            glommio::timer::sleep(LAST_FAREWELLS).await;
+        })
+        .await;
         self.shared.handshakes.cancel().await;
     }
 
@@ -324,20 +369,19 @@ impl Listener {
 
 impl Shared {
     /// Whether a peer may begin a handshake.
-    fn check(&self, connection: &Socket) -> Result<PeerCredentials> {
-        let peer = connection.peer()?;
+    fn check(&self, peer: &PeerCredentials) -> Result<()> {
         peer.check(&self.config.allowed_peers, "client")?;
         let authorize = self.authorize.borrow().clone();
-        let Some(authorize) = authorize else { return Ok(peer) };
-        match callback::call("authorize", || authorize(&peer)) {
-            Some(true) => Ok(peer),
+        let Some(authorize) = authorize else { return Ok(()) };
+        match callback::call("authorize", || authorize(peer)) {
+            Some(true) => Ok(()),
             // A panic is no yes.
             Some(false) | None => Err(HandshakeError::NotAuthorized { uid: peer.uid }.into()),
         }
     }
 
-    fn refuse(&self, error: &Error) {
-        tracing::debug!(%error, "peer refused");
+    fn refuse(&self, peer: Option<&PeerCredentials>, error: &Error) {
+        self.refusals.log(&self.place, peer, error);
         let tell = self.on_refused.borrow().clone();
         if let Some(tell) = tell {
             callback::call("on_refused", || tell(error));
@@ -365,7 +409,7 @@ async fn accept_connections(socket: ListenerSocket, shared: Weak<Shared>) {
         }
         if told.is_none_or(|told| told.elapsed() >= TELL_INTERVAL) {
             told = Some(Instant::now());
-            shared.refuse(&error);
+            shared.refuse(None, &error);
         }
         drop(shared);
         glommio::timer::sleep(OUT_OF_DESCRIPTORS_PAUSE).await;
@@ -398,10 +442,19 @@ async fn begin(connection: Socket, ticket: Option<Ticket>, shared: &Weak<Shared>
     let Some(owner) = shared.upgrade() else {
         return;
     };
-    let peer = match owner.check(&connection) {
+    let peer = match connection.peer() {
         Ok(peer) => peer,
-        Err(error) => return owner.refuse(&error),
+        Err(error) => return owner.refuse(None, &error),
     };
+    if let Err(error) = owner.check(&peer) {
+        owner.refuse(Some(&peer), &error);
+        if owner.config.accepted_protocol >= ProtocolVersion::V4 {
+            let acceptance = Acceptance::new(connection, &owner.config, None);
+            let (refusals, stop) = (Rc::clone(&owner.refusals), Rc::clone(&owner.stop));
+            owner.handshakes.spawn(say_farewell(acceptance, error, refusals, stop));
+        }
+        return;
+    }
     let admission = Rc::clone(&owner.admission);
     drop(owner);
     // Here and not by the task: who has no place yet waits in the socket's backlog.
@@ -420,25 +473,49 @@ async fn shake_hands(
     place: PlaceTaken,
 ) {
     let parts = |shared: Rc<Shared>| {
-        (Rc::clone(&shared.config), Rc::clone(&shared.admission), shared.shard.get())
+        let (config, admission) = (Rc::clone(&shared.config), Rc::clone(&shared.admission));
+        (config, admission, shared.shard.get(), Rc::clone(&shared.stop))
     };
-    let Some((config, admission, shard)) = shared.upgrade().map(parts) else {
+    let Some((config, admission, shard, stop)) = shared.upgrade().map(parts) else {
         return;
     };
-    let handshake = handshake::accept(connection, peer, &config, &admission, shard);
+    let mut acceptance = Acceptance::new(connection, &config, shard);
+    let stopped = async {
+        stop.begun().await;
+        Err(HandshakeError::Stopping.into())
+    };
+    let handshake = or(acceptance.accept(peer, &config, &admission), stopped);
     let result = place.shake(within(&config, handshake)).await;
+    if let Err(error) = &result {
+        acceptance.tell_refused(error);
+    }
     // The listener may have gone meanwhile; then nobody wants the session.
     let Some(shared) = shared.upgrade() else {
         return;
     };
     match result {
-        Ok(established) => {
+        Ok(parts) => {
+            let established = acceptance.established(peer, parts);
             let session = Session::start(established, &config, shared.trust.get());
             shared.ready.borrow_mut().push_back(Ready { session, ticket, _place: place });
             shared.waiting.wake_all();
         }
-        Err(error) => shared.refuse(&error),
+        Err(error) => shared.refuse(Some(&peer), &error),
     }
+}
+
+/// Tells a peer that it is refused, if it is quick to say that it could understand that.
+async fn say_farewell(
+    acceptance: Acceptance,
+    error: Error,
+    refusals: Rc<Refusals>,
+    stop: Rc<Stop>,
+) {
+    let Some(_farewell) = refusals.farewell() else { return };
+    let too_late = or(stop.begun(), async {
+        glommio::timer::sleep(FAREWELL_TIME).await;
+    });
+    or(acceptance.tell_refused_at_first(&error), too_late).await;
 }
 
 /// Gives a handshake its time.

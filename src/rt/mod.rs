@@ -32,6 +32,7 @@
 //!   [`task_waker`]: what tasks wait in. Only what these hand over at
 //!   accept time ever changes threads.
 
+mod acceptance;
 mod activity;
 mod admission;
 mod backoff;
@@ -66,6 +67,7 @@ mod peer;
 mod poller;
 mod read_half;
 mod receiving;
+mod refusals;
 mod rests;
 mod send_wait;
 mod sending;
@@ -90,7 +92,7 @@ mod write_half;
 pub use client::Client;
 pub use client_builder::ClientBuilder;
 pub use connector::Connector;
-pub use cores::Cores;
+pub use cores::{Cores, preflight};
 pub use dealer::Deal;
 pub use kept::{SessionState, SessionStatus};
 pub use lending::{Alloc, Send};

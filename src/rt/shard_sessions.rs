@@ -3,6 +3,7 @@
 
 use std::cell::Cell;
 use std::rc::Rc;
+use std::time::Instant;
 
 use super::client_builder::Settings;
 use super::kept::{Kept, SessionStatus};
@@ -90,6 +91,19 @@ impl ShardSessions {
     /// Why the last session ended, or could not be made, if that is known of any.
     pub(super) fn error(&self) -> Option<Error> {
         self.places.iter().find_map(|kept| kept.error())
+    }
+
+    /// Why nothing comes to wait for: every attempt has failed by something that is not worth a
+    /// retry. When that was long enough ago, it is tried again, and there is something to wait for.
+    pub(super) fn failure(&self) -> Option<Error> {
+        let failures: Option<Vec<_>> = self.places.iter().map(|kept| kept.failure()).collect();
+        let failures = failures?;
+        let now = Instant::now();
+        if failures.iter().any(|(retry_after, _)| now >= *retry_after) {
+            self.places.iter().for_each(|kept| kept.ask_again());
+            return None;
+        }
+        failures.into_iter().next().map(|(_, error)| error)
     }
 
     /// Takes something from the session with the fewest streams in use that gives it.

@@ -5,6 +5,23 @@
 //! side does not know, it passes over: that is how features are added. So is a setting of another
 //! shape than the one known here, together with its feature.
 //!
+//! A refusal is an answer with an error, a code for programs and words for people, and the end of
+//! the connection. The codes, which stay as they are:
+//!
+//! | code | why | worth a retry |
+//! |---|---|---|
+//! | [`VERSION_NOT_SUPPORTED`] | no version is common | no |
+//! | [`JSON_PARSE_ERROR`] | the request cannot be read | no |
+//! | [`FULL`] | as many sessions, or as much memory, as there may be in all | yes |
+//! | [`TOO_LARGE`] | the client's memory is larger than the server maps | no |
+//! | [`NOT_ALLOWED`] | the user, the process or the files may not have a session | no |
+//! | [`STOPPING`] | the server is about to stop | yes |
+//!
+//! A code that is not known is a refusal like any other, and worth a retry. Servers of this crate
+//! also refuse later, when they have selected something and then find, when they look at the memory
+//! for instance, that there will be no session: the same message, in place of what is due. Clients
+//! of this crate understand that up to the acknowledgement; others see a message that is not due.
+//!
 //! Invariants: what is encoded here, decodes to the same value; what is decoded, is known to this
 //! side and within its range.
 //!

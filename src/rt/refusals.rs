@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Who is refused gets to know why, and so does who runs the server.
+//!
+//! A peer of version 4 is told by an answer with an error, as far as it has begun to negotiate.
+//! Nothing here waits for it: what does not fit into its socket at once is not sent, and one that
+//! is refused before it has said anything gets a moment for its first message, while few others do.
+//!
+//! The log has every reason at once, and then at most once a second with the number of those that
+//! were not logged, so that a flood of peers is not a flood of lines.
+
+use std::cell::{Cell, RefCell};
+use std::time::{Duration, Instant};
+
+use super::peer::PeerCredentials;
+use crate::error::{Error, HandshakeError};
+
+/// How often each reason is told at most.
+const TELL_INTERVAL: Duration = Duration::from_secs(1);
+/// How many peers at a time may take a moment to say that they speak version 4, before they are
+/// told that they are refused. Others are not told.
+const MAX_FAREWELLS: usize = 16;
+/// How long that moment is.
+pub(super) const FAREWELL_TIME: Duration = Duration::from_millis(200);
+
+/// The refusals of a listener.
+#[derive(Default)]
+pub(super) struct Refusals {
+    /// One entry for each reason that there was; there are a handful.
+    reasons: RefCell<Vec<Reason>>,
+    farewells: Cell<usize>,
+}
+
+struct Reason {
+    name: &'static str,
+    told_at: Instant,
+    untold: u64,
+}
+
+/// A peer that is about to be told that it is refused.
+pub(super) struct Farewell<'a> {
+    refusals: &'a Refusals,
+}
+
+impl Drop for Farewell<'_> {
+    fn drop(&mut self) {
+        self.refusals.farewells.set(self.refusals.farewells.get() - 1);
+    }
+}
+
+impl Refusals {
+    /// Logs that a peer was refused at a listener's socket.
+    pub(super) fn log(&self, listener: &str, peer: Option<&PeerCredentials>, error: &Error) {
+        if matches!(error, Error::Handshake(HandshakeError::Closed { .. })) {
+            // Nobody was refused: it has gone by itself.
+            tracing::debug!(listener, %error, "peer went away in its handshake");
+            return;
+        }
+        let reason = error.refusal_code().unwrap_or("FAILED");
+        let Some(untold) = self.turn_to_tell(reason, Instant::now()) else { return };
+        let uid = peer.and_then(|peer| peer.uid);
+        let pid = peer.and_then(|peer| peer.pid);
+        tracing::warn!(listener, reason, uid, pid, %error, untold, "peer refused");
+    }
+
+    /// Whether a reason is to be told now, and of how many it was not told since it was last.
+    fn turn_to_tell(&self, name: &'static str, now: Instant) -> Option<u64> {
+        let mut reasons = self.reasons.borrow_mut();
+        let Some(reason) = reasons.iter_mut().find(|reason| reason.name == name) else {
+            reasons.push(Reason { name, told_at: now, untold: 0 });
+            return Some(0);
+        };
+        if now.saturating_duration_since(reason.told_at) < TELL_INTERVAL {
+            reason.untold += 1;
+            return None;
+        }
+        reason.told_at = now;
+        Some(std::mem::take(&mut reason.untold))
+    }
+
+    /// Lets a peer have its moment, if there are not too many that do.
+    pub(super) fn farewell(&self) -> Option<Farewell<'_>> {
+        if self.farewells.get() >= MAX_FAREWELLS {
+            return None;
+        }
+        self.farewells.set(self.farewells.get() + 1);
+        Some(Farewell { refusals: self })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_reason_is_told_at_once_and_then_once_a_second_with_a_count() {
+        let refusals = Refusals::default();
+        let start = Instant::now();
+        let at = |milliseconds| start + Duration::from_millis(milliseconds);
+        assert_eq!(refusals.turn_to_tell("FULL", at(0)), Some(0));
+        for millisecond in 1..1000 {
+            assert_eq!(refusals.turn_to_tell("FULL", at(millisecond)), None);
+        }
+        assert_eq!(refusals.turn_to_tell("NOT_ALLOWED", at(500)), Some(0), "another reason");
+        assert_eq!(refusals.turn_to_tell("FULL", at(1000)), Some(999));
+        assert_eq!(refusals.turn_to_tell("FULL", at(5000)), Some(0));
+        assert_eq!(refusals.turn_to_tell("NOT_ALLOWED", at(5000)), Some(0));
+    }
+
+    #[test]
+    fn farewells_are_bounded() {
+        let refusals = Refusals::default();
+        let all: Vec<_> = std::iter::from_fn(|| refusals.farewell()).collect();
+        assert_eq!(all.len(), MAX_FAREWELLS);
+        drop(all);
+        assert!(refusals.farewell().is_some());
+    }
+}
