@@ -16,16 +16,16 @@
 mod handshake;
 mod resource;
 mod retry;
+mod target;
 
-use std::fmt;
 use std::io;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use handshake::HandshakeError;
 pub use resource::{IoUringProblem, ResourceError};
+pub use target::Target;
 
 pub(crate) use retry::{
     FULL, JSON_PARSE_ERROR, NOT_ALLOWED, STOPPING, TOO_LARGE, TOTAL_LIMIT, VERSION_NOT_SUPPORTED,
@@ -386,8 +386,8 @@ pub enum Error {
     /// The peer closed the stream; what is written to it now would reach nobody.
     #[error("the peer closed the stream")]
     StreamClosedByPeer,
-    /// The peer ended the stream as a failure (see [`Stream::reset`](crate::Stream::reset)): what it
-    /// sent must not be taken for all there was.
+    /// The peer ended the stream as a failure (see [`Stream::reset`](crate::Stream::reset)): what
+    /// it sent must not be taken for all there was.
     #[error("the peer reset the stream")]
     StreamReset,
     /// The deadline of this stream's reads or writes passed first.
@@ -405,48 +405,6 @@ pub enum Error {
     /// As many streams are open as the configuration allows.
     #[error("{0} streams are open, as many as `max_streams` allows")]
     TooManyStreams(usize),
-}
-
-/// What an operation of the system was about.
-///
-/// ```
-/// use std::path::Path;
-/// use shmipc_glommio::{Config, Connector};
-///
-/// # glommio::LocalExecutorBuilder::default().spawn(|| async {
-/// let connector = Connector::new(Config::default());
-/// let error = connector.connect("/nowhere/store.sock").await.unwrap_err();
-/// assert_eq!(error.path(), Some(Path::new("/nowhere/store.sock")));
-/// # }).unwrap().join().unwrap();
-/// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Target {
-    /// A socket, a file or a directory.
-    Path(PathBuf),
-    /// An address.
-    Address(SocketAddr),
-}
-
-impl fmt::Display for Target {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Path(path) => path.display().fmt(formatter),
-            Self::Address(address) => address.fmt(formatter),
-        }
-    }
-}
-
-impl From<&Path> for Target {
-    fn from(path: &Path) -> Self {
-        Self::Path(path.to_owned())
-    }
-}
-
-impl From<SocketAddr> for Target {
-    fn from(address: SocketAddr) -> Self {
-        Self::Address(address)
-    }
 }
 
 fn of(target: Option<&Target>) -> String {

@@ -25,8 +25,8 @@ impl Error {
     ///
     /// A server that is not there may come, one that is full may have room again, and a session
     /// that was lost can be made again: all of these are worth a retry, with a pause between. What
-    /// is not: a peer that may not be spoken to, versions that do not meet, a path that cannot be, a
-    /// peer that broke the protocol, and everything that is the caller's own mistake. A
+    /// is not: a peer that may not be spoken to, versions that do not meet, a path that cannot be,
+    /// a peer that broke the protocol, and everything that is the caller's own mistake. A
     /// [`Client`](crate::Client) goes by this for its connections.
     ///
     /// It says nothing about whether a request was carried out: that the first attempt at one had
