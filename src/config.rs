@@ -14,7 +14,7 @@ use std::time::Duration;
 
 pub use choices::{MemoryKind, ProtocolVersion, SliceClass, Spin, Wakeup};
 pub use limits::AllowedPeers;
-pub(crate) use limits::{Limits, SocketFile};
+pub(crate) use limits::{Limits, PRIVATE_BYTES_PER_SLICE, SocketFile};
 
 use self::checks::{at_least, check_buffers, check_prefix, check_wakeup};
 use crate::error::ConfigError;
@@ -398,7 +398,8 @@ impl ConfigBuilder {
         self
     }
 
-    /// How many streams of a session may be open. Default: 65 536.
+    /// How many streams of a session may be open, those among them that wait to be accepted. Each
+    /// takes up to half a KiB until somebody accepts it. Default: 65 536.
     pub fn max_streams(mut self, streams: usize) -> Self {
         self.config.limits.streams = streams;
         self
@@ -411,8 +412,8 @@ impl ConfigBuilder {
     }
 
     /// How many bytes of peers' memory a listener maps for all its sessions together; of a
-    /// [`Server`](crate::Server), each shard. What this side keeps itself for a session is less
-    /// than what it maps. Default: 64 GiB.
+    /// [`Server`](crate::Server), each shard. The private memory that goes with it counts too: 192
+    /// bytes for each slice, which a peer chooses the number of. Default: 64 GiB.
     pub fn max_total_mapped_bytes(mut self, bytes: u64) -> Self {
         self.config.limits.total_mapped_bytes = bytes;
         self
@@ -438,8 +439,11 @@ impl ConfigBuilder {
         self
     }
 
-    /// How many bytes that came over the socket may wait unread in a session. Beyond, the socket is
-    /// not read until readers catch up. Default: 64 MiB.
+    /// How many bytes a session may keep of what came over the socket and is not read. A message
+    /// counts as a whole until half of it is read, since so long it keeps all of its memory. Beyond
+    /// the limit the socket is not read until readers catch up. One message of up to
+    /// [`max_message_len`](Self::max_message_len) that has come in part is not counted. Default:
+    /// 64 MiB.
     pub fn max_unread_fallback_bytes(mut self, bytes: usize) -> Self {
         self.config.limits.unread_fallback_bytes = bytes;
         self

@@ -10,10 +10,10 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::config::{Config, MemoryKind};
+use crate::config::{Config, MemoryKind, PRIVATE_BYTES_PER_SLICE, SliceClass};
 use crate::error::{Error, ResourceError};
 use crate::preflight::{self, Wanted};
-use crate::wire::layout::queue_memory_len;
+use crate::wire::layout::{SLICE_HEADER_LEN, queue_memory_len};
 
 /// The memory that the sessions of a program take when each of its cores has some to every shard of
 /// a server.
@@ -42,6 +42,7 @@ pub struct Footprint {
     queue_bytes: u64,
     /// The larger one of a session's two memories.
     largest_file: u64,
+    table_bytes: u64,
     /// Where files of shared memory are, when the memory is files.
     directory: Option<PathBuf>,
 }
@@ -61,8 +62,20 @@ impl Config {
             buffer_bytes: total(self.buffer_size.into()),
             queue_bytes: total(queue_memory_len(self.queue_capacity)),
             largest_file: queue_memory_len(self.queue_capacity).max(self.buffer_size.into()),
+            table_bytes: total(self.slices().saturating_mul(PRIVATE_BYTES_PER_SLICE)),
             directory: (self.memory == MemoryKind::File).then(|| directory.to_owned()),
         }
+    }
+}
+
+impl Config {
+    /// How many slices a buffer memory of this configuration has at most.
+    fn slices(&self) -> u64 {
+        let of_class = |class: &SliceClass| {
+            let stride = u64::from(class.capacity) + SLICE_HEADER_LEN as u64;
+            u64::from(self.buffer_size) * u64::from(class.percent) / 100 / stride
+        };
+        self.slice_classes.iter().map(of_class).sum()
     }
 }
 
@@ -80,6 +93,12 @@ impl Footprint {
     /// Bytes of IO queues, all sessions together.
     pub fn queue_bytes(&self) -> u64 {
         self.queue_bytes
+    }
+
+    /// Bytes of private memory that this side keeps beside the buffers at most, all sessions
+    /// together: books on the slices. The more slices, the more of it.
+    pub fn table_bytes(&self) -> u64 {
+        self.table_bytes
     }
 
     /// Bytes of shared memory in total.
@@ -143,7 +162,7 @@ impl Footprint {
     }
 
     fn fits_group(&self, group: &Group) -> Result<(), ResourceError> {
-        let needed = self.total_bytes();
+        let needed = self.total_bytes().saturating_add(self.table_bytes);
         if needed <= group.available {
             return Ok(());
         }
@@ -253,6 +272,8 @@ mod tests {
         let footprint = footprint(2, MemoryKind::Memfd);
         assert_eq!(footprint.sessions(), 30);
         assert_eq!(footprint.total_bytes(), 30 * ((32 << 20) + 196_656));
+        // Of 8, 32 and 128 KiB.
+        assert_eq!(footprint.table_bytes(), 30 * (2048 + 307 + 51) * 192);
         let text = footprint.to_string();
         assert_eq!(text, "2 cores, 30 sessions: 960.0 MiB of buffers, 5.6 MiB of IO queues");
         assert_eq!(Config::default().footprint(usize::MAX, 9, 9).total_bytes(), u64::MAX);
@@ -268,6 +289,8 @@ mod tests {
         let error = files.fits_directory(shm, 64 << 20).unwrap_err();
         assert!(matches!(error, ResourceError::SharedMemory { available: 0x400_0000, .. }));
 
+        // What this side keeps beside the files is in the group too.
+        let needed = needed + files.table_bytes();
         let group = Group { path: "/sys/fs/cgroup/pod".into(), available: needed };
         assert_eq!(files.fits_group(&group), Ok(()));
         let group = Group { available: needed - 1, ..group };

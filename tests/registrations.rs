@@ -2,54 +2,22 @@
 //! A wait that ends without what it waited for leaves nothing behind: no waker in a list, and so no
 //! memory of a task that is no more. Counted in bytes that are allocated.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_lite::future::{or, poll_once, yield_now, zip};
 use shmipc_glommio::{Config, Connector, Cores, Error, Listener, Server, Session};
 
 use support::executor::{SocketPath, run};
+use support::live_bytes::{LiveBytes, alone, live_bytes};
 
 mod support {
     #[allow(dead_code, reason = "other tests use the rest")]
     pub(crate) mod executor;
-}
-
-static LIVE: AtomicI64 = AtomicI64::new(0);
-
-struct Counting;
-
-// SAFETY: everything is handed on to the system's allocator; counting changes nothing.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        LIVE.fetch_add(layout.size() as i64, Ordering::Relaxed);
-        // SAFETY: the caller's promises are the system allocator's.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size() as i64, Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        LIVE.fetch_add(new_size as i64 - layout.size() as i64, Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.realloc(pointer, layout, new_size) }
-    }
+    pub(crate) mod live_bytes;
 }
 
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// The count is of the whole process, so one test runs at a time.
-fn alone() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
+static ALLOCATOR: LiveBytes = LiveBytes;
 
 const SHORT_WAITS: i64 = 20_000;
 /// What may stay of so many waits: a thousandth of what a task takes.
@@ -61,12 +29,12 @@ async fn left_by<F: Future<Output = ()> + 'static>(wait: impl Fn() -> F) -> i64 
     // The first rounds fill what grows once.
     for round in 0..SHORT_WAITS + 100 {
         if round == 100 {
-            before = LIVE.load(Ordering::Relaxed);
+            before = live_bytes();
         }
         glommio::spawn_local(or(wait(), yield_now())).await;
     }
     yield_now().await;
-    LIVE.load(Ordering::Relaxed) - before
+    live_bytes() - before
 }
 
 async fn pair(path: &SocketPath, config: Config) -> [Session; 2] {
@@ -203,7 +171,7 @@ fn sessions_that_have_ended_leave_nothing_in_their_shard() {
         }
         // Its task ends, and what it owned goes.
         std::thread::sleep(Duration::from_millis(300));
-        LIVE.load(Ordering::Relaxed)
+        live_bytes()
     };
     // What each of the client's executors leaves is the same, however many sessions it had.
     let mut served = 0;

@@ -41,6 +41,10 @@ pub(crate) struct SocketFile {
     pub(crate) group: Option<u32>,
 }
 
+/// How much private memory each slice of a buffer memory takes on each side at most: its line in
+/// the books, and a message of its own while it is one that nobody has read.
+pub(crate) const PRIVATE_BYTES_PER_SLICE: u64 = 192;
+
 /// What a peer can make this side spend, at most.
 #[derive(Debug, Clone)]
 pub(crate) struct Limits {

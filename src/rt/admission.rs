@@ -228,7 +228,7 @@ impl Drop for Entry<'_> {
 }
 
 impl Admitted {
-    /// Counts memory that the peer brings, before it is mapped.
+    /// Counts memory that the peer brings, and what this side keeps for it.
     ///
     /// # Errors
     ///
@@ -237,7 +237,7 @@ impl Admitted {
         let limit = self.admission.limits.total_mapped_bytes;
         let have = self.admission.mapped_bytes.get().saturating_add(bytes);
         if have > limit {
-            let what = "the memory of all sessions of this listener";
+            let what = "the memory of all sessions of this listener, with the books on it";
             return Err(MemoryError::TooLarge { what, have, limit, setting: TOTAL_LIMIT });
         }
         self.admission.mapped_bytes.set(have);

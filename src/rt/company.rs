@@ -8,43 +8,40 @@
 //! that they sleep, and their queues are looked at in each pass. When it has nobody left to spin
 //! for, all of them go to sleep.
 
-use std::cell::RefCell;
 use std::rc::Rc;
 
 use super::activity::Place;
 use super::session::SessionInner;
+use super::sweep::SweepList;
 
 /// How many there are at most. The others sleep.
 const MOST: usize = 16;
 
 #[derive(Default)]
 pub(super) struct Company {
-    sessions: RefCell<Vec<Rc<SessionInner>>>,
+    sessions: SweepList<Rc<SessionInner>>,
 }
 
 impl Company {
     /// Takes a session in that is not active any more. Gives the one for which there is no room
     /// then, which is to sleep: that which has had nothing to do for longest.
     pub(super) fn take_in(&self, session: Rc<SessionInner>) -> Option<Rc<SessionInner>> {
-        let mut sessions = self.sessions.borrow_mut();
-        let oldest = if sessions.len() < MOST { None } else { Some(sessions.remove(0)) };
+        let oldest = if self.sessions.len() < MOST { None } else { self.sessions.pop_first() };
         session.activity.place.set(Place::Company);
-        sessions.push(session);
+        self.sessions.push(session);
         oldest.filter(|oldest| oldest.activity.leave_company())
     }
 
     /// Puts those before the poller for which something has come.
     #[inline]
     pub(super) fn look(&self) {
-        if !self.sessions.borrow().is_empty() {
+        if !self.sessions.is_empty() {
             self.look_at_all();
         }
     }
 
     fn look_at_all(&self) {
-        // What is dropped here may look at the list.
-        let mut sessions = std::mem::take(&mut *self.sessions.borrow_mut());
-        sessions.retain(|session| {
+        self.sessions.sweep(|session| {
             let place = &session.activity.place;
             if place.get() == Place::Company && session.has_events() {
                 session.activity.note_looked_on();
@@ -52,20 +49,19 @@ impl Company {
             }
             place.get() == Place::Company && !session.is_over()
         });
-        let mut added = self.sessions.borrow_mut();
-        sessions.append(&mut added);
-        *added = sessions;
     }
 
     /// Adds all of them to those that are to sleep now.
-    pub(super) fn leave(&self, tired: &mut Vec<Rc<SessionInner>>) {
-        let mut sessions = std::mem::take(&mut *self.sessions.borrow_mut());
-        tired.extend(sessions.drain(..).filter(|session| session.activity.leave_company()));
-        *self.sessions.borrow_mut() = sessions;
+    pub(super) fn leave(&self, tired: &SweepList<Rc<SessionInner>>) {
+        self.sessions.drain(|session| {
+            if session.activity.leave_company() {
+                tired.push(session);
+            }
+        });
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.sessions.borrow().is_empty()
+        self.sessions.is_empty()
     }
 }
 

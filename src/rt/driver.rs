@@ -119,7 +119,7 @@ impl SessionInner {
         let lanes = &self.lanes;
         let somebody_waits = !lanes.queue_waiting.is_empty() || !lanes.pool_waiting.is_empty();
         // While the socket is not read, nobody would hear a SyncEvent, or the end of what came.
-        let is_paused = self.has_too_much_unread() || !self.inbox.closing.borrow().is_empty();
+        let is_paused = self.has_too_much_unread() || !self.inbox.closing.is_empty();
         if somebody_waits || is_paused || self.credit.has_kept() || self.has_kept_closes() {
             return Stay::Waiting;
         }

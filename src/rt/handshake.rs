@@ -507,7 +507,9 @@ fn map_memory(
     buffer.claim(Purpose::Buffer)?;
     let layout = QueueLayout::for_version(agreement.version);
     let (producer, consumer) = queue::map(&Rc::new(queue), layout)?;
-    let manager = BufferManager::map(&Rc::new(buffer), list_sets(agreement, Side::Server))?;
+    let sets = list_sets(agreement, Side::Server);
+    let may_keep = |bytes| admitted.count_mapped(bytes);
+    let manager = BufferManager::map_within(&Rc::new(buffer), sets, may_keep)?;
     show_extension(&manager, config, Role::Server);
     let (files, admitted) = (Vec::new(), Some(admitted));
     Ok(SessionMemory { producer, consumer, manager, files, admitted })

@@ -16,6 +16,7 @@
 //! - [`ticks`]: a look at the queues of sessions that nobody wakes.
 //! - [`rests`]: what sleeping sessions give back.
 //! - [`watch`]: a look at all sessions from time to time, for peers that have stopped.
+//! - [`sweep`]: the lists that these look through.
 //! - [`activity`], [`spin`]: for how long they are looked at before they sleep.
 //! - [`stream`]: a stream's handle, of a [`read_half`] and a [`write_half`], each with a
 //!   [`deadline`]; [`loan`]: messages as values, borrowed and sent by [`lending`]; [`credit`]: how
@@ -82,6 +83,7 @@ mod socket;
 mod socket_path;
 mod spin;
 mod stream;
+mod sweep;
 mod task_waker;
 mod tasks;
 mod ticks;

@@ -9,13 +9,13 @@ use std::collections::VecDeque;
 use std::io;
 use std::rc::Rc;
 
-use bytes::{Buf, Bytes};
 use futures_lite::future::poll_fn;
 
 use super::sending::is_gone;
 use super::session::SessionInner;
 use super::socket::Socket;
 use super::wakers::WakerList;
+use crate::wire::FALLBACK_HEADER_LEN;
 
 /// Payload waits until less than this is kept, so that a slow peer costs a bounded amount of
 /// memory.
@@ -24,18 +24,78 @@ const KEEP_AT_MOST: usize = 256 << 10;
 /// What may be kept besides payload.
 const KEEP_OF_OTHERS: usize = 4 << 20;
 
+/// How much memory small messages share.
+const PIECE_LEN: usize = 4096;
+
 /// The outbound half of a session's socket.
 #[derive(Default)]
 pub(super) struct Outbox {
-    kept: RefCell<VecDeque<Bytes>>,
-    kept_bytes: Cell<usize>,
-    /// How much may be kept, of a message that is longer than others, until nothing is.
-    allowed_bytes: Cell<usize>,
+    kept: RefCell<Kept>,
     /// Whether the task that waits for the socket runs.
     has_task: Cell<bool>,
     waiting: WakerList,
     /// Whether something was thrown away, since the session ended first.
     is_cut: Cell<bool>,
+}
+
+/// What waits for the socket: bytes in pieces of memory that are filled one after the other, so
+/// that a message of twelve bytes costs twelve.
+#[derive(Default)]
+struct Kept {
+    pieces: VecDeque<Piece>,
+    unsent: usize,
+    /// How much memory the pieces have.
+    held: usize,
+    /// How many bytes of them are of messages without payload. A piece counts until all of it is
+    /// sent.
+    without_payload: usize,
+}
+
+struct Piece {
+    bytes: Vec<u8>,
+    sent: usize,
+    without_payload: usize,
+}
+
+impl Kept {
+    fn push(&mut self, mut bytes: &[u8], has_payload: bool) {
+        self.unsent += bytes.len();
+        while !bytes.is_empty() {
+            let room =
+                self.pieces.back().map_or(0, |last| last.bytes.capacity() - last.bytes.len());
+            if room == 0 {
+                let piece = Vec::with_capacity(bytes.len().max(PIECE_LEN));
+                self.held += piece.capacity();
+                self.pieces.push_back(Piece { bytes: piece, sent: 0, without_payload: 0 });
+                continue;
+            }
+            let (now, later) = bytes.split_at(room.min(bytes.len()));
+            if let Some(last) = self.pieces.back_mut() {
+                last.bytes.extend_from_slice(now);
+                let counted = if has_payload { 0 } else { now.len() };
+                last.without_payload += counted;
+                self.without_payload += counted;
+            }
+            bytes = later;
+        }
+    }
+
+    /// The oldest bytes.
+    fn front(&self) -> Option<&[u8]> {
+        self.pieces.front().map(|piece| &piece.bytes[piece.sent..])
+    }
+
+    /// Forgets the oldest bytes, so many of them.
+    fn drop_front(&mut self, sent: usize) {
+        let Some(front) = self.pieces.front_mut() else { return };
+        front.sent += sent;
+        self.unsent -= sent;
+        if front.sent >= front.bytes.len() {
+            self.held -= front.bytes.capacity();
+            self.without_payload -= front.without_payload;
+            self.pieces.pop_front();
+        }
+    }
 }
 
 impl Outbox {
@@ -44,25 +104,25 @@ impl Outbox {
     pub(super) fn send(&self, socket: &Socket, message: &[u8]) -> io::Result<bool> {
         let sent = if self.is_empty() { socket.try_send(message)? } else { 0 };
         if sent < message.len() {
-            self.kept.borrow_mut().push_back(Bytes::copy_from_slice(&message[sent..]));
-            self.kept_bytes.set(self.kept_bytes.get() + message.len() - sent);
+            let has_payload = message.len() > FALLBACK_HEADER_LEN;
+            self.kept.borrow_mut().push(&message[sent..], has_payload);
             return Ok(!self.has_task.replace(true));
         }
         Ok(false)
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.kept_bytes.get() == 0
+        self.kept.borrow().pieces.is_empty()
     }
 
     /// How many bytes the socket has not taken.
     pub(super) fn len(&self) -> usize {
-        self.kept_bytes.get()
+        self.kept.borrow().unsent
     }
 
     /// Whether payload should wait.
     pub(super) fn is_full(&self) -> bool {
-        self.kept_bytes.get() >= KEEP_AT_MOST
+        self.kept.borrow().held >= KEEP_AT_MOST
     }
 
     /// Tasks that wait until the outbox is no longer full, or empty.
@@ -72,8 +132,8 @@ impl Outbox {
 
     /// Forgets everything: the socket is gone.
     pub(super) fn clear(&self) {
-        self.kept.borrow_mut().clear();
-        if self.kept_bytes.replace(0) > 0 {
+        let kept = self.kept.take();
+        if !kept.pieces.is_empty() {
             self.is_cut.set(true);
         }
         self.waiting.wake_all();
@@ -84,32 +144,10 @@ impl Outbox {
         self.is_cut.get()
     }
 
-    /// Whether more is kept than payload can be, so that the rest are messages that the peer makes
-    /// this side send, and does not read.
-    pub(super) fn is_overfull(&self, message_len: u32) -> bool {
-        let payload = (KEEP_AT_MOST + message_len as usize).max(self.allowed_bytes.get());
-        self.kept_bytes.get() > payload.saturating_add(KEEP_OF_OTHERS)
-    }
-
-    /// Says that a message of so many bytes comes, in however many pieces.
-    pub(super) fn make_room(&self, len: usize) {
-        let kept = if self.is_empty() { 0 } else { self.allowed_bytes.get() };
-        // Each piece has a header.
-        let needed = self.kept_bytes.get().saturating_add(len).saturating_add(len / 64);
-        self.allowed_bytes.set(kept.max(needed));
-    }
-
-    fn drop_front(&self, sent: usize) {
-        let mut kept = self.kept.borrow_mut();
-        let Some(front) = kept.front_mut() else {
-            return;
-        };
-        if sent >= front.len() {
-            kept.pop_front();
-        } else {
-            front.advance(sent);
-        }
-        self.kept_bytes.set(self.kept_bytes.get().saturating_sub(sent));
+    /// Whether more is kept that is no payload than a peer leads to that reads. Payload is bounded
+    /// by itself: it waits when the outbox is full.
+    pub(super) fn is_overfull(&self) -> bool {
+        self.kept.borrow().without_payload > KEEP_OF_OTHERS
     }
 }
 
@@ -138,8 +176,65 @@ async fn send_until_empty(session: &SessionInner) -> Result<(), crate::Error> {
         })
         .await
         .map_err(|error| crate::Error::os("send to the peer", error))?;
-        outbox.drop_front(sent);
+        outbox.kept.borrow_mut().drop_front(sent);
         outbox.waiting.wake_all();
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is kept is what memory it takes, and every byte comes out in its order.
+    #[test]
+    fn small_messages_share_memory() {
+        const MESSAGES: u32 = 100_000;
+        let mut kept = Kept::default();
+        let message = |number: u32| {
+            let len = if number.is_multiple_of(1000) { 20_000 } else { 12 };
+            (0..len).map(move |at: u32| (number ^ at) as u8).collect::<Vec<u8>>()
+        };
+        let mut bytes = 0;
+        for number in 0..MESSAGES {
+            let message = message(number);
+            bytes += message.len();
+            kept.push(&message, message.len() > FALLBACK_HEADER_LEN);
+        }
+        let held: usize = kept.pieces.iter().map(|piece| piece.bytes.capacity()).sum();
+        assert_eq!(kept.held, held);
+        assert!(kept.held < bytes + bytes / 8, "{} for {bytes}", kept.held);
+        assert!(kept.pieces.len() < 1000, "{} allocations", kept.pieces.len());
+        assert_eq!(kept.without_payload, 12 * (MESSAGES - MESSAGES / 1000) as usize);
+        let mut expected = (0..MESSAGES).flat_map(message);
+        let mut step = 0;
+        while let Some(front) = kept.front() {
+            step = (step * 7 + 13) % 9973;
+            let sent = front.len().min(step + 1);
+            assert!(front[..sent].iter().all(|&byte| expected.next() == Some(byte)));
+            kept.drop_front(sent);
+        }
+        assert_eq!(expected.next(), None);
+        assert_eq!((kept.held, kept.without_payload), (0, 0));
+    }
+
+    #[test]
+    fn a_peer_that_reads_nothing_makes_no_more_kept_than_the_bound() {
+        let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
+        let run = async move {
+            let socket = Socket::connected(near.into());
+            let outbox = Outbox::default();
+            let mut sent = 0;
+            while !outbox.is_overfull() {
+                outbox.send(&socket, &[7; 12]).unwrap();
+                sent += 12;
+                assert!(sent < 16 << 20, "it ends");
+            }
+            let held = outbox.kept.borrow().held;
+            assert!(held < KEEP_OF_OTHERS + (64 << 10), "{held} bytes");
+            outbox.clear();
+            assert!(outbox.is_empty() && outbox.is_cut() && !outbox.is_overfull());
+        };
+        glommio::LocalExecutorBuilder::default().make().unwrap().run(run);
+    }
 }

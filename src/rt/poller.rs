@@ -36,6 +36,7 @@ use super::give_way::GiveWay;
 use super::rests::Rests;
 use super::session::SessionInner;
 use super::socket::{Received, Socket};
+use super::sweep::SweepList;
 use super::tasks::TaskSet;
 use super::ticks::Ticks;
 use super::wakers::WakerSlot;
@@ -89,10 +90,10 @@ thread_local! {
 pub(super) struct Poller {
     executor: usize,
     queue: TaskQueueHandle,
-    active: RefCell<Vec<Rc<SessionInner>>>,
+    active: SweepList<Rc<SessionInner>>,
     company: Company,
     /// Those that have become idle in this pass.
-    idle: RefCell<Vec<Rc<SessionInner>>>,
+    idle: SweepList<Rc<SessionInner>>,
     task: WakerSlot,
     /// Its own, and those beside it.
     tasks: TaskSet,
@@ -124,9 +125,9 @@ impl Poller {
         let poller = Rc::new(Self {
             executor,
             queue,
-            active: RefCell::default(),
+            active: SweepList::default(),
             company: Company::default(),
-            idle: RefCell::default(),
+            idle: SweepList::default(),
             task: WakerSlot::default(),
             tasks: TaskSet::default(),
             watch: Watch::default(),
@@ -203,7 +204,7 @@ impl Poller {
             }
             session.lanes.manager.set_resting(false);
             session.activity.idle_turns.set(0);
-            self.active.borrow_mut().push(Rc::clone(session));
+            self.active.push(Rc::clone(session));
             self.task.wake();
         }
     }
@@ -212,8 +213,7 @@ impl Poller {
     fn pass(self: &Rc<Self>, now: Instant) -> Stay {
         self.company.look();
         let mut pace = Stay::Over;
-        let mut sessions = std::mem::take(&mut *self.active.borrow_mut());
-        sessions.retain(|session| {
+        let has_added = self.active.sweep(|session| {
             let stay = session.turn(now);
             pace = pace.max(stay);
             if stay > Stay::Idle {
@@ -221,19 +221,15 @@ impl Poller {
             }
             session.activity.place.set(Place::Away);
             if stay == Stay::Idle {
-                self.idle.borrow_mut().push(Rc::clone(session));
+                self.idle.push(Rc::clone(session));
             }
             false
         });
-        // Sessions that became active during the pass are in the new list.
-        let mut active = self.active.borrow_mut();
-        if !active.is_empty() {
+        // Those that became active during the pass have their turn in the next.
+        if has_added {
             pace = Stay::Moving;
         }
-        sessions.append(&mut active);
-        *active = sessions;
-        drop(active);
-        if self.idle.borrow().is_empty() && (pace >= Stay::Busy || self.company.is_empty()) {
+        if self.idle.is_empty() && (pace >= Stay::Busy || self.company.is_empty()) {
             return pace;
         }
         self.retire(pace)
@@ -242,17 +238,19 @@ impl Poller {
     /// What becomes of sessions that have nothing to do, and of the pace by it: while there is
     /// somebody to spin for, they keep it company, and else they go to sleep.
     fn retire(self: &Rc<Self>, mut pace: Stay) -> Stay {
-        let mut idle = std::mem::take(&mut *self.idle.borrow_mut());
-        // One that has been activated meanwhile has turns again.
-        idle.retain(|session| session.activity.place.get() != Place::Active);
-        for session in &idle {
-            self.rest_soon(session);
-        }
+        self.idle.sweep(|session| {
+            // One that has been activated meanwhile has turns again.
+            let is_idle = session.activity.place.get() != Place::Active;
+            if is_idle {
+                self.rest_soon(session);
+            }
+            is_idle
+        });
         let is_awake = pace >= Stay::Busy;
         if !is_awake {
-            self.company.leave(&mut idle);
+            self.company.leave(&self.idle);
         }
-        for session in idle.drain(..) {
+        self.idle.drain(|session| {
             let tired = if is_awake { self.keep_company(session) } else { Some(session) };
             if let Some(session) = tired
                 && !session.fall_asleep()
@@ -261,9 +259,7 @@ impl Poller {
                 session.activate();
                 pace = pace.max(Stay::Busy);
             }
-        }
-        // Only its room is kept: nothing becomes idle but in a turn.
-        *self.idle.borrow_mut() = idle;
+        });
         pace
     }
 
@@ -285,25 +281,21 @@ impl Poller {
     }
 
     pub(super) fn has_events(&self) -> bool {
-        self.active.borrow().iter().any(|session| session.has_events())
+        self.active.any_of_first(usize::MAX, |session| session.has_events())
     }
 
     /// Whether something came for one of the sessions beside this one, of the first few.
     #[inline]
     pub(super) fn has_events_beside(&self, session: &Rc<SessionInner>) -> bool {
-        let active = self.active.borrow();
-        active.len() > 1
-            && active
-                .iter()
-                .take(LOOKED_AT_BESIDE)
-                .any(|other| !Rc::ptr_eq(other, session) && other.has_events())
+        let is_busy = |other: &Rc<SessionInner>| !Rc::ptr_eq(other, session) && other.has_events();
+        self.active.len() > 1 && self.active.any_of_first(LOOKED_AT_BESIDE, is_busy)
     }
 
     /// Waits until a session becomes active.
     async fn activated(&self) {
-        let before = self.active.borrow().len();
+        let before = self.active.len();
         poll_fn(|context| {
-            if self.active.borrow().len() > before {
+            if self.active.len() > before {
                 return Poll::Ready(());
             }
             self.task.register(context);
@@ -381,11 +373,9 @@ struct Cleanup(Rc<Poller>);
 
 impl Drop for Cleanup {
     fn drop(&mut self) {
-        let sessions = std::mem::take(&mut *self.0.active.borrow_mut());
-        drop(sessions);
-        let mut idle = std::mem::take(&mut *self.0.idle.borrow_mut());
-        self.0.company.leave(&mut idle);
-        drop(idle);
+        self.0.active.drain(drop);
+        self.0.company.leave(&self.0.idle);
+        self.0.idle.drain(drop);
         CURRENT.with_borrow_mut(|current| {
             if current.as_ref().is_some_and(|poller| Rc::ptr_eq(poller, &self.0)) {
                 *current = None;

@@ -153,7 +153,8 @@ impl ReadHalf {
         let bytes = Bytes::copy_from_slice(self.lent.rest());
         self.lent = Lent::default();
         let manager = Rc::clone(&self.session().lanes.manager);
-        Message { chain: Chain::received(manager, bytes) }
+        let held = bytes.len();
+        Message { chain: Chain::received(manager, bytes, held) }
     }
 
     /// The next flush of the peer, which is not yet counted as taken; `None` is the end.
@@ -207,17 +208,16 @@ impl ReadHalf {
 
     fn read_inbound(&self, to: &mut [u8]) -> usize {
         let session = self.session();
-        let (mut taken, mut overhead) = (None, 0);
+        let mut taken = None;
         let mut inbound = self.inner.inbound.borrow_mut();
-        let before = inbound.socket_len();
+        let before = inbound.socket_cost();
         let count = inbound.read(to, |chain| {
             let (occupied, over_socket) = taken.unwrap_or_default();
             taken = Some((occupied + chain.occupies(), over_socket | !chain.is_shared()));
-            overhead += chain.socket_cost();
         });
-        let from_socket = before - inbound.socket_len() + overhead;
+        let freed = before - inbound.socket_cost();
         drop(inbound);
-        session.note_unread(from_socket);
+        session.note_unread(freed);
         if let Some((occupied, over_socket)) = taken {
             session.give_credit(&self.inner, occupied, over_socket);
         }

@@ -24,7 +24,7 @@ use super::stream::StreamInner;
 use crate::error::{Error, HandshakeError, MemoryError};
 use crate::proto::stream::{Path, StreamLife};
 use crate::shm::chain::Chain;
-use crate::wire::{Event, EventState, Header, Message, is_reset};
+use crate::wire::{Deframer, Event, EventState, Header, Message, is_reset};
 
 /// The most receives in a row from one socket.
 const RECEIVES_PER_TURN: usize = 16;
@@ -42,7 +42,7 @@ impl SessionInner {
                 self.peer_reset(event.stream_id);
             }
             EventState::Closed => {
-                let mut closing = self.inbox.closing.borrow_mut();
+                let closing = &self.inbox.closing;
                 // Each stream closes once, and the list is empty whenever the socket is.
                 if closing.len() > self.config.limits.streams + SPARE_CLOSES {
                     return Err(MemoryError::Field {
@@ -187,21 +187,18 @@ impl SessionInner {
 
     /// Closes the streams whose close came by the queue, once the socket has nothing more for them.
     pub(super) fn finish_closing(self: &Rc<Self>) {
-        if self.inbox.closing.borrow().is_empty() {
-            return;
-        }
         // Those that are found while the socket is read came after it was looked at.
-        let mut closing = std::mem::take(&mut *self.inbox.closing.borrow_mut());
-        if self.receive_messages() || self.is_over() {
-            for &id in &closing {
-                self.peer_closed(id);
-            }
-            closing.clear();
+        let mut left = self.inbox.closing.len();
+        if left > 0 && (self.receive_messages() || self.is_over()) {
+            self.inbox.closing.sweep(|&mut id| {
+                let is_later = left == 0;
+                if !is_later {
+                    left -= 1;
+                    self.peer_closed(id);
+                }
+                is_later
+            });
         }
-        // Keeps the allocation, and those that are still to come behind the others.
-        let mut found = self.inbox.closing.borrow_mut();
-        closing.append(&mut found);
-        *found = closing;
     }
 
     fn peer_closed(&self, id: u32) {
@@ -357,7 +354,8 @@ impl SessionInner {
             EventState::Closed => self.peer_closed(stream_id),
             EventState::Open | EventState::HalfClosed => {
                 if !data.is_empty() {
-                    let data = Chain::received(Rc::clone(&self.lanes.manager), data);
+                    let held = Deframer::held_by(data.len());
+                    let data = Chain::received(Rc::clone(&self.lanes.manager), data, held);
                     let unread = &self.inbox.unread_bytes;
                     unread.set(unread.get() + data.socket_cost());
                     self.deliver(stream_id, data);
@@ -397,10 +395,7 @@ impl SessionInner {
     /// The socket has ended. What the peer published before is still delivered.
     pub(super) fn peer_is_gone(self: &Rc<Self>) {
         self.drain_all();
-        let closing = std::mem::take(&mut *self.inbox.closing.borrow_mut());
-        for id in closing {
-            self.peer_closed(id);
-        }
+        self.inbox.closing.drain(|id| self.peer_closed(id));
         self.fail(Error::PeerClosed);
     }
 }

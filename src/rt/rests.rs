@@ -8,7 +8,7 @@
 //! stay without, by one task for all of a core. Until then the peer has to do without what they
 //! hold, an eighth or a quarter of each list at most, as while they are awake.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::rc::{Rc, Weak};
 use std::task::Poll;
@@ -17,6 +17,7 @@ use std::time::Duration;
 use super::activity::Place;
 use super::poller::Poller;
 use super::session::SessionInner;
+use super::sweep::SweepList;
 use super::wakers::WakerSlot;
 
 /// How long a session has no turns, at least, before its magazines are emptied. It is done after
@@ -27,7 +28,7 @@ const REST_AFTER: Duration = Duration::from_millis(50);
 #[derive(Default)]
 pub(super) struct Rests {
     /// Each with the number of times that it had retired when it was looked at.
-    sessions: RefCell<Vec<(Weak<SessionInner>, u64)>>,
+    sessions: SweepList<(Weak<SessionInner>, u64)>,
     is_running: Cell<bool>,
     /// The task, while there is no session.
     task: WakerSlot,
@@ -37,8 +38,7 @@ impl Rests {
     /// Empties the magazines of those that have had no turn since the last look. Those that have
     /// had some, and have none again, are looked at once more.
     fn look(&self) {
-        let mut sessions = std::mem::take(&mut *self.sessions.borrow_mut());
-        sessions.retain_mut(|(session, seen)| {
+        self.sessions.sweep(|(session, seen)| {
             let Some(session) = session.upgrade().filter(|session| !session.is_over()) else {
                 return false;
             };
@@ -54,9 +54,6 @@ impl Rests {
             session.activity.will_rest.set(false);
             false
         });
-        let mut added = self.sessions.borrow_mut();
-        sessions.append(&mut added);
-        *added = sessions;
     }
 }
 
@@ -69,7 +66,7 @@ impl Poller {
         }
         let rests = self.rests();
         let retirements = session.activity.retirements.get();
-        rests.sessions.borrow_mut().push((Rc::downgrade(session), retirements));
+        rests.sessions.push((Rc::downgrade(session), retirements));
         if rests.is_running.replace(true) {
             rests.task.wake();
         } else {
@@ -82,7 +79,7 @@ async fn empty_magazines(poller: Rc<Poller>) {
     let rests = poller.rests();
     loop {
         poll_fn(|context| {
-            if !rests.sessions.borrow().is_empty() {
+            if !rests.sessions.is_empty() {
                 return Poll::Ready(());
             }
             rests.task.register(context);

@@ -90,7 +90,7 @@ impl SessionInner {
 
     /// Sends a message over the socket, behind all others.
     fn send_message(self: &Rc<Self>, message: &[u8]) {
-        if self.outbox().is_overfull(self.config.limits.message_len) {
+        if self.outbox().is_overfull() {
             return self.fail(Error::PeerNotReading);
         }
         match self.outbox().send(self.socket(), message) {

@@ -27,6 +27,7 @@ use super::receiving;
 use super::send_wait::{SendWait, WaitsFor};
 use super::socket::Socket;
 use super::stream::{Stream, StreamInner};
+use super::sweep::SweepList;
 use super::wakers::WakerList;
 use super::watch::Movement;
 use crate::config::{Config, ProtocolVersion, Wakeup};
@@ -102,7 +103,7 @@ impl Lanes {
 pub(super) struct Inbox {
     pub(super) deframer: RefCell<Deframer>,
     /// Streams whose close came by the queue, while data of them may still be in the socket.
-    pub(super) closing: RefCell<Vec<u32>>,
+    pub(super) closing: SweepList<u32>,
     /// Bytes that came over the socket and wait in streams.
     pub(super) unread_bytes: Cell<usize>,
     /// Whether a send found that the peer is gone.
@@ -335,7 +336,7 @@ impl Session {
             counters: Counters::default(),
             inbox: Inbox {
                 deframer: RefCell::new(Deframer::new(config.limits.message_len)),
-                closing: RefCell::default(),
+                closing: SweepList::default(),
                 unread_bytes: Cell::new(0),
                 is_hung_up: Cell::new(false),
                 paused: WakerList::default(),

@@ -3,7 +3,7 @@
 //! time to time: one timer for all of a core, at the shortest interval of any of them. A look at
 //! one that has nothing costs a few nanoseconds.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::rc::{Rc, Weak};
 use std::task::Poll;
@@ -14,12 +14,13 @@ use futures_lite::future::or;
 use super::activity::Place;
 use super::poller::Poller;
 use super::session::SessionInner;
+use super::sweep::SweepList;
 use super::wakers::WakerSlot;
 
 /// The sessions of a core that are looked at.
 #[derive(Default)]
 pub(super) struct Ticks {
-    sessions: RefCell<Vec<(Weak<SessionInner>, Duration)>>,
+    sessions: SweepList<(Weak<SessionInner>, Duration)>,
     is_running: Cell<bool>,
     /// The task, while it sleeps; and whether there is a session that it does not know of.
     task: WakerSlot,
@@ -31,8 +32,7 @@ impl Ticks {
     /// those that are left.
     fn look(&self) -> Option<Duration> {
         let mut shortest = None;
-        let mut sessions = std::mem::take(&mut *self.sessions.borrow_mut());
-        sessions.retain(|(session, interval)| {
+        self.sessions.sweep(|(session, interval)| {
             let Some(session) = session.upgrade().filter(|session| !session.is_over()) else {
                 return false;
             };
@@ -43,7 +43,6 @@ impl Ticks {
                 Some(shortest.map_or(*interval, |shortest: Duration| shortest.min(*interval)));
             true
         });
-        *self.sessions.borrow_mut() = sessions;
         shortest
     }
 }
@@ -56,7 +55,7 @@ impl Poller {
         interval: Duration,
     ) {
         let ticks = self.ticks();
-        ticks.sessions.borrow_mut().push((Rc::downgrade(session), interval));
+        ticks.sessions.push((Rc::downgrade(session), interval));
         ticks.has_changed.set(true);
         if ticks.is_running.replace(true) {
             ticks.task.wake();

@@ -2,7 +2,7 @@
 //! A look at all sessions of a core, from time to time, for what no event tells of: a peer that was
 //! stopped, or hangs, and memory that went away while its session slept.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::rc::{Rc, Weak};
 use std::task::Poll;
@@ -12,6 +12,7 @@ use futures_lite::future::or;
 
 use super::poller::Poller;
 use super::session::SessionInner;
+use super::sweep::SweepList;
 use super::wakers::WakerSlot;
 use crate::error::{Error, HandshakeError, MemoryError};
 
@@ -23,7 +24,7 @@ const LONGEST: Duration = Duration::from_secs(15);
 
 /// The sessions of a core that are looked at.
 pub(super) struct Watch {
-    sessions: RefCell<Vec<Weak<SessionInner>>>,
+    sessions: SweepList<Weak<SessionInner>>,
     interval: Cell<Duration>,
     is_running: Cell<bool>,
     /// The task, while it sleeps.
@@ -34,7 +35,7 @@ pub(super) struct Watch {
 impl Default for Watch {
     fn default() -> Self {
         Self {
-            sessions: RefCell::default(),
+            sessions: SweepList::default(),
             interval: Cell::new(LONGEST),
             is_running: Cell::new(false),
             task: WakerSlot::default(),
@@ -54,8 +55,7 @@ impl Watch {
 
     /// Looks at those that are left, and after them if so much time has passed since that was done.
     fn look(&self, passed: Option<Duration>) {
-        let mut sessions = std::mem::take(&mut *self.sessions.borrow_mut());
-        sessions.retain(|session| {
+        self.sessions.sweep(|session| {
             let Some(session) = session.upgrade().filter(|session| !session.is_over()) else {
                 return false;
             };
@@ -64,9 +64,6 @@ impl Watch {
             }
             !session.is_over()
         });
-        let mut added = self.sessions.borrow_mut();
-        sessions.append(&mut added);
-        *added = sessions;
     }
 }
 
@@ -91,7 +88,7 @@ impl Poller {
         let limit = session.config.limits.stall.unwrap_or(LONGEST);
         let interval = (limit / LOOKS_PER_LIMIT).clamp(SHORTEST, LONGEST);
         watch.interval.set(watch.interval.get().min(interval));
-        watch.sessions.borrow_mut().push(Rc::downgrade(session));
+        watch.sessions.push(Rc::downgrade(session));
         if watch.is_running.replace(true) {
             watch.note_end();
         } else {
@@ -103,7 +100,7 @@ impl Poller {
 async fn look_after_sessions(poller: Rc<Poller>) {
     let watch = poller.watching();
     let mut last = Instant::now();
-    while !watch.sessions.borrow().is_empty() {
+    while !watch.sessions.is_empty() {
         let changed = poll_fn(|context| {
             if watch.has_changed.take() {
                 return Poll::Ready(());

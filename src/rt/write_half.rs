@@ -510,7 +510,6 @@ impl WriteHalf {
     /// goes all the same, and nothing is waited for in between: half a message is none.
     pub(super) fn send_whole_over_socket(&self, bytes: &[u8]) {
         let session = self.session();
-        session.outbox().make_room(bytes.len());
         let at_most = session.config.limits.message_len as usize - 16;
         for piece in bytes.chunks(at_most) {
             self.send_over_socket(piece);

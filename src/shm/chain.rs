@@ -25,6 +25,8 @@ use super::region::Region;
 
 /// What a message that came over the socket costs besides its bytes, about.
 pub(crate) const SOCKET_MESSAGE_COST: usize = 128;
+/// A block this small is kept until all of it is read.
+const SMALL_BLOCK: usize = 4096;
 
 /// An owned chain of buffer slices, or private memory, and how many of its bytes count.
 pub(crate) struct Chain<M: Memory = Region> {
@@ -64,7 +66,11 @@ pub(super) struct ChainState {
 pub(super) enum Private {
     No,
     Writing(Vec<u8>),
-    Received(Bytes),
+    /// What came over the socket and is unread, and how many bytes of memory that keeps.
+    Received {
+        bytes: Bytes,
+        held: usize,
+    },
 }
 
 impl ChainState {
@@ -106,12 +112,12 @@ impl<M: Memory> Chain<M> {
         chain
     }
 
-    /// Bytes that came over the socket.
-    pub(crate) fn received(manager: Rc<BufferManager<M>>, bytes: Bytes) -> Self {
+    /// Bytes that came over the socket, and that are part of a block of `held` bytes at most.
+    pub(crate) fn received(manager: Rc<BufferManager<M>>, bytes: Bytes, held: usize) -> Self {
         let mut chain = Self::empty(manager);
         let state = chain.state_mut();
         (state.len, state.capacity) = (bytes.len(), bytes.len());
-        state.private = Private::Received(bytes);
+        state.private = Private::Received { bytes, held };
         chain
     }
 
@@ -178,17 +184,20 @@ impl<M: Memory> Chain<M> {
         matches!(self.state().private, Private::No)
     }
 
-    /// What it costs until it is taken, when it came over the socket: its bytes, and what this side
-    /// needs to keep it.
+    /// What it costs until it is taken, when it came over the socket: all of the block that it
+    /// keeps, however little of that is unread, and what this side needs to keep it.
     #[inline]
     pub(crate) fn socket_cost(&self) -> usize {
-        if self.is_shared() { 0 } else { self.len() + SOCKET_MESSAGE_COST }
+        match &self.state().private {
+            Private::Received { held, .. } => held + SOCKET_MESSAGE_COST,
+            Private::No | Private::Writing(_) => 0,
+        }
     }
 
     /// How many of its bytes came over the socket.
     #[inline]
     pub(crate) fn socket_len(&self) -> usize {
-        if matches!(self.state().private, Private::Received(_)) { self.len() } else { 0 }
+        if matches!(self.state().private, Private::Received { .. }) { self.len() } else { 0 }
     }
 
     /// How many slices it has.
@@ -291,7 +300,7 @@ impl<M: Memory> Chain<M> {
         let private = match &state.private {
             Private::No => None,
             Private::Writing(bytes) => Some(&bytes[..state.len]),
-            Private::Received(bytes) => Some(&bytes[..]),
+            Private::Received { bytes, .. } => Some(&bytes[..]),
         };
         if let Some(bytes) = private {
             let count = bytes.len().min(to.len());
@@ -318,7 +327,16 @@ impl<M: Memory> Chain<M> {
         state.len -= count;
         match &mut state.private {
             Private::No => {}
-            Private::Received(bytes) => return bytes.advance(count),
+            Private::Received { bytes, held } => {
+                bytes.advance(count);
+                // Once half of the block is dead the rest gets memory of its own. All such copies
+                // of a message together are no longer than the message.
+                if *held > SMALL_BLOCK && bytes.len() < *held / 2 {
+                    *bytes = Bytes::copy_from_slice(bytes);
+                    *held = bytes.len();
+                }
+                return;
+            }
             Private::Writing(bytes) => return drop(bytes.drain(..count)),
         }
         while state.first != NO_SLICE {
@@ -349,9 +367,11 @@ impl<M: Memory> Chain<M> {
         if !self.is_shared() {
             let rest = std::mem::replace(self, Self::empty(Rc::clone(&manager)));
             let mut bytes = rest.into_bytes();
+            // Both keep the block.
+            let held = bytes.len();
             let front = bytes.split_to(count);
-            *self = Self::received(Rc::clone(&manager), bytes);
-            return Self::received(manager, front);
+            *self = Self::received(Rc::clone(&manager), bytes, held);
+            return Self::received(manager, front, held);
         }
         // Where the cut goes: `whole` slices before it, `within` bytes of the next one.
         let (mut last, mut within) = (NO_SLICE, count);
@@ -365,7 +385,7 @@ impl<M: Memory> Chain<M> {
         if within > 0 && piece.is_none() {
             let mut bytes = vec![0; count];
             self.read(&mut bytes);
-            return Self::received(manager, bytes.into());
+            return Self::received(manager, bytes.into(), count);
         }
         let mut front = Self::empty(Rc::clone(&manager));
         if last != NO_SLICE {
@@ -401,7 +421,7 @@ impl<M: Memory> Chain<M> {
     /// Takes everything out of it as private memory, and gives the slices back.
     pub(crate) fn into_bytes(mut self) -> Bytes {
         match std::mem::replace(&mut self.state_mut().private, Private::No) {
-            Private::Received(bytes) => bytes,
+            Private::Received { bytes, .. } => bytes,
             Private::Writing(mut bytes) => {
                 bytes.truncate(self.len());
                 bytes.into()

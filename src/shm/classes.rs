@@ -77,7 +77,7 @@ impl Classes {
         memory: &M,
         lists: &Lists,
     ) -> Result<(Self, Box<[Entry]>), MemoryError> {
-        let total: u64 = lists.lists.iter().map(|list| u64::from(list.capacity())).sum();
+        let total = lists.slices();
         if total > MAX_SLICES {
             return Err(MemoryError::Field {
                 what: "number of slices",

@@ -45,7 +45,7 @@ pub use super::ledger::{ListOwner, SliceUsage};
 use super::list::MAX_BATCH;
 use super::region::Region;
 use super::setup::{ListSets, Lists, create_lists, map_lists};
-use crate::config::SliceClass;
+use crate::config::{PRIVATE_BYTES_PER_SLICE, SliceClass};
 use crate::error::MemoryError;
 use crate::wire::Extension;
 use crate::wire::layout::{FLAG_HAS_NEXT, FLAG_IN_USE, SLICE_SIZE_OFFSET};
@@ -55,6 +55,13 @@ const MAX_CHAIN_STATES: u32 = 4096;
 
 /// How many slices are looked at in one go when those are sought that the peer has.
 const SEARCHED_AT_ONCE: u32 = 1 << 14;
+
+// A line of the ledger; and for one message in each slice, what the message consists of, its place
+// in a stream that grows by doubling, and what the allocator adds.
+const _: () = assert!(
+    size_of::<Entry>() + size_of::<ChainState>() + 2 * size_of::<Box<ChainState>>() + 16
+        <= PRIVATE_BYTES_PER_SLICE as usize
+);
 
 /// The buffer memory of one session, as one side sees it.
 pub(crate) struct BufferManager<M = Region> {
@@ -87,8 +94,25 @@ impl<M: Memory> BufferManager<M> {
     }
 
     /// Checks a memory that the peer laid out.
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn map(memory: &Rc<M>, sets: ListSets) -> Result<Rc<Self>, MemoryError> {
         Self::with_lists(memory, &map_lists(&**memory, sets)?)
+    }
+
+    /// Checks a memory that the peer laid out, and asks before it allocates what this side keeps
+    /// beside it.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the memory, and what `may_keep` says about the number of bytes.
+    pub(crate) fn map_within(
+        memory: &Rc<M>,
+        sets: ListSets,
+        may_keep: impl FnOnce(u64) -> Result<(), MemoryError>,
+    ) -> Result<Rc<Self>, MemoryError> {
+        let lists = map_lists(&**memory, sets)?;
+        may_keep(lists.slices().saturating_mul(PRIVATE_BYTES_PER_SLICE))?;
+        Self::with_lists(memory, &lists)
     }
 
     fn with_lists(memory: &Rc<M>, lists: &Lists) -> Result<Rc<Self>, MemoryError> {

@@ -80,6 +80,11 @@ pub(super) struct Lists {
 }
 
 impl Lists {
+    /// How many slices there are.
+    pub(super) fn slices(&self) -> u64 {
+        self.lists.iter().map(|list| u64::from(list.capacity())).sum()
+    }
+
     /// How many sizes of slices there are.
     pub(super) fn classes(&self) -> usize {
         self.lists.len() / self.sets.count()

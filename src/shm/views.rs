@@ -20,7 +20,7 @@ impl Chain<Region> {
         let private = match &state.private {
             Private::No => None,
             Private::Writing(bytes) => Some(&bytes[..state.len]),
-            Private::Received(bytes) => Some(&bytes[..]),
+            Private::Received { bytes, .. } => Some(&bytes[..]),
         };
         Some(SliceViews { manager: &self.manager, next: state.first, private })
     }

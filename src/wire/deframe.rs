@@ -4,8 +4,9 @@
 //! Invariants:
 //! - The memory held follows what has arrived, never what a length field claims (as long as the
 //!   caller asks for [`Deframer::receive_hint`] bytes, or for a constant).
-//! - Data that is handed out keeps at most about twice its own length alive: either it is at least
-//!   half of the block that it was received into, and then not copied, or it is a copy of its own.
+//! - Data that is handed out keeps at most an eighth more than its own length alive: either it is
+//!   most of the block that it was received into, which is cut to size and not copied, or it is a
+//!   copy of its own.
 //! - Moving received bytes costs no more than a constant factor of receiving them, however the
 //!   stream is cut.
 //! - After an error every further call gives the same error: nothing is skipped to get in step.
@@ -144,12 +145,24 @@ impl Deframer {
     fn give_block_away(&mut self, length: usize) -> Bytes {
         let frame_end = self.start + length;
         let behind = self.block[frame_end..self.end].to_vec();
-        let mut data = Bytes::from(mem::replace(&mut self.block, behind));
-        data.truncate(frame_end);
+        let mut block = mem::replace(&mut self.block, behind);
+        block.truncate(frame_end);
+        if self.start > length / 16 {
+            block.drain(..self.start);
+            self.start = 0;
+        }
+        // The reader may keep it for long.
+        block.shrink_to_fit();
+        let mut data = Bytes::from(block);
         data.advance(self.start + FALLBACK_HEADER_LEN);
         self.start = 0;
         self.end = self.block.len();
         data
+    }
+
+    /// How many bytes the data of a message keeps allocated at most, as long as any of it is kept.
+    pub(crate) fn held_by(data_len: usize) -> usize {
+        data_len + data_len / 8 + FALLBACK_HEADER_LEN
     }
 
     /// Gives all memory back if nothing is buffered: for a session that goes idle.

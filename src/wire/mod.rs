@@ -25,6 +25,7 @@ pub mod negotiation;
 pub use deframe::Deframer;
 pub use event::{EVENT_LEN, Event, EventState, RESET_STATUS, is_reset};
 pub use extension::Extension;
+pub(crate) use header::FALLBACK_HEADER_LEN;
 pub use header::{HEADER_LEN, Header, MAGIC, MAX_NEGOTIATION_LEN, MessageType};
 pub use layout::{BufferManagerHeader, ListHeader, QueueHeader, QueueLayout, SliceHeader};
 pub use negotiation::{Features, NegotiationRequest, NegotiationResponse, ShardIdentity};
