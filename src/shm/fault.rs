@@ -7,7 +7,8 @@
 //! and marks the region [lost](Guarded::is_lost); its session ends at its next turn. To everything
 //! else that reads the region this is a peer that wrote zeroes, which it has to bear anyway.
 //!
-//! The handler is installed when the first region is mapped. Signals that are not about a region go
+//! The handler is installed when the first region is mapped, and the signal unblocked on each thread
+//! that maps one: regions do not leave their threads. Signals that are not about a region go
 //! to the handler that was there before, the standard library's for instance.
 //!
 //! `unsafe` here: installing a signal handler, the handler itself, and mapping over a region.
@@ -21,17 +22,32 @@
 
 use std::ffi::{c_int, c_void};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicUsize, Ordering, fence};
 use std::sync::{Mutex, Once, OnceLock, PoisonError};
 
 use nix::libc;
+use nix::sys::signal::{SigSet, Signal};
 
 /// How many regions one allocation has room for.
 const SLOTS: usize = 64;
 
-/// Whether no handler is to be installed.
-static IS_DISABLED: AtomicBool = AtomicBool::new(false);
+/// Whether there is to be a handler: whichever of the two comes first, the first region or
+/// [`disable_sigbus_guard`], decides, once.
+static CHOICE: AtomicU8 = AtomicU8::new(UNDECIDED);
+const UNDECIDED: u8 = 0;
+const GUARDED: u8 = 1;
+const DISABLED: u8 = 2;
 static INSTALLED: Once = Once::new();
+
+/// Decides, unless that is done. What it is.
+fn choose(choice: u8) -> u8 {
+    // Relaxed, both: the decision is all that is told, and orders nothing else.
+    match CHOICE.compare_exchange(UNDECIDED, choice, Ordering::Relaxed, Ordering::Relaxed) {
+        Ok(_) => choice,
+        Err(earlier) => earlier,
+    }
+}
+
 /// What was there before.
 static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
 /// The first of the chunks, of which none is ever freed.
@@ -93,12 +109,14 @@ pub(super) struct Guarded {
 }
 
 impl Guarded {
-    /// Guards a range that is mapped, unless the guard is [disabled](disable_sigbus_guard).
+    /// Guards a range that was mapped on the thread that will use it, unless the guard is
+    /// [disabled](disable_sigbus_guard).
     pub(super) fn new(base: usize, len: usize) -> Option<Self> {
-        if IS_DISABLED.load(Ordering::Relaxed) {
+        if choose(GUARDED) == DISABLED {
             return None;
         }
         INSTALLED.call_once(install);
+        unblock();
         let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
         let slot = free.pop().unwrap_or_else(|| {
             let next = CHUNKS.load(Ordering::Relaxed);
@@ -145,14 +163,31 @@ impl Drop for Guarded {
 /// Call this before anything else when the program has a handler that deals with it, or when all
 /// memory is known to stay: sealed memfd memory of this crate does.
 ///
-/// Gives `false` when it is too late: the handler is there, and stays.
+/// Gives `false` when it is too late: a session has been made, and the handler stays, for sessions to
+/// come as well.
+///
+/// # Threads that block signals
+///
+/// A thread that blocks `SIGBUS` dies of a page that is not there, handler or not. So the signal is
+/// unblocked on each thread that makes a session, also where the program has blocked all signals to
+/// wait for them on another thread. What touches memory of a session runs on that thread only. A
+/// program that blocks the signal again is not guarded on that thread.
 ///
 /// ```
 /// assert!(shmipc_glommio::disable_sigbus_guard());
 /// ```
 pub fn disable_sigbus_guard() -> bool {
-    IS_DISABLED.store(true, Ordering::Relaxed);
-    !INSTALLED.is_completed()
+    choose(DISABLED) == DISABLED
+}
+
+/// Lets this thread be told of pages that are not there. A signal of the kernel's for what a thread
+/// does itself is never put off: one that is blocked ends the process.
+fn unblock() {
+    let mut bus = SigSet::empty();
+    bus.add(Signal::SIGBUS);
+    if let Err(error) = bus.thread_unblock() {
+        tracing::warn!(%error, "no guard against SIGBUS on this thread");
+    }
 }
 
 fn install() {
@@ -445,8 +480,34 @@ mod tests {
                 file.set_len(0).unwrap();
                 region.store_u32(0, 1, Ordering::Relaxed);
             }
+            Ok("blocked") => {
+                // As programs do that wait for their signals on one thread.
+                SigSet::all().thread_block().unwrap();
+                let lose = || {
+                    let (region, file) = truncatable(4096);
+                    file.set_len(0).unwrap();
+                    region.store_u32(0, 1, Ordering::Relaxed);
+                    assert!(region.is_lost());
+                };
+                lose();
+                // Threads start as their parents are.
+                SigSet::all().thread_block().unwrap();
+                std::thread::spawn(lose).join().unwrap();
+                std::process::exit(44);
+            }
+            Ok("disabled too late") => {
+                drop(truncatable(4096));
+                assert!(!disable_sigbus_guard());
+                let (region, file) = truncatable(4096);
+                file.set_len(0).unwrap();
+                region.store_u32(0, 1, Ordering::Relaxed);
+                assert!(region.is_lost() && !disable_sigbus_guard());
+                std::process::exit(45);
+            }
             Ok(other) => panic!("{other}"),
             Err(_) => {
+                assert_eq!(in_a_process(name, "blocked").code(), Some(44));
+                assert_eq!(in_a_process(name, "disabled too late").code(), Some(45));
                 for case in ["default", "standard library", "ignored", "sent", "disabled"] {
                     assert_eq!(in_a_process(name, case).signal(), Some(bus), "{case}");
                 }
