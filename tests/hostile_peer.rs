@@ -25,12 +25,14 @@ mod support {
         mod nonsense;
         mod poppers;
         mod running;
+        mod slow_closes;
         mod soak;
     }
     pub(crate) mod bed;
     #[allow(dead_code, reason = "other tests use the rest")]
     pub(crate) mod executor;
     pub(crate) mod negotiated;
+    pub(crate) mod older_kernel;
     pub(crate) mod raw;
 }
 

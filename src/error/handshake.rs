@@ -61,7 +61,7 @@ pub enum HandshakeError {
         expected: usize,
     },
     /// A descriptor is of a kind that cannot be shared memory.
-    #[error("descriptor of the {role} memory is {kind}, not a memfd or a regular file")]
+    #[error("descriptor of the {role} memory is {kind}, not a memfd or a file in memory")]
     DescriptorKind {
         /// Which memory.
         role: &'static str,
@@ -125,6 +125,14 @@ pub enum HandshakeError {
     /// The listener has as many sessions as it may have.
     #[error("there are {0} sessions already, as many as `max_sessions` of this listener allows")]
     TooManySessions(usize),
+    /// The peer's user has passed descriptors on so many connections that could not be closed yet.
+    #[error("{connections} connections of {} wait for what was passed on them", user(*uid))]
+    TooManyUnclosed {
+        /// The user, if the kernel said.
+        uid: Option<u32>,
+        /// How many connections.
+        connections: usize,
+    },
     /// Others waited for its place, and it had taken so long by then.
     #[error(
         "gave way to others after {0:?}, since all places for handshakes were taken \

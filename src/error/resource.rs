@@ -122,6 +122,16 @@ pub enum ResourceError {
     },
 }
 
+impl ResourceError {
+    /// There was no room for so many descriptors.
+    pub(crate) fn no_room_for_descriptors(needed: usize) -> Self {
+        let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+        // Below the limit, they can be counted only with a descriptor for doing so.
+        let used = std::fs::read_dir("/proc/self/fd").map_or(limit, |open| open.count() as u64 - 1);
+        Self::OpenFiles { needed: needed as u64, used: used.min(limit), limit }
+    }
+}
+
 /// Why io_uring cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -87,6 +87,7 @@ impl HandshakeError {
             | Self::Version4Unanswered { .. }
             | Self::NeverMapped(_)
             | Self::TooManySessions(_)
+            | Self::TooManyUnclosed { .. }
             | Self::GaveWay(_)
             | Self::Stopping
             | Self::OtherShard { .. } => true,
@@ -249,6 +250,7 @@ mod tests {
             (true, HandshakeError::Closed { waiting_for: "it" }.into()),
             (true, HandshakeError::Timeout(second).into()),
             (true, HandshakeError::TooManySessions(1).into()),
+            (true, HandshakeError::TooManyUnclosed { uid: None, connections: 128 }.into()),
             (true, HandshakeError::GaveWay(second).into()),
             (true, HandshakeError::Stopping.into()),
             (true, HandshakeError::OtherShard { index: 1, count: 2, expected: 0 }.into()),

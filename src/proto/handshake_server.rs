@@ -186,6 +186,11 @@ impl ServerHandshake {
         });
     }
 
+    /// Whether what is to be sent now has the peer pass descriptors.
+    pub(crate) fn asks_for_descriptors(&self) -> bool {
+        matches!(self.state, State::SendReady(..))
+    }
+
     /// The descriptors of both memories are here.
     ///
     /// Without effect when none were due.

@@ -60,6 +60,9 @@ impl Acceptance {
                     }
                 }
                 ServerStep::Send(bytes) => {
+                    if handshake.asks_for_descriptors() {
+                        socket.begin_passing()?;
+                    }
                     send_all(socket, bytes).await?;
                     handshake.sent();
                 }

@@ -20,6 +20,7 @@ use crossbeam_queue::ArrayQueue;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
+use super::fd_disposal::{self, PeerSocket};
 use crate::error::{Error, Result};
 
 /// How long a core may take to answer its bell before others get what waits for it.
@@ -62,7 +63,7 @@ pub(super) struct Inlet {
 
 /// A connection on its way to a core.
 pub(super) struct Dealt {
-    pub(super) fd: OwnedFd,
+    pub(super) socket: PeerSocket,
     pub(super) load: Load,
 }
 
@@ -215,10 +216,14 @@ impl Dealer {
 
     /// Accepts what is there, a turn's worth of it. `false`: the time to stop came meanwhile.
     fn accept_some(&mut self, failed: &impl Fn(&Error)) -> bool {
+        if fd_disposal::are_too_many_unclosed() {
+            std::thread::sleep(PAUSE);
+            return true;
+        }
         for _ in 0..ACCEPTS_PER_TURN {
             match self.listener.accept() {
                 Ok((connection, _)) => {
-                    if !self.hand_over(connection.into()) {
+                    if !self.hand_over(PeerSocket::new(connection.into())) {
                         return false;
                     }
                 }
@@ -239,7 +244,7 @@ impl Dealer {
     }
 
     /// Gives a connection to a core, however long that takes. `false`: the time to stop came first.
-    fn hand_over(&mut self, mut connection: OwnedFd) -> bool {
+    fn hand_over(&mut self, mut connection: PeerSocket) -> bool {
         while let Err(back) = self.deal(connection) {
             connection = back;
             std::thread::sleep(PAUSE);
@@ -253,7 +258,7 @@ impl Dealer {
     }
 
     /// Gives a connection to the core whose turn it is, or gives it back when all are full.
-    fn deal(&mut self, connection: OwnedFd) -> std::result::Result<(), OwnedFd> {
+    fn deal(&mut self, connection: PeerSocket) -> std::result::Result<(), PeerSocket> {
         let now = Instant::now();
         match self.choose(now) {
             Some(at) => self.give(at, connection),
@@ -261,11 +266,11 @@ impl Dealer {
         }
     }
 
-    fn give(&mut self, at: usize, connection: OwnedFd) -> std::result::Result<(), OwnedFd> {
+    fn give(&mut self, at: usize, socket: PeerSocket) -> std::result::Result<(), PeerSocket> {
         self.next = (at + 1) % self.cores.len();
         let core = &mut self.cores[at];
         let load = Load::new(&core.inlet.load);
-        core.inlet.queue.push(Dealt { fd: connection, load }).map_err(|dealt| dealt.fd)?;
+        core.inlet.queue.push(Dealt { socket, load }).map_err(|dealt| dealt.socket)?;
         core.ring();
         Ok(())
     }
@@ -303,10 +308,10 @@ impl Dealer {
                 if self.cores[other].is_stuck(now) {
                     break;
                 }
-                let Some(Dealt { fd, .. }) = self.cores[at].inlet.take() else { break };
-                if let Err(fd) = self.give(other, fd) {
+                let Some(Dealt { socket, .. }) = self.cores[at].inlet.take() else { break };
+                if let Err(socket) = self.give(other, socket) {
                     // Only this thread puts anything in, so there is room for it where it was.
-                    let _ = self.give(at, fd);
+                    let _ = self.give(at, socket);
                     break;
                 }
             }
@@ -333,8 +338,8 @@ mod tests {
         (std::process::id(), std::thread::current().id())
     }
 
-    fn connection() -> OwnedFd {
-        UnixStream::pair().unwrap().0.into()
+    fn connection() -> PeerSocket {
+        PeerSocket::new(UnixStream::pair().unwrap().0.into())
     }
 
     fn waiting(inlets: &[Arc<Inlet>]) -> Vec<usize> {

@@ -20,7 +20,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -32,14 +32,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::session::SessionInner;
-use crate::error::{Error, HandshakeError};
-use crate::wire::negotiation::printable;
-
-/// How much of the name of what it is instead is told, in bytes.
-const LONGEST_KIND: usize = 256;
-
-/// How `/proc` shows an eventfd.
-const KIND: &str = "anon_inode:[eventfd]";
+use crate::error::Error;
 
 /// How often in a row a peer may ring for nothing before that is heard less often. An honest one
 /// does when what it rings for has been seen already.
@@ -64,24 +57,12 @@ pub(super) enum Doorbell {
 }
 
 impl Doorbell {
-    /// Takes over the eventfd that the peer reads, and the one that this side reads.
+    /// Takes over the eventfd that the peer reads, and the one that this side reads. They are known
+    /// to be that.
     pub(super) fn event_fds(theirs: OwnedFd, ours: OwnedFd) -> Result<Self, Error> {
-        for fd in [&theirs, &ours] {
-            let kind = kind_of(fd.as_fd())?;
-            if kind != KIND {
-                let kind = printable(&kind, LONGEST_KIND);
-                return Err(HandshakeError::NotAnEventFd(kind).into());
-            }
-        }
         let theirs = Bell::at(&theirs).map_err(|error| Error::os("set up an eventfd", error))?;
         Ok(Self::EventFds { theirs: Box::new(theirs), ours: Cell::new(Some(ours)) })
     }
-}
-
-fn kind_of(fd: BorrowedFd<'_>) -> Result<String, Error> {
-    std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
-        .map(|target| target.to_string_lossy().into_owned())
-        .map_err(|error| Error::os("look at a descriptor", error))
 }
 
 /// The eventfds of a session, as its client makes them: the one that it writes, and the one that

@@ -14,6 +14,7 @@ use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use glommio::LocalExecutor;
 
 use super::doorbell::{Doorbell, create_event_fds};
+use super::fd_disposal::PeerSocket;
 use super::handshake::{Established, SessionMemory, list_sets};
 use super::peer::PeerCredentials;
 use super::session::Session;
@@ -193,7 +194,7 @@ fn pair(role: Role, agreement: Agreement) -> (Peer, Established) {
         }
         _ => (Doorbell::Socket, None),
     };
-    let socket = Socket::connected(socket.into());
+    let socket = Socket::connected(PeerSocket::new(socket.into()));
     let established = Established { role, peer, socket, agreement, memory, doorbell };
     let version = agreement.version.message_byte();
     let (buffer, queues, manager, producer, consumer) = theirs;

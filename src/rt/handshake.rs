@@ -18,11 +18,12 @@ use nix::errno::Errno;
 use super::admission::{Admission, Admitted};
 use super::credit::show_extension;
 use super::doorbell::{Doorbell, create_event_fds};
+use super::fd_passing::Peeked;
 use super::peer::PeerCredentials;
 use super::sending::is_gone;
-use super::socket::{Received, Socket};
+use super::socket::{Passed, Received, Socket};
 use crate::config::{Config, MemoryKind, ProtocolVersion, Wakeup};
-use crate::error::{Error, HandshakeError};
+use crate::error::{Error, HandshakeError, ResourceError};
 use crate::proto::Agreement;
 use crate::proto::handshake_client::{ClientHandshake, ClientStep};
 use crate::proto::session::Role;
@@ -30,13 +31,17 @@ use crate::shm::claims::Purpose;
 use crate::shm::leftovers;
 use crate::shm::manager::BufferManager;
 use crate::shm::queue::{self, Consumer, Producer};
-use crate::shm::region::{NewFile, Region, SharedFile};
+use crate::shm::region::{FdKind, NewFile, Region, SharedFile};
 use crate::shm::setup::{ListSets, Side};
 use crate::wire::layout::QueueLayout;
+use crate::wire::negotiation::printable;
 use crate::wire::{Deframer, Features, Header, MAX_NEGOTIATION_LEN, MemoryPaths, Message};
 
 /// The most bytes that a message of a handshake has: more than two paths of 4095 bytes.
 const HANDSHAKE_MESSAGE_LEN: u32 = 8 + MAX_NEGOTIATION_LEN;
+
+/// How much of the name of what is no eventfd is told, in bytes.
+const LONGEST_NAME: usize = 256;
 
 /// How much memory of a file is set aside before other tasks get their turn: a quarter of a
 /// millisecond's work.
@@ -77,11 +82,12 @@ pub(super) enum Answer {
 
 /// Both memories of a session, from one side.
 pub(super) struct SessionMemory {
+    /// Entries in the file system, removed when dropped: while the files are mapped, so that no
+    /// other file can be taken for one of them.
+    pub(super) files: Vec<SharedFile>,
     pub(super) producer: Producer<Region>,
     pub(super) consumer: Consumer<Region>,
     pub(super) manager: Rc<BufferManager>,
-    /// Entries in the file system, removed when dropped.
-    pub(super) files: Vec<SharedFile>,
     /// What a listener counts it by.
     pub(super) admitted: Option<Admitted>,
 }
@@ -266,15 +272,14 @@ impl Inbox {
                 wanted => wanted,
             };
             let space = &mut self.deframer.space(missing)[..missing];
-            let (received, descriptors) = socket
-                .try_receive_with_descriptors(space)
+            let received = socket
+                .try_receive(space)
                 .map_err(|error| broken_off("receive in a handshake", due, error))?;
-            if !descriptors.is_empty() {
-                let got = descriptors.len();
-                return Err(HandshakeError::Descriptors { got, expected: 0 }.into());
-            }
             match received {
                 Received::Bytes(count) => self.deframer.commit(count),
+                Received::Descriptors(got) => {
+                    return Err(HandshakeError::Descriptors { got, expected: 0 }.into());
+                }
                 Received::Nothing => socket.readable().await?,
                 Received::End => return Err(HandshakeError::Closed { waiting_for: due }.into()),
             }
@@ -291,25 +296,51 @@ impl Inbox {
             return Err(HandshakeError::StrayBytes.into());
         }
         loop {
-            let mut byte = [0];
-            let (received, descriptors) = socket
-                .try_receive_with_descriptors(&mut byte)
-                .map_err(|error| broken_off("receive descriptors", "descriptors", error))?;
-            match received {
-                Received::Bytes(_) => {
-                    let got = descriptors.len();
-                    if got != expected {
-                        return Err(HandshakeError::Descriptors { got, expected }.into());
-                    }
-                    return Ok(descriptors);
+            let failed = |error| broken_off("receive descriptors", "descriptors", error);
+            match socket.peek_descriptors().map_err(failed)? {
+                Passed::Descriptors(peeked) => {
+                    check_descriptors(&peeked, expected)?;
+                    // Only now: what is refused must not be closed here.
+                    socket.take_byte().map_err(failed)?;
+                    socket.end_passing();
+                    return Ok(peeked.descriptors);
                 }
-                Received::Nothing => socket.readable().await?,
-                Received::End => {
+                Passed::Nothing => socket.readable().await?,
+                Passed::End => {
                     return Err(HandshakeError::Closed { waiting_for: "descriptors" }.into());
                 }
             }
         }
     }
+}
+
+/// Checks that as many descriptors came as are due, of memory first, and then of eventfds. What has
+/// passed can be closed on any thread.
+fn check_descriptors(peeked: &Peeked, expected: usize) -> Result<(), Error> {
+    let got = peeked.descriptors.len();
+    // The kernel makes as many as there is room for.
+    if peeked.is_cut && got < expected {
+        return Err(ResourceError::no_room_for_descriptors(expected).into());
+    }
+    if peeked.is_cut || got != expected {
+        return Err(HandshakeError::Descriptors { got, expected }.into());
+    }
+    for (fd, role) in peeked.descriptors.iter().zip(["buffer", "queue", "", ""]) {
+        match (FdKind::of(fd.as_fd()), role) {
+            (FdKind::Memory, "buffer" | "queue") | (FdKind::EventFd, "") => {}
+            (FdKind::Other(name), "") => {
+                let name = printable(&name, LONGEST_NAME);
+                return Err(HandshakeError::NotAnEventFd(name).into());
+            }
+            (kind, "") => {
+                return Err(HandshakeError::NotAnEventFd(kind.name().to_owned()).into());
+            }
+            (kind, role) => {
+                return Err(HandshakeError::DescriptorKind { role, kind: kind.name() }.into());
+            }
+        }
+    }
+    Ok(())
 }
 
 /// What a socket says that failed. A peer that goes may be noticed by what it sends no more, or by
@@ -331,7 +362,7 @@ pub(super) async fn send_all(socket: &Socket, mut bytes: &[u8]) -> Result<(), Er
     if bytes.is_empty() {
         return Ok(());
     }
-    let mut sender = socket.sender()?;
+    let mut sender = socket.sender();
     while !bytes.is_empty() {
         let sent = futures_lite::future::poll_fn(|context| sender.poll_send(context, bytes));
         bytes = &bytes[sent.await.map_err(failed)?..];
@@ -429,7 +460,7 @@ async fn create_memory(
     show_extension(&manager, config, Role::Client);
     let layout = QueueLayout::for_version(agreement.version);
     let (producer, consumer) = queue::create(&Rc::new(queue), config.queue_capacity, layout);
-    let memory = SessionMemory { producer, consumer, manager, files, admitted: None };
+    let memory = SessionMemory { files, producer, consumer, manager, admitted: None };
     Ok(Created { memory, doorbell, descriptors })
 }
 
@@ -484,11 +515,12 @@ pub(super) fn map_files(
     let admitted = admission.session()?;
     let limit = config.limits.mapped_bytes;
     let directory = config.path_prefix.parent().unwrap_or(Path::new("/"));
-    let queue = Region::map_file(directory, &paths.queue, "queue", limit, peer.uid)?;
-    let buffer = Region::map_file(directory, &paths.buffer, "buffer", limit, peer.uid)?;
+    let map = |path, role| Region::map_file(directory, path, role, limit, peer.uid);
+    let (queue, queue_file) = map(&paths.queue, "queue")?;
+    let (buffer, buffer_file) = map(&paths.buffer, "buffer")?;
     let mut memory = map_memory(buffer, queue, agreement, config, admitted)?;
     // Only now: a file that turned out to be something else is not this session's to remove.
-    memory.files = vec![SharedFile::new(&paths.queue), SharedFile::new(&paths.buffer)];
+    memory.files = vec![SharedFile::new(queue_file), SharedFile::new(buffer_file)];
     Ok(memory)
 }
 
@@ -512,5 +544,5 @@ fn map_memory(
     let manager = BufferManager::map_within(&Rc::new(buffer), sets, may_keep)?;
     show_extension(&manager, config, Role::Server);
     let (files, admitted) = (Vec::new(), Some(admitted));
-    Ok(SessionMemory { producer, consumer, manager, files, admitted })
+    Ok(SessionMemory { files, producer, consumer, manager, admitted })
 }

@@ -23,6 +23,7 @@ use super::acceptance::Acceptance;
 use super::admission::{Admission, PlaceTaken};
 use super::callback;
 use super::door_lock::DoorLock;
+use super::fd_disposal::{self, PeerSocket};
 use super::peer::PeerCredentials;
 use super::poller::Poller;
 use super::refusals::{FAREWELL_TIME, Refusals};
@@ -194,8 +195,8 @@ pub(super) struct Adopter {
 impl Adopter {
     /// Starts the handshake, as soon as there is a place for it. Drops the connection when the
     /// listener is gone.
-    pub(super) async fn adopt(&self, fd: OwnedFd, ticket: Ticket) {
-        begin(Socket::connected(fd), Some(ticket), &self.shared).await;
+    pub(super) async fn adopt(&self, socket: PeerSocket, ticket: Ticket) {
+        begin(Socket::connected(socket), Some(ticket), &self.shared).await;
     }
 }
 
@@ -370,6 +371,9 @@ impl Listener {
 impl Shared {
     /// Whether a peer may begin a handshake.
     fn check(&self, peer: &PeerCredentials) -> Result<()> {
+        if let Some(connections) = fd_disposal::has_too_many_unclosed(peer.uid) {
+            return Err(HandshakeError::TooManyUnclosed { uid: peer.uid, connections }.into());
+        }
         peer.check(&self.config.allowed_peers, "client")?;
         let authorize = self.authorize.borrow().clone();
         let Some(authorize) = authorize else { return Ok(()) };
@@ -392,6 +396,10 @@ impl Shared {
 async fn accept_connections(socket: ListenerSocket, shared: Weak<Shared>) {
     let mut told: Option<Instant> = None;
     loop {
+        // Refusing them would not help: what they bring is in their queues already.
+        while fd_disposal::are_too_many_unclosed() {
+            glommio::timer::sleep(OUT_OF_DESCRIPTORS_PAUSE).await;
+        }
         let error = match socket.accept().await {
             Ok(connection) => {
                 begin(connection, None, &shared).await;

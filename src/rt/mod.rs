@@ -5,6 +5,7 @@
 //! several tasks of the core share is in cells, and no cell is borrowed across an `await`.
 //!
 //! - [`socket`]: a connected socket: readiness, sending without waiting, descriptors.
+//! - [`fd_passing`]: descriptors that peers pass; [`fd_disposal`]: closing what a peer makes slow.
 //! - [`handshake`]: drives the state machines of `proto` over a socket.
 //! - [`session`]: a session's state; [`driver`]: its turns; [`receiving`]: what arrives;
 //!   [`sending`]: what is sent; [`outbox`]: what waits for the socket; [`overtaking`]: what must
@@ -52,6 +53,8 @@ mod doorbell;
 mod drain;
 mod driver;
 mod fallback;
+mod fd_disposal;
+mod fd_passing;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod give_way;

@@ -163,7 +163,7 @@ pub(super) async fn send_kept(session: Rc<SessionInner>) {
 }
 
 async fn send_until_empty(session: &SessionInner) -> Result<(), crate::Error> {
-    let mut sender = session.socket().sender()?;
+    let mut sender = session.socket().sender();
     let outbox = session.outbox();
     while !outbox.is_empty() {
         let sent = poll_fn(|context| {

@@ -416,9 +416,9 @@ impl Kick {
             return Self { pairs: Vec::new(), state };
         };
         let start = |(index, (near, far)): (usize, (UnixStream, UnixStream))| {
-            let far = Socket::connected(OwnedFd::from(far));
+            let far = Socket::of_our_own(OwnedFd::from(far));
             poller.spawn(swallow(far, index, Rc::clone(&state)));
-            Socket::connected(OwnedFd::from(near))
+            Socket::of_our_own(OwnedFd::from(near))
         };
         Self { pairs: pairs.into_iter().enumerate().map(start).collect(), state }
     }
@@ -476,7 +476,7 @@ async fn swallow(socket: Socket, index: usize, state: Rc<KickState>) {
                 state.arrived.wake();
             }
             Ok(Received::Nothing) => {}
-            Ok(Received::End) | Err(_) => break,
+            Ok(Received::End | Received::Descriptors(_)) | Err(_) => break,
         }
     }
     // Nobody will: sessions work without.

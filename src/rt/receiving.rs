@@ -260,6 +260,10 @@ impl SessionInner {
                 }
                 Ok(Received::Bytes(_)) => {}
                 Ok(Received::Nothing) => return self.inbox.deframer.borrow().is_empty(),
+                Ok(Received::Descriptors(got)) => {
+                    self.fail(HandshakeError::Descriptors { got, expected: 0 }.into());
+                    return false;
+                }
                 Ok(Received::End) => {
                     self.peer_is_gone();
                     return true;
@@ -385,7 +389,8 @@ impl SessionInner {
         for _ in 0..RECEIVES_WHEN_HUNG_UP {
             match self.receive_once() {
                 Ok(Received::Bytes(_)) => {}
-                Ok(Received::Nothing | Received::End) => break,
+                // Nor is there anything behind descriptors that was worth being delivered.
+                Ok(Received::Nothing | Received::End | Received::Descriptors(_)) => break,
                 Err(error) => return self.fail(error),
             }
         }

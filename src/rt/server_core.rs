@@ -224,7 +224,7 @@ impl Core {
         if let Some(authorize) = authorize {
             listener.authorize(move |peer| authorize(peer));
         }
-        let bell = Socket::connected(bell);
+        let bell = Socket::of_our_own(bell);
         let (hearing, adopter) = (shard.clone(), listener.adopter());
         let taking_in = glommio::spawn_local(async move {
             hearing.take_in(bell, adopter, || common.stop_at()).await;

@@ -511,6 +511,6 @@ pub(super) fn panic_text(panic: &(dyn Any + Send)) -> &str {
 async fn adopt(link: Arc<ShardLink>, adopter: Adopter, arrivals: Rc<WakerList>) {
     loop {
         let dealt = arrivals.until(|| link.inlet.take().map_or(Poll::Pending, Poll::Ready)).await;
-        adopter.adopt(dealt.fd, Box::new(dealt.load)).await;
+        adopter.adopt(dealt.socket, Box::new(dealt.load)).await;
     }
 }

@@ -4,12 +4,17 @@
 //! glommio's types stand for the kind of socket in their names only: its TCP stream and listener
 //! do nothing that a Unix socket could not, and unlike its Unix types they show their descriptor,
 //! which passing memory needs. So both kinds of socket are held in them here, and the few calls
-//! that glommio does not make are made on the descriptor, none of which waits.
+//! that glommio does not make are made on the descriptor, none of which waits: also not for what a
+//! peer passes along ([`fd_passing`](super::fd_passing)).
 //!
-//! `unsafe` here: taking over descriptors that were made, or received, a line before; and a question
-//! about a socket's buffer for which `nix` has no function.
+//! Nothing is sent by glommio, which would have the kernel raise `SIGPIPE` where the peer has gone.
+//!
+//! `unsafe` here: descriptors that change owners; and a question about a socket's buffer for which
+//! `nix` has no function.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::cell::Cell;
+use std::io::{self, IoSlice};
+use std::mem::ManuallyDrop;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::path::Path;
@@ -17,27 +22,37 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures_lite::AsyncWrite;
+use futures_lite::AsyncRead;
 use glommio::net::{TcpListener, TcpStream};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
-};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType};
 
+use super::fd_disposal::{self, PeerSocket};
+use super::fd_passing::{Peeked, admit_descriptors, peek, refuse_descriptors};
 use super::peer::PeerCredentials;
 use super::socket_path;
 use crate::error::Error;
 
-/// The most descriptors that one message can carry (`SCM_MAX_FD`). With room for all of them none
-/// is ever cut off, and every one that a peer sends is closed here or used.
-const MAX_DESCRIPTORS: usize = 253;
-
 /// A connected stream socket.
 pub(super) struct Socket {
-    stream: TcpStream,
+    /// Dropped by the drop of this, and nowhere else.
+    stream: ManuallyDrop<TcpStream>,
     is_tcp: bool,
+    passing: Cell<Passing>,
+}
+
+/// Whether a peer can pass descriptors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Passing {
+    /// It cannot, and none is in the queue.
+    Impossible,
+    /// It cannot any more. What came while it could may be in the queue.
+    Over,
+    /// It can: it was asked to, or the kernel cannot refuse them.
+    Possible,
 }
 
 /// What one receive without waiting gave.
@@ -48,21 +63,49 @@ pub(super) enum Received {
     Nothing,
     /// The peer will send nothing more.
     End,
+    /// The next bytes bring so many descriptors along. They stay where they are.
+    Descriptors(usize),
+}
+
+/// What one look for descriptors without waiting gave.
+pub(super) enum Passed {
+    /// Duplicates of those that came with the next byte, which is
+    /// [still there](Socket::take_byte). More came, perhaps, than there was room for.
+    Descriptors(Peeked),
+    /// Nothing now.
+    Nothing,
+    /// The peer will send nothing more.
+    End,
 }
 
 impl Socket {
-    /// Takes over a socket that is connected.
-    pub(super) fn connected(fd: OwnedFd) -> Self {
-        Self { stream: stream_from(fd), is_tcp: false }
+    /// Takes over a Unix socket that is connected.
+    pub(super) fn connected(socket: PeerSocket) -> Self {
+        let (fd, refuses_descriptors) = socket.into_parts();
+        Self::unix(stream_from(fd), refuses_descriptors)
+    }
+
+    /// Takes over one end of a socket pair whose other end is ours as well.
+    pub(super) fn of_our_own(fd: OwnedFd) -> Self {
+        Self::unix(stream_from(fd), true)
+    }
+
+    fn unix(stream: TcpStream, refuses_descriptors: bool) -> Self {
+        let passing = if refuses_descriptors { Passing::Impossible } else { Passing::Possible };
+        Self { stream: ManuallyDrop::new(stream), is_tcp: false, passing: Cell::new(passing) }
     }
 
     /// Connects to a Unix socket.
     pub(super) async fn connect_unix(path: &Path) -> Result<Self, Error> {
+        fd_disposal::catch_up();
         let failed = |errno: Errno| socket_path::connect_error(path, errno);
         let address = socket_path::address(path, "")?;
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let fd = nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)
             .map_err(failed)?;
+        // Before there is anybody to send them.
+        let socket = PeerSocket::new(fd);
+        let fd = socket.fd();
         // A Unix socket connects at once, or says that the listener's backlog is full.
         while let Err(errno) = nix::sys::socket::connect(fd.as_raw_fd(), &address) {
             if errno != Errno::EAGAIN {
@@ -71,8 +114,8 @@ impl Socket {
             glommio::timer::sleep(Duration::from_millis(1)).await;
         }
         // io_uring would hand every "nothing yet" to us instead of waiting.
-        fcntl(&fd, FcntlArg::F_SETFL(OFlag::empty())).map_err(failed)?;
-        Ok(Self::connected(fd))
+        fcntl(fd, FcntlArg::F_SETFL(OFlag::empty())).map_err(failed)?;
+        Ok(Self::connected(socket))
     }
 
     /// Connects over TCP, which makes sense on loopback only.
@@ -84,7 +127,15 @@ impl Socket {
     }
 
     fn from_stream(stream: TcpStream, is_tcp: bool) -> Result<Self, Error> {
-        let socket = Self { stream, is_tcp };
+        let socket = if is_tcp {
+            let stream = ManuallyDrop::new(stream);
+            Self { stream, is_tcp, passing: Cell::new(Passing::Impossible) }
+        } else {
+            // SAFETY: the descriptor is the stream's, which outlives the call.
+            let fd = unsafe { BorrowedFd::borrow_raw(stream.as_raw_fd()) };
+            let refuses_descriptors = refuse_descriptors(fd);
+            Self::unix(stream, refuses_descriptors)
+        };
         let failed = |errno: Errno| Error::os("set up a socket", errno);
         fcntl(socket.fd(), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(failed)?;
         if is_tcp {
@@ -126,6 +177,14 @@ impl Socket {
 
     /// Receives what is there.
     pub(super) fn try_receive(&self, to: &mut [u8]) -> io::Result<Received> {
+        if self.passing.get() == Passing::Impossible {
+            self.receive_plainly(to)
+        } else {
+            self.receive_warily(to)
+        }
+    }
+
+    fn receive_plainly(&self, to: &mut [u8]) -> io::Result<Received> {
         let flags = MsgFlags::MSG_DONTWAIT;
         loop {
             return match nix::sys::socket::recv(self.raw(), to, flags) {
@@ -138,38 +197,55 @@ impl Socket {
         }
     }
 
-    /// Receives what is there, and the descriptors that came along.
-    pub(super) fn try_receive_with_descriptors(
-        &self,
-        to: &mut [u8],
-    ) -> io::Result<(Received, Vec<OwnedFd>)> {
-        let mut control = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS]);
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-        let mut parts = [IoSliceMut::new(to)];
-        let message = loop {
-            // The address type plays no part on a connected socket.
-            let result =
-                nix::sys::socket::recvmsg::<()>(self.raw(), &mut parts, Some(&mut control), flags);
-            match result {
-                Ok(message) => break message,
-                Err(Errno::EINTR) => continue,
-                Err(Errno::EAGAIN) => return Ok((Received::Nothing, Vec::new())),
-                Err(errno) => return Err(errno.into()),
+    /// Receives where descriptors can come along. They would be closed here, so who brings some
+    /// gets no further.
+    fn receive_warily(&self, to: &mut [u8]) -> io::Result<Received> {
+        match peek(self.fd(), to)? {
+            None => {
+                if self.passing.get() == Passing::Over {
+                    self.passing.set(Passing::Impossible);
+                }
+                Ok(Received::Nothing)
             }
-        };
-        let mut descriptors = Vec::new();
-        for part in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(fds) = part {
-                // SAFETY: the kernel made these descriptors for this process in the call above, and
-                // nobody else knows of them.
-                descriptors.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            Some(peeked) if peeked.has_descriptors() => {
+                Ok(Received::Descriptors(peeked.descriptors.len()))
             }
+            Some(Peeked { bytes: 0, .. }) => Ok(Received::End),
+            Some(Peeked { bytes, .. }) => self.receive_plainly(&mut to[..bytes]),
         }
-        let received = match message.bytes {
-            0 => Received::End,
-            count => Received::Bytes(count),
-        };
-        Ok((received, descriptors))
+    }
+
+    /// Lets the peer pass descriptors.
+    pub(super) fn begin_passing(&self) -> Result<(), Error> {
+        if self.passing.get() != Passing::Possible {
+            admit_descriptors(self.fd()).map_err(|error| Error::os("set up a socket", error))?;
+            self.passing.set(Passing::Possible);
+        }
+        Ok(())
+    }
+
+    /// Has the kernel refuse descriptors again, if it can.
+    pub(super) fn end_passing(&self) {
+        if refuse_descriptors(self.fd()) {
+            self.passing.set(Passing::Over);
+        }
+    }
+
+    /// Looks for the byte that brings the descriptors that are due.
+    pub(super) fn peek_descriptors(&self) -> io::Result<Passed> {
+        Ok(match peek(self.fd(), &mut [0])? {
+            None => Passed::Nothing,
+            Some(Peeked { bytes: 0, .. }) => Passed::End,
+            Some(peeked) => Passed::Descriptors(peeked),
+        })
+    }
+
+    /// Takes the byte that was looked at, whose descriptors are known, and duplicates of them open.
+    pub(super) fn take_byte(&self) -> io::Result<()> {
+        match self.receive_plainly(&mut [0])? {
+            Received::Bytes(_) => Ok(()),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
     }
 
     /// Sends as much as the socket takes now. Zero: it is full.
@@ -202,11 +278,9 @@ impl Socket {
         }
     }
 
-    /// A second handle on the same socket, for a task that waits until it takes more bytes.
-    pub(super) fn sender(&self) -> Result<SocketSender, Error> {
-        let fd = self.fd().try_clone_to_owned();
-        let fd = fd.map_err(|error| Error::os("duplicate a socket", error))?;
-        Ok(SocketSender { stream: stream_from(fd) })
+    /// Sends to this socket and waits while it is full.
+    pub(super) fn sender(&self) -> SocketSender<'_> {
+        SocketSender { socket: self, room: None }
     }
 
     /// Whether the peer has closed its end. What it sent before may still be there.
@@ -233,19 +307,73 @@ impl Socket {
     }
 }
 
-/// Sends to a socket and waits while it is full.
-pub(super) struct SocketSender {
-    stream: TcpStream,
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let fd = self.stream.as_raw_fd();
+        // SAFETY: taken here only, and nothing uses it behind the drop.
+        let stream = unsafe { ManuallyDrop::take(&mut self.stream) };
+        if self.passing.get() != Passing::Impossible {
+            // SAFETY: the descriptor is the stream's, and open as long as that is; it is not used
+            // behind the close of it.
+            fd_disposal::close_stream(stream, unsafe { BorrowedFd::borrow_raw(fd) });
+        }
+    }
 }
 
-impl SocketSender {
+/// Sends to a socket and waits while it is full.
+pub(super) struct SocketSender<'a> {
+    socket: &'a Socket,
+    /// Waits for the socket to take more, since it was full.
+    room: Option<Room>,
+}
+
+impl SocketSender<'_> {
     /// Sends the first bytes, as many as the socket takes.
     pub(super) fn poll_send(
         &mut self,
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+        loop {
+            match self.socket.try_send(bytes) {
+                Ok(0) if !bytes.is_empty() => {}
+                sent => {
+                    self.room = None;
+                    return Poll::Ready(sent);
+                }
+            }
+            let room = match &mut self.room {
+                Some(room) => room,
+                none => none.insert(Room::wait(self.socket.fd())?),
+            };
+            if room.poll(context).is_pending() {
+                return Poll::Pending;
+            }
+            // It tells once.
+            self.room = None;
+        }
+    }
+}
+
+/// A wait for room in a socket.
+///
+/// glommio waits for that only behind a send of its own, which is one without `MSG_NOSIGNAL`. But
+/// it waits for anything to become readable, an epoll instance for instance.
+struct Room {
+    /// An epoll instance, which glommio takes for a socket.
+    epoll: TcpStream,
+}
+
+impl Room {
+    fn wait(socket: BorrowedFd<'_>) -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(socket, EpollEvent::new(EpollFlags::EPOLLOUT, 0))?;
+        Ok(Self { epoll: stream_from(epoll.0) })
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        // Once it is readable, it turns out to be no socket.
+        Pin::new(&mut self.epoll).poll_read(context, &mut [0]).map(drop)
     }
 }
 
@@ -269,6 +397,7 @@ impl ListenerSocket {
     }
 
     pub(super) async fn accept(&self) -> Result<Socket, Error> {
+        fd_disposal::catch_up();
         let stream = self.listener.accept().await;
         let stream =
             stream.map_err(|error| Error::os("accept a connection", io::Error::from(error)))?;

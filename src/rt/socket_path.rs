@@ -6,15 +6,17 @@
 //!
 //! Who removes its own file needs none: a descriptor of the socket is kept until the file is gone.
 //! So the file's number, by which it is known again, is not given to another one, and nobody takes
-//! the listener for dead and replaces the file meanwhile.
+//! the listener for dead and replaces the file meanwhile. It is looked for in the directory where
+//! it was put, also when the path leads elsewhere by then.
 //!
 //! A path that starts with `@`, or with a NUL byte, is an abstract name, as Go has it: no file, no
 //! mode, no turn. It is taken while a socket has it and free when that is closed, so there is
 //! nothing to replace or remove. Who listens under which name, the kernel says in `/proc/net/unix`.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -23,14 +25,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::fcntl::AtFlags;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, sockopt};
 use nix::sys::stat::{FchmodatFlags, Mode};
 use nix::unistd::{Gid, Pid, Uid};
 
 use super::door_lock::DoorLock;
+use super::fd_disposal::{self, PeerSocket};
+use super::fd_passing::refuse_descriptors;
 use crate::config::SocketFile;
 use crate::error::{ConfigError, Error, MAX_SOCKET_PATH};
+use crate::shm::directory::{Directory, FileIdentity};
 
 /// How many connections wait to be accepted.
 const BACKLOG: i32 = 1024;
@@ -43,26 +48,46 @@ const CLEAR_UP_PAUSE: Duration = Duration::from_millis(5);
 #[derive(Clone)]
 pub(super) struct SocketPath {
     path: Arc<Path>,
-    /// `None`: it has an abstract name, and no entry.
-    entry: Option<Arc<Entry>>,
+    entry: Arc<Entry>,
+}
+
+/// A socket's file.
+struct SocketFileEntry {
+    directory: Arc<Directory>,
+    name: OsString,
+    identity: FileIdentity,
 }
 
 struct Entry {
-    /// Device and number of the file, by which it is known again.
-    identity: (u64, u64),
+    /// `None`: an abstract name.
+    file: Option<SocketFileEntry>,
     is_removed: AtomicBool,
     /// Open until the file is gone.
-    _socket: OwnedFd,
+    socket: Option<OwnedFd>,
+    /// Whether connections cannot have descriptors in their queues before they are accepted.
+    refuses_descriptors: bool,
 }
 
 impl SocketPath {
-    fn new(path: &Path, socket: &OwnedFd) -> io::Result<Self> {
+    /// The name, and the file if it has one, of a socket that is bound to it.
+    fn new(
+        path: &Path,
+        file: Option<SocketFileEntry>,
+        socket: &OwnedFd,
+        refuses_descriptors: bool,
+    ) -> io::Result<Self> {
         let entry = Entry {
-            identity: identity_of(path)?,
+            file,
             is_removed: AtomicBool::new(false),
-            _socket: socket.try_clone()?,
+            // A name without a file is free as soon as nobody listens.
+            socket: if is_abstract(path) && refuses_descriptors {
+                None
+            } else {
+                Some(socket.try_clone()?)
+            },
+            refuses_descriptors,
         };
-        Ok(Self { path: path.into(), entry: Some(Arc::new(entry)) })
+        Ok(Self { path: path.into(), entry: Arc::new(entry) })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -72,24 +97,25 @@ impl SocketPath {
 
 impl Drop for SocketPath {
     fn drop(&mut self) {
-        let Some(entry) = &self.entry else {
-            return;
-        };
-        let (path, Entry { identity, is_removed, .. }) = (&self.path, &**entry);
+        let Entry { file, is_removed, .. } = &*self.entry;
         // Only whoever is first; it orders nothing else.
         if is_removed.swap(true, Ordering::Relaxed) {
             return;
         }
-        // It may be gone by now, or somebody else's; neither is worth a word.
-        if identity_of(path).is_ok_and(|found| found == *identity) {
-            let _ = fs::remove_file(path);
+        if let Some(SocketFileEntry { directory, name, identity }) = file {
+            // It may be gone by now, or somebody else's; neither is worth a word.
+            let _ = directory.remove(name, *identity);
         }
     }
 }
 
-fn identity_of(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
+impl Drop for Entry {
+    fn drop(&mut self) {
+        if let Some(socket) = self.socket.take().filter(|_| !self.refuses_descriptors) {
+            // Whoever else has the socket open closes it before, or finds nobody in its queue.
+            fd_disposal::close_listener(socket);
+        }
+    }
 }
 
 /// The address of the socket at `path`, of which the last part was appended for a shard, if it is
@@ -145,6 +171,7 @@ pub(super) fn listen(
 ) -> io::Result<(OwnedFd, SocketPath)> {
     let address = unix_address(path)?;
     let fd = new_socket(SockFlag::empty())?;
+    let refuses_descriptors = refuse_descriptors(&fd);
     if let Err(errno) = nix::sys::socket::bind(fd.as_raw_fd(), &address) {
         if errno != Errno::EADDRINUSE {
             return Err(errno.into());
@@ -154,16 +181,22 @@ pub(super) fn listen(
     }
     if is_abstract(path) {
         nix::sys::socket::listen(&fd, Backlog::new(BACKLOG)?)?;
-        return Ok((fd, SocketPath { path: path.into(), entry: None }));
+        let entry = SocketPath::new(path, None, &fd, refuses_descriptors)?;
+        return Ok((fd, entry));
     }
-    let entry = SocketPath::new(path, &fd)?;
+    let (directory, name) = Directory::of(path)?;
+    let identity = directory.find(&name)?;
+    let file_entry = SocketFileEntry { directory, name, identity };
+    let (directory, name) = (Arc::clone(&file_entry.directory), file_entry.name.clone());
+    let entry = SocketPath::new(path, Some(file_entry), &fd, refuses_descriptors)?;
     // Before it listens, nobody can connect, whatever the mode was for a moment. Should somebody
     // have put a link there, it is not followed.
     let mode = Mode::from_bits_truncate(file.mode);
-    nix::sys::stat::fchmodat(AT_FDCWD, path, mode, FchmodatFlags::NoFollowSymlink)?;
+    let (directory, name) = (&*directory, &*name);
+    nix::sys::stat::fchmodat(directory, name, mode, FchmodatFlags::NoFollowSymlink)?;
     if file.user.is_some() || file.group.is_some() {
         let (user, group) = (file.user.map(Uid::from_raw), file.group.map(Gid::from_raw));
-        nix::unistd::fchownat(AT_FDCWD, path, user, group, AtFlags::AT_SYMLINK_NOFOLLOW)
+        nix::unistd::fchownat(directory, name, user, group, AtFlags::AT_SYMLINK_NOFOLLOW)
             .map_err(|errno| cannot_give_away(file, errno))?;
     }
     nix::sys::socket::listen(&fd, Backlog::new(BACKLOG)?)?;
@@ -248,16 +281,19 @@ pub(super) fn remove_left_over(path: &Path) -> io::Result<()> {
     if !is_abstract(path) && !is_socket(path) {
         return in_use("what is there is not a socket, and is left alone");
     }
+    if is_abstract(path) {
+        return if is_alive(path)? { in_use("it is in use by a live server") } else { Ok(()) };
+    }
+    // The one that is found dead is the one that is removed.
+    let (directory, name) = Directory::of(path)?;
+    let identity = match directory.find(&name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        found => found?,
+    };
     if is_alive(path)? {
         return in_use("it is in use by a live server");
     }
-    if is_abstract(path) {
-        return Ok(());
-    }
-    match fs::remove_file(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => removed,
-    }
+    directory.remove(&name, identity).map(drop)
 }
 
 /// Whether somebody listens on the socket at `path`.
@@ -268,14 +304,16 @@ fn is_alive(path: &Path) -> io::Result<bool> {
     let address = unix_address(path)?;
     for _ in 0..CLEAR_UP_TRIES {
         // Without waiting: one whose backlog is full lives.
-        let fd = new_socket(SockFlag::SOCK_NONBLOCK)?;
+        // What listens there may pass descriptors, like any peer.
+        let socket = PeerSocket::new(new_socket(SockFlag::SOCK_NONBLOCK)?);
+        let fd = socket.fd();
         match nix::sys::socket::connect(fd.as_raw_fd(), &address) {
             Err(Errno::ECONNREFUSED | Errno::ENOENT) => return Ok(false),
             Err(errno @ (Errno::EACCES | Errno::EPERM)) => {
                 let text = format!("another user's socket is there, which may be alive: {errno}");
                 return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
             }
-            Ok(()) if is_ghost(&fd) => std::thread::sleep(CLEAR_UP_PAUSE),
+            Ok(()) if is_ghost(fd) => std::thread::sleep(CLEAR_UP_PAUSE),
             _ => return Ok(true),
         }
     }
@@ -283,8 +321,8 @@ fn is_alive(path: &Path) -> io::Result<bool> {
 }
 
 /// Whether the process that listened behind a connection is no more.
-fn is_ghost(connection: &OwnedFd) -> bool {
-    let credentials = nix::sys::socket::getsockopt(connection, sockopt::PeerCredentials);
+fn is_ghost(connection: BorrowedFd<'_>) -> bool {
+    let credentials = nix::sys::socket::getsockopt(&connection, sockopt::PeerCredentials);
     // A process of a container that this one cannot see has the number 0.
     let listener = credentials.map_or(0, |credentials| credentials.pid());
     listener > 0 && nix::sys::signal::kill(Pid::from_raw(listener), None) == Err(Errno::ESRCH)

@@ -8,17 +8,18 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
-use nix::libc;
+use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::sys::stat::Mode;
 
+use super::directory::{Directory, FileIdentity};
 use crate::error::Error;
 
 /// Prefixes whose left-overs this process has removed.
@@ -110,20 +111,21 @@ fn remove(prefix: &Path) -> io::Result<usize> {
     let (Some(directory), Some(stem)) = (prefix.parent(), prefix.file_name()) else {
         return Ok(0);
     };
+    let opened = Directory::open(directory)?;
     let mut removed = 0;
     for entry in fs::read_dir(directory)? {
-        let entry = entry?;
-        if is_name(&entry.file_name(), stem) && remove_if_left(&entry.path())? {
+        let name = entry?.file_name();
+        if is_name(&name, stem) && remove_if_left(&opened, &name)? {
             removed += 1;
         }
     }
     Ok(removed)
 }
 
-fn remove_if_left(path: &Path) -> io::Result<bool> {
-    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
-    let file = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
-        Ok(file) => file,
+fn remove_if_left(directory: &Directory, name: &OsStr) -> io::Result<bool> {
+    let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let file = match nix::fcntl::openat(directory, name, flags, Mode::empty()) {
+        Ok(file) => File::from(file),
         // Somebody else's, a link, or gone already.
         Err(_) => return Ok(false),
     };
@@ -131,20 +133,11 @@ fn remove_if_left(path: &Path) -> io::Result<bool> {
     if !stat.is_file() || stat.uid() != nix::unistd::geteuid().as_raw() {
         return Ok(false);
     }
-    let Some(_lock) = lock(file, FlockArg::LockExclusiveNonblock)? else {
+    let Some(lock) = lock(file, FlockArg::LockExclusiveNonblock)? else {
         return Ok(false);
     };
     // The name may stand for another file by now.
-    let is_same = fs::symlink_metadata(path)
-        .is_ok_and(|now| (now.dev(), now.ino()) == (stat.dev(), stat.ino()));
-    if !is_same {
-        return Ok(false);
-    }
-    match fs::remove_file(path) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error),
-    }
+    directory.remove(name, FileIdentity::of(&lock)?)
 }
 
 #[cfg(test)]

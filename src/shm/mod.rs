@@ -7,7 +7,8 @@
 //! are, which slices this side holds, its own queue index) is kept in private memory.
 //!
 //! - [`access`]: loads, stores and copies by offset, the one place with pointers to shared memory.
-//! - [`region`]: memory that is created or mapped, and its descriptors and files.
+//! - [`region`]: memory that is created or mapped, and its descriptors and files, in a
+//!   [`directory`] that is kept open.
 //! - [`queue`]: the two IO queues. - [`list`]: the lists of free slices. - [`popper`]: the one side
 //!   that takes from a list, where the sides have agreed on that.
 //! - [`manager`]: all lists of one memory, by way of the [`ledger`] of slices that this side holds
@@ -25,6 +26,7 @@ pub(crate) mod chain;
 pub(crate) mod chain_queue;
 pub(crate) mod claims;
 mod classes;
+pub(crate) mod directory;
 pub(crate) mod fault;
 mod ledger;
 pub(crate) mod leftovers;

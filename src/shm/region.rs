@@ -8,33 +8,79 @@
 
 use std::alloc::Layout;
 use std::collections::BTreeMap;
-use std::ffi::CString;
-use std::fs::{self, File, OpenOptions};
+use std::ffi::{CString, OsString};
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, Flock, OFlag, OpenHow, ResolveFlag, SealFlag};
+use nix::fcntl::{FcntlArg, Flock, OFlag, SealFlag};
 use nix::sys::memfd::MFdFlags;
-use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC};
+use nix::sys::stat::Mode;
 
 use super::claims::{Claim, Purpose};
+use super::directory::{Directory, FileIdentity, beneath};
 use super::fault::Guarded;
 use super::leftovers;
 use crate::error::{Error, HandshakeError, MemoryError};
 use crate::preflight;
 
-/// Where a descriptor's file may lie: in memory. (`ramfs` stands for `tmpfs` in small kernels.)
-const MEMORY_FILE_SYSTEMS: [FsType; 3] = [TMPFS_MAGIC, HUGETLBFS_MAGIC, FsType(0x8584_58f6)];
-
 /// Makes a memfd that nobody can execute, nor make executable (`linux/memfd.h`).
 const MFD_NOEXEC_SEAL: u32 = 8;
+
+/// How `/proc` shows an eventfd.
+const EVENT_FD: &str = "anon_inode:[eventfd]";
+
+/// What a descriptor is, found out without asking its file system, which may be a program of a
+/// peer's (FUSE) that answers when it likes.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum FdKind {
+    /// A memfd, or a regular file of a file system in memory.
+    Memory,
+    EventFd,
+    /// Something else, by the name that `/proc` shows for it.
+    Other(String),
+}
+
+impl FdKind {
+    pub(crate) fn of(fd: BorrowedFd<'_>) -> Self {
+        // Answered by the kernel for memory, and refused for everything else.
+        if nix::fcntl::fcntl(fd, FcntlArg::F_GET_SEALS).is_ok() {
+            return Self::Memory;
+        }
+        let name = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        match name.map(|name| name.to_string_lossy().into_owned()) {
+            Ok(name) if name == EVENT_FD => Self::EventFd,
+            Ok(name) => Self::Other(name),
+            Err(error) => Self::Other(error.to_string()),
+        }
+    }
+
+    /// Whether to close it is nothing to wait for.
+    pub(crate) fn is_harmless(&self) -> bool {
+        matches!(self, Self::Memory | Self::EventFd)
+    }
+
+    /// What it is, in words.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::EventFd => "an eventfd",
+            Self::Other(name) if name.starts_with("pipe:") => "a pipe",
+            Self::Other(name) if name.starts_with("socket:") => "a socket",
+            Self::Other(name) if name.starts_with('/') => {
+                "a directory, a device, or a file that is not in memory"
+            }
+            Self::Other(_) => "of another kind",
+        }
+    }
+}
 
 /// Memory that another party may read and write at any time.
 pub(crate) struct Region {
@@ -134,17 +180,20 @@ impl Region {
                 .advise("`path_prefix` says where such files are made")
         };
         preflight::check_file_size("a session's memory", len as u64)?;
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(0o600);
-        options.custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_CLOEXEC);
+        let (directory, name) = Directory::of(path).map_err(failed)?;
+        let flags =
+            OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let mode = Mode::S_IRUSR | Mode::S_IWUSR;
         // Before it is locked, it looks like one that nobody has, and may be taken for one.
         let file = loop {
-            let file = options.open(path).map_err(failed)?;
+            let file = nix::fcntl::openat(&*directory, &*name, flags, mode);
+            let file = File::from(file.map_err(|errno| failed(errno.into()))?);
             if let Some(file) = leftovers::lock_as_creator(file).map_err(failed)? {
                 break file;
             }
         };
-        let mut entry = SharedFile::new(path);
+        let identity = FileIdentity::of(&file).map_err(failed)?;
+        let mut entry = SharedFile::new(FoundFile { directory, name, identity });
         file.set_len(len as u64).map_err(failed)?;
         let region = Self::map(&file, len)?;
         entry.lock = Some(file);
@@ -157,18 +206,13 @@ impl Region {
         role: &'static str,
         limit: u64,
     ) -> Result<Self, Error> {
-        let file = File::from(fd);
         // A page of any other file may take as long as its file system likes, which may be a
         // program of the peer's (FUSE), and then this thread waits for it.
-        let kind = nix::sys::statfs::fstatfs(&file)
-            .map_err(|error| Error::os("stat the file system of the peer's memory", error))?
-            .filesystem_type();
-        let region = Self::map_given(&file, role, limit)?;
-        if !MEMORY_FILE_SYSTEMS.contains(&kind) {
-            let kind = "a file on a disk or network";
-            return Err(HandshakeError::DescriptorKind { role, kind }.into());
+        let kind = FdKind::of(fd.as_fd());
+        if kind != FdKind::Memory {
+            return Err(HandshakeError::DescriptorKind { role, kind: kind.name() }.into());
         }
-        Ok(region)
+        Self::map_given(&File::from(fd), role, limit)
     }
 
     /// Maps what a peer named by a path below `directory`. `role` names the memory in errors.
@@ -181,7 +225,7 @@ impl Region {
         role: &'static str,
         limit: u64,
         owner: Option<u32>,
-    ) -> Result<Self, Error> {
+    ) -> Result<(Self, FoundFile), Error> {
         let failed = |error| Error::os_at("open the peer's shared-memory file", path, error);
         let outside = || {
             let error = io::Error::new(
@@ -194,27 +238,30 @@ impl Region {
             ))
         };
         let Ok(relative) = path.strip_prefix(directory) else { return Err(outside()) };
-        let below = File::open(directory).map_err(|error| {
+        let (Some(between), Some(name)) = (relative.parent(), relative.file_name()) else {
+            return Err(outside());
+        };
+        let below = Directory::open(directory).map_err(|error| {
             Error::os_at("open the directory of shared memory", directory, error)
         })?;
-        // Not blocking, since the path may name a pipe.
-        let how = OpenHow::new()
-            .flags(OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)
-            .resolve(
-                ResolveFlag::RESOLVE_BENEATH
-                    | ResolveFlag::RESOLVE_NO_SYMLINKS
-                    | ResolveFlag::RESOLVE_NO_XDEV,
-            );
-        let file = match nix::fcntl::openat2(&below, relative, how) {
-            Err(Errno::EXDEV) => return Err(outside()),
-            result => result.map_err(|errno| failed(errno.into()))?,
+        let find = || {
+            let directory = below.below(between)?;
+            // Not blocking, since the path may name a pipe.
+            let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+            let file = nix::fcntl::openat2(&*directory, name, beneath(flags))?;
+            Ok((directory, File::from(file)))
         };
-        let file = File::from(file);
+        let (directory, file) = match find() {
+            Err(error) if is_outside(&error) => return Err(outside()),
+            result => result.map_err(failed)?,
+        };
         let stat = file.metadata().map_err(failed)?;
         if let Some(peer) = owner.filter(|&owner| owner != stat.uid()) {
             return Err(HandshakeError::FileOwner { role, owner: stat.uid(), peer }.into());
         }
-        Self::map_given(&file, role, limit)
+        let identity = FileIdentity::of(&file).map_err(failed)?;
+        let region = Self::map_given(&file, role, limit)?;
+        Ok((region, FoundFile { directory, name: name.to_owned(), identity }))
     }
 
     fn map_given(file: &File, role: &'static str, limit: u64) -> Result<Self, Error> {
@@ -276,6 +323,17 @@ impl Drop for Region {
     }
 }
 
+fn is_outside(error: &io::Error) -> bool {
+    error.raw_os_error().map(Errno::from_raw) == Some(Errno::EXDEV)
+}
+
+/// Where the file of a memory is, held so that it cannot be taken for another one.
+pub(crate) struct FoundFile {
+    directory: Arc<Directory>,
+    name: OsString,
+    identity: FileIdentity,
+}
+
 /// A shared-memory file that was just created.
 pub(crate) struct NewFile {
     entry: SharedFile,
@@ -298,27 +356,36 @@ impl NewFile {
     }
 }
 
-/// A shared-memory file's entry in the file system. Dropping the last one of a path in this process
-/// removes the entry.
+/// A shared-memory file's entry in the file system. Dropping the last one in this process removes
+/// the entry, if it is still that of the file that was mapped.
 ///
 /// The last one: all sessions of a shmipc-go client name the same buffer file, and a later session
 /// of it must still find the file when an earlier one ends. Mappings stay valid. A missing entry
 /// is no error, since the other side removes it too.
 pub(crate) struct SharedFile {
-    path: PathBuf,
+    place: FoundFile,
     /// Says that its creator lives, if that is who this is (see [`leftovers`]).
     lock: Option<Flock<File>>,
 }
 
-/// How many [`SharedFile`]s each path has. Touched when sessions come and go, never in between.
-static ENTRIES: Mutex<BTreeMap<PathBuf, usize>> = Mutex::new(BTreeMap::new());
+/// An entry by its directory, its name and its file.
+type EntryKey = (FileIdentity, OsString, FileIdentity);
+
+/// How many [`SharedFile`]s each entry has. Touched when sessions come and go, never in between.
+static ENTRIES: Mutex<BTreeMap<EntryKey, usize>> = Mutex::new(BTreeMap::new());
+
+impl FoundFile {
+    fn key(&self) -> EntryKey {
+        (self.directory.identity(), self.name.clone(), self.identity)
+    }
+}
 
 impl SharedFile {
     /// Takes part in the removal of a file that was mapped, and found to be shared memory.
-    pub(crate) fn new(path: &Path) -> Self {
+    pub(crate) fn new(place: FoundFile) -> Self {
         let mut entries = ENTRIES.lock().unwrap_or_else(PoisonError::into_inner);
-        *entries.entry(path.to_owned()).or_default() += 1;
-        Self { path: path.to_owned(), lock: None }
+        *entries.entry(place.key()).or_default() += 1;
+        Self { place, lock: None }
     }
 }
 
@@ -327,24 +394,26 @@ impl Drop for SharedFile {
         // Held while the file is removed, so that no session of this process maps it meanwhile and
         // counts on its name.
         let mut entries = ENTRIES.lock().unwrap_or_else(PoisonError::into_inner);
-        match entries.get_mut(&self.path) {
+        let key = self.place.key();
+        match entries.get_mut(&key) {
             Some(count) if *count > 1 => {
                 *count -= 1;
                 return;
             }
-            _ => entries.remove(&self.path),
+            _ => entries.remove(&key),
         };
-        match fs::remove_file(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %self.path.display(), %error, "cannot remove");
-            }
-            _ => {}
+        let FoundFile { directory, name, identity } = &self.place;
+        match directory.remove(name, *identity) {
+            Ok(true) => {}
+            Ok(false) => tracing::trace!(?name, "removed by the other side, or replaced"),
+            Err(error) => tracing::warn!(?name, %error, "cannot remove"),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
     use std::sync::atomic::Ordering;
 
     use super::super::access::Memory;
@@ -399,11 +468,11 @@ mod tests {
         assert!(matches!(Region::create_file(&path, 4096), Err(Error::Os { .. })));
         let owner = nix::unistd::geteuid().as_raw();
         let map = |owner| Region::map_file(&std::env::temp_dir(), &path, "queue", 1 << 20, owner);
-        let _mapped = (map(Some(owner)).unwrap(), map(None).unwrap());
+        let ((_mapped, _), (_also_mapped, found)) = (map(Some(owner)).unwrap(), map(None).unwrap());
         let error = map(Some(owner + 1)).err().unwrap();
         let wrong = HandshakeError::FileOwner { role: "queue", owner, peer: owner + 1 };
         assert!(matches!(error, Error::Handshake(error) if error == wrong));
-        let other = SharedFile::new(&path);
+        let other = SharedFile::new(found);
         drop(entry);
         assert!(path.exists(), "another session of this process has it");
         drop(other);
@@ -419,6 +488,10 @@ mod tests {
         let directory = File::open("/tmp").unwrap();
         let text = refused(Region::map_descriptor(directory.into(), "queue", 100));
         assert!(text.contains("queue memory is a directory"), "{text}");
+        let event_fd = nix::sys::eventfd::EventFd::new().unwrap();
+        assert_eq!(FdKind::of(event_fd.as_fd()), FdKind::EventFd);
+        let text = refused(Region::map_descriptor(event_fd.into(), "queue", 100));
+        assert!(text.contains("queue memory is an eventfd"), "{text}");
         let (_region, fd) = Region::create_memfd(Path::new("x"), 4096).unwrap();
         assert!(refused(Region::map_descriptor(fd, "buffer", 4095)).contains("limit is 4095"));
 
@@ -426,11 +499,52 @@ mod tests {
         let link = path("link");
         fs::write(&target, [0; 64]).unwrap();
         std::os::unix::fs::symlink(&target, &link).unwrap();
-        let text = refused(Region::map_file(&std::env::temp_dir(), &link, "queue", 100, None));
+        let mapped = Region::map_file(&std::env::temp_dir(), &link, "queue", 100, None);
+        let text = refused(mapped.map(|(region, _)| region));
         assert!(text.contains("open the peer's"), "{text}");
         assert!(target.exists(), "a refused file is not removed");
         fs::remove_file(&target).unwrap();
         fs::remove_file(&link).unwrap();
+    }
+
+    /// A root server removed a file of anybody's this way.
+    #[test]
+    #[cfg_attr(miri, ignore)]
+    fn a_directory_that_was_replaced_by_a_link_is_not_followed_to_remove_a_file() {
+        let root = path("replaced");
+        let [inside, moved, elsewhere] = ["inside", "moved", "elsewhere"].map(|at| root.join(at));
+        fs::create_dir_all(&inside).unwrap();
+        fs::create_dir(&elsewhere).unwrap();
+        fs::write(inside.join("memory"), [0; 64]).unwrap();
+        fs::write(elsewhere.join("memory"), "precious").unwrap();
+        let (region, found) =
+            Region::map_file(&root, &inside.join("memory"), "queue", 100, None).unwrap();
+        let entry = SharedFile::new(found);
+        fs::rename(&inside, &moved).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &inside).unwrap();
+        drop((entry, region));
+        assert_eq!(fs::read_to_string(elsewhere.join("memory")).unwrap(), "precious");
+        assert!(!moved.join("memory").exists(), "the file that was mapped is removed");
+        fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore)]
+    fn a_file_that_took_the_place_of_the_memory_is_not_removed() {
+        let path = path("in-its-place");
+        fs::write(&path, [0; 64]).unwrap();
+        let map = || Region::map_file(&std::env::temp_dir(), &path, "queue", 100, None).unwrap();
+        let (_region, found) = map();
+        let entry = SharedFile::new(found);
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, [1; 64]).unwrap();
+        // A session of the successor's has it, too, and goes by it alone.
+        let (_other, found) = map();
+        let successor = SharedFile::new(found);
+        drop(entry);
+        assert!(path.exists());
+        drop(successor);
+        assert!(!path.exists());
     }
 
     #[test]

@@ -16,6 +16,7 @@ use super::due::{IsDue, due};
 use super::files::{Directory, bad_descriptors, bad_files, is_open_here};
 use super::memories::{bad_buffers, bad_lists, bad_queues};
 use crate::support::bed::{Bed, DEADLINE, Fate};
+use crate::support::older_kernel;
 use crate::support::raw::{
     ACK, BY_FILE, BY_MEMFD, EXCHANGE, Memory, READY, Raw, STAGES, SYNC, Stage, at_stage,
     honest_paths, memfd, message,
@@ -111,8 +112,10 @@ fn a_server_takes_two_descriptors_of_memory_and_keeps_no_others() {
     bed.finish();
 }
 
+/// Where the kernel does not refuse them already.
 #[test]
 fn descriptors_that_come_early_are_refused() {
+    older_kernel::begin();
     let bed = bed();
     let is_due: IsDue = due!(Error::Handshake(HandshakeError::Descriptors { expected: 0, .. }));
     let announcement = message(BY_MEMFD, 3, &honest_paths("queue", "buffer"));

@@ -16,6 +16,7 @@ use super::bytes::{Bytes, bad_headers, out_of_place_for_a_client};
 use super::due::{IsDue, due};
 use super::files::{Directory, is_open_here};
 use crate::support::bed::{Bed, Fate};
+use crate::support::older_kernel;
 use crate::support::raw::{
     ACK, BY_FILE, BY_MEMFD, CAPACITY, EXCHANGE, READY, Raw, Rig, STAGES, Stage, memfd, message,
 };
@@ -59,7 +60,7 @@ impl RawServer {
     }
 
     /// A connection of our client, to which a server was honest up to a stage.
-    fn at_stage(&self, bed: &Bed, stage: Stage) -> Raw {
+    pub(super) fn at_stage(&self, bed: &Bed, stage: Stage) -> Raw {
         let mut raw = self.accept(bed);
         assert_eq!(raw.receive(8), message(EXCHANGE, 3, &[]));
         if stage == Stage::Opening {
@@ -197,8 +198,10 @@ fn a_server_that_says_nothing_is_left_at_the_timeout() {
     bed.finish();
 }
 
+/// Where the kernel does not refuse them already.
 #[test]
 fn a_client_takes_no_descriptors() {
+    older_kernel::begin();
     let bed = bed();
     let server = RawServer::new(&bed, client_config());
     let is_due: IsDue = due!(Error::Handshake(HandshakeError::Descriptors { expected: 0, .. }));

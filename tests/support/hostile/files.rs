@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -104,7 +104,12 @@ pub(crate) fn bad_descriptors() -> Vec<(&'static str, Make, IsDue)> {
         ("a directory as queue", |name| vec![buffer(name), directory()], is_kind),
         ("a device as buffer", |name| vec![device(), queue(name)], is_kind),
         ("a device as queue", |name| vec![buffer(name), device()], is_kind),
-        ("what cannot be written", |name| vec![read_only(), queue(name)], due!(Error::Os { .. })),
+        ("a file on a disk as buffer", |name| vec![on_a_disk(), queue(name)], is_kind),
+        (
+            "what cannot be written",
+            |name| vec![read_only(name), queue(name)],
+            due!(Error::Os { .. }),
+        ),
         ("a sealed buffer", |name| vec![sealed(buffer(name)), queue(name)], due!(Error::Os { .. })),
         ("a sealed queue", |name| vec![buffer(name), sealed(queue(name))], due!(Error::Os { .. })),
         (
@@ -145,7 +150,12 @@ fn device() -> File {
     File::options().read(true).write(true).open("/dev/zero").unwrap()
 }
 
-fn read_only() -> File {
+fn read_only(name: &str) -> File {
+    let memory = buffer(name);
+    File::open(format!("/proc/self/fd/{}", memory.as_raw_fd())).unwrap()
+}
+
+fn on_a_disk() -> File {
     File::open(std::env::current_exe().unwrap()).unwrap()
 }
 

@@ -2,14 +2,12 @@
 //! What a peer can do in a running session that makes no sense and does no harm: the session goes
 //! on.
 
-use std::os::fd::AsFd;
-
 use shmipc_glommio::wire::Event;
 use shmipc_glommio::wire::layout::{
     LIST_CAPACITY_OFFSET, LIST_SIZE_OFFSET, LIST_SLICE_CAPACITY_OFFSET,
 };
 
-use crate::support::raw::{Rig, STREAM, layout, memfd, message, open, write_u32};
+use crate::support::raw::{Rig, STREAM, layout, message, open, write_u32};
 
 /// A stream that neither side has.
 const NOBODYS: u32 = 77;
@@ -43,10 +41,6 @@ pub(crate) fn nonsense() -> Vec<Nonsense> {
             for _ in 0..1000 {
                 rig.ring();
             }
-        }),
-        ("descriptors beside a ring", |rig| {
-            let file = memfd("nonsense");
-            rig.raw.send_with(&message(1, 3, &[]), &[file.as_fd(), file.as_fd()]);
         }),
         ("a working flag that is none", |rig| {
             let at = rig.receive_base() + layout().flag_offset() as u64;

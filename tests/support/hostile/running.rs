@@ -2,19 +2,25 @@
 //! Peers that turn bad in a running session, on either side of it.
 
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use shmipc_glommio::Error::{self, Handshake};
+use shmipc_glommio::HandshakeError;
 use shmipc_glommio::wire::Event;
 use shmipc_glommio::wire::layout::LIST_SIZE_OFFSET;
 
 use super::attacks::{
-    Attack, bad_chains, bad_indices, bad_lists, bad_messages, bad_offsets, bad_slices, bad_states,
+    Attack, attack, bad_chains, bad_indices, bad_lists, bad_messages, bad_offsets, bad_slices,
+    bad_states,
 };
 use super::connecting::{RawServer, client_config};
+use super::due::{IsDue, due};
 use super::files::is_open_here;
 use super::nonsense::nonsense;
 use crate::support::bed::{Api, Bed, DEADLINE};
-use crate::support::raw::{Rig, open, read_u32, write_u32};
+use crate::support::older_kernel;
+use crate::support::raw::{Rig, memfd, message, open, read_u32, write_u32};
 use crate::{bed, config};
 
 /// Runs attacks against our server, and against our client.
@@ -78,6 +84,27 @@ fn free_lists_that_lead_astray_end_their_session() {
 #[test]
 fn messages_out_of_place_end_their_session() {
     attack_both_sides(bad_messages);
+}
+
+/// Where the kernel does not refuse them already. What they are plays no part, nor what they come
+/// with.
+#[test]
+fn descriptors_end_their_session() {
+    older_kernel::begin();
+    attack_both_sides(|| {
+        let is_due: IsDue = due!(Handshake(HandshakeError::Descriptors { expected: 0, .. }));
+        vec![
+            attack("descriptors beside a ring", is_due, |rig| {
+                let file = memfd("nonsense");
+                rig.raw.send_with(&message(1, 3, &[]), &[file.as_fd(), file.as_fd()]);
+            }),
+            attack("descriptors beside data", is_due, |rig| {
+                let file = memfd("nonsense");
+                rig.raw.send_with(&message(3, 3, b"\0\0\0\x02\0\0\0\0data"), &[file.as_fd()]);
+            }),
+        ]
+    });
+    assert!(!is_open_here("nonsense"));
 }
 
 #[test]
