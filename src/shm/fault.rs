@@ -7,8 +7,8 @@
 //! and marks the region [lost](Guarded::is_lost); its session ends at its next turn. To everything
 //! else that reads the region this is a peer that wrote zeroes, which it has to bear anyway.
 //!
-//! The handler is installed when the first region is mapped, and the signal unblocked on each thread
-//! that maps one: regions do not leave their threads. Signals that are not about a region go
+//! The handler is installed when the first region is mapped, and the signal unblocked on each
+//! thread that maps one: regions do not leave their threads. Signals that are not about a region go
 //! to the handler that was there before, the standard library's for instance.
 //!
 //! `unsafe` here: installing a signal handler, the handler itself, and mapping over a region.
@@ -163,8 +163,8 @@ impl Drop for Guarded {
 /// Call this before anything else when the program has a handler that deals with it, or when all
 /// memory is known to stay: sealed memfd memory of this crate does.
 ///
-/// Gives `false` when it is too late: a session has been made, and the handler stays, for sessions to
-/// come as well.
+/// Gives `false` when it is too late: a session has been made, and the handler stays, for sessions
+/// to come as well.
 ///
 /// # Threads that block signals
 ///
