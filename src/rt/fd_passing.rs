@@ -136,7 +136,7 @@ unsafe fn take_descriptors(message: &libc::msghdr) -> Vec<OwnedFd> {
         if (header.cmsg_level, header.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
             // SAFETY: no more than arithmetic.
             let (data, none) = unsafe { (libc::CMSG_DATA(next), libc::CMSG_LEN(0)) };
-            let len = (header.cmsg_len as usize).saturating_sub(none as usize);
+            let len = header.cmsg_len.saturating_sub(none as usize);
             for index in 0..len / size_of::<RawFd>() {
                 // SAFETY: the message has that many descriptors, by its length. The kernel made
                 // them for this process in the call, and nobody else knows of them.
