@@ -91,8 +91,8 @@ pub use footprint::Footprint;
 pub use rt::{
     Alloc, Client, ClientBuilder, Connector, Cores, Deal, Listener, Loan, Message, MessageBuf,
     Messages, PeerCredentials, ReadHalf, Recv, Send, Server, ServerBuilder, Session, SessionState,
-    SessionStatus, Shard, ShardStats, Stopper, Stream, Views, ViewsMut, WriteHalf, preflight,
-    shut_down,
+    SessionStatus, Shard, ShardStats, Stopper, Stream, StreamOutcome, Views, ViewsMut, WriteHalf,
+    preflight, shut_down,
 };
 pub use shm::access::PeerTrust;
 pub use shm::fault::disable_sigbus_guard;

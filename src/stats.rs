@@ -63,6 +63,8 @@ pub struct SessionStats {
     /// Times that this side stopped looking at its queue until it is woken: after it had found
     /// nothing for as long as it polls, and with no other session that the core polls for.
     pub sleeps: u64,
+    /// Tasks of [`serve_streams`](crate::Session::serve_streams) that ended with an error.
+    pub failed_streams: u64,
     /// Tasks of [`serve_streams`](crate::Session::serve_streams) that panicked.
     pub panicked_streams: u64,
     /// Times that another thread woke the task that reads this session's socket, a task of
@@ -154,6 +156,7 @@ counters! {
     window_full,
     credits_sent,
     sleeps,
+    failed_streams,
     panicked_streams,
 }
 

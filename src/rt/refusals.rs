@@ -32,8 +32,29 @@ pub(super) struct Refusals {
 
 struct Reason {
     name: &'static str,
-    told_at: Instant,
+    limit: LogLimit,
+}
+
+/// Keeps a line out of the log that came less than a second after the last of its kind.
+pub(super) struct LogLimit {
+    told_at: Option<Instant>,
     untold: u64,
+}
+
+impl LogLimit {
+    pub(super) const fn new() -> Self {
+        Self { told_at: None, untold: 0 }
+    }
+
+    /// Whether it is to be told now, and how many it was not told of since it was last.
+    pub(super) fn turn(&mut self, now: Instant) -> Option<u64> {
+        if self.told_at.is_some_and(|at| now.saturating_duration_since(at) < TELL_INTERVAL) {
+            self.untold += 1;
+            return None;
+        }
+        self.told_at = Some(now);
+        Some(std::mem::take(&mut self.untold))
+    }
 }
 
 /// A peer that is about to be told that it is refused.
@@ -65,16 +86,12 @@ impl Refusals {
     /// Whether a reason is to be told now, and of how many it was not told since it was last.
     fn turn_to_tell(&self, name: &'static str, now: Instant) -> Option<u64> {
         let mut reasons = self.reasons.borrow_mut();
-        let Some(reason) = reasons.iter_mut().find(|reason| reason.name == name) else {
-            reasons.push(Reason { name, told_at: now, untold: 0 });
-            return Some(0);
-        };
-        if now.saturating_duration_since(reason.told_at) < TELL_INTERVAL {
-            reason.untold += 1;
-            return None;
+        let known = reasons.iter().position(|reason| reason.name == name);
+        let at = known.unwrap_or(reasons.len());
+        if known.is_none() {
+            reasons.push(Reason { name, limit: LogLimit::new() });
         }
-        reason.told_at = now;
-        Some(std::mem::take(&mut reason.untold))
+        reasons[at].limit.turn(now)
     }
 
     /// Lets a peer have its moment, if there are not too many that do.

@@ -229,6 +229,13 @@ impl SessionInner {
         match (stream.drop_half(half), half) {
             // A task that panics was not done.
             (Halves::None, _) if std::thread::panicking() => self.reset_stream(stream),
+            // How the handler ends that is running decides.
+            (Halves::None, _) | (_, Half::Write) if self.supervision.ends.is_on() => {
+                let known = self.streams.borrow().get(stream.id()).cloned();
+                if let Some(known) = known {
+                    self.supervision.ends.push(known);
+                }
+            }
             (Halves::None, _) => self.close_stream(stream),
             (_, Half::Write) => self.half_close_stream(stream),
             // What comes from now on is thrown away on arrival.

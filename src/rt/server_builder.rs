@@ -21,6 +21,7 @@ use super::session::Session;
 use super::shard::{Failure, Place, Shard, ShardLink};
 use super::socket_path::{self, shard_path};
 use super::stream::Stream;
+use super::supervised::StreamOutcome;
 use crate::config::Config;
 use crate::error::{ConfigError, Error, Result};
 use crate::shm::access::PeerTrust;
@@ -147,7 +148,8 @@ impl ServerBuilder {
     }
 
     /// Starts a server that runs `serve` for every stream of every session, each in a task of its
-    /// own. What these tasks give is not looked at.
+    /// own. A task that fails has its stream reset: see
+    /// [`Session::serve_streams`](crate::Session::serve_streams).
     ///
     /// # Errors
     ///
@@ -155,7 +157,7 @@ impl ServerBuilder {
     pub fn serve_streams<F, S>(self, serve: F) -> Result<Server>
     where
         F: Fn(Stream) -> S + Clone + Send + 'static,
-        S: Future + 'static,
+        S: Future<Output: StreamOutcome> + 'static,
     {
         self.start(move |_| {
             let serve = serve.clone();

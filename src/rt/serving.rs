@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A task for each stream of a session.
 
-use std::panic::AssertUnwindSafe;
+use std::cell::RefCell;
+use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
-
-use futures_lite::FutureExt;
+use std::time::Instant;
 
 use super::callback;
 use super::own_core::counting_foreign_wakes;
+use super::refusals::LogLimit;
 use super::session::{Session, SessionInner};
-use super::shard::panic_text;
-use super::stream::Stream;
+use super::shard::{ServedBy, panic_text};
+use super::stream::{Stream, StreamInner};
+use super::supervised::{Of, StreamOutcome, supervised};
 use super::tasks::TaskSet;
 use crate::error::Error;
 
@@ -19,9 +21,12 @@ impl Session {
     /// Accepts every stream that the peer opens and serves each in a task of its own, until the
     /// session is over and all the tasks have ended. Gives the reason of the session's end.
     ///
-    /// What a stream's task gives is not looked at: an error of one stream is no error of the
-    /// session. Nor is a panic, which closes the stream, and is
-    /// [counted](crate::SessionStats::panicked_streams).
+    /// A task that fails or panics ends its stream only: it is [reset](Stream::reset), so that a
+    /// peer of this crate reads [`Error::StreamReset`] behind what it got, and not a clean end. It
+    /// is [counted](crate::SessionStats::failed_streams), and logged as a warning, at most once a
+    /// second on each core. A stream is reset, too, when its task is dropped before it has ended.
+    /// One that the task has [closed](Stream::close) itself, or dropped before it went on to
+    /// something else, is closed.
     ///
     /// When the future is dropped, so are its tasks, as soon as each waits for something.
     ///
@@ -56,19 +61,21 @@ impl Session {
     pub async fn serve_streams<F, S>(&self, serve: F) -> Error
     where
         F: Fn(Stream) -> S,
-        S: Future + 'static,
+        S: Future<Output: StreamOutcome> + 'static,
     {
         let tasks = TaskSet::default();
         let reason = loop {
             match self.accept().await {
                 Ok(stream) => {
-                    let foreign_wakes = Arc::clone(&self.inner().counters.cross_core_wakes);
+                    let session = Rc::clone(self.inner());
+                    let foreign_wakes = Arc::clone(&session.counters.cross_core_wakes);
+                    let inner = Rc::clone(stream.inner());
                     // What makes the task of a stream is a part of it, also when it panics.
                     let Some(serving) = callback::call("serve_streams", || serve(stream)) else {
-                        self.inner().counters.panicked_streams.add(1);
+                        session.counters.panicked_streams.add(1);
                         continue;
                     };
-                    let serving = serve_one(serving, Rc::clone(self.inner()));
+                    let serving = serve_one(serving, inner, session);
                     tasks.spawn(counting_foreign_wakes(serving, foreign_wakes));
                 }
                 Err(reason) => break reason,
@@ -79,10 +86,60 @@ impl Session {
     }
 }
 
-/// Serves a stream, which is the only one that a panic of this closes.
-async fn serve_one(serving: impl Future, session: Rc<SessionInner>) {
-    if let Err(panic) = AssertUnwindSafe(serving).catch_unwind().await {
-        session.counters.panicked_streams.add(1);
-        tracing::error!(text = panic_text(&*panic), "the task of a stream panicked");
+/// Serves a stream, which is the only one that a failure or a panic of this ends.
+async fn serve_one(
+    serving: impl Future<Output: StreamOutcome>,
+    stream: Rc<StreamInner>,
+    session: Rc<SessionInner>,
+) {
+    let has_failed = |outcome: &_| StreamOutcome::failure(outcome).is_some();
+    match supervised(&session, Of::Stream(&stream), has_failed, serving).await {
+        Ok(outcome) => {
+            if let Some(error) = outcome.failure() {
+                session.counters.failed_streams.add(1);
+                if let Some(served_by) = session.supervision.served_by.get() {
+                    served_by.note_failed_stream();
+                }
+                log_failure(&session, Some(stream.id()), error);
+            }
+        }
+        Err(panic) => {
+            session.counters.panicked_streams.add(1);
+            let Labels { shard, number: session, uid, pid } = labels(&session);
+            let (text, stream) = (panic_text(&*panic), stream.id());
+            tracing::error!(shard, session, uid, pid, stream, text, "a handler panicked");
+        }
     }
+}
+
+/// By what a session is known in the log.
+struct Labels {
+    shard: Option<usize>,
+    number: Option<u64>,
+    uid: Option<u32>,
+    pid: Option<u32>,
+}
+
+fn labels(session: &SessionInner) -> Labels {
+    let served_by = session.supervision.served_by.get();
+    let peer = session.peer;
+    Labels {
+        shard: served_by.map(ServedBy::shard),
+        number: served_by.map(ServedBy::session),
+        uid: peer.uid,
+        pid: peer.pid,
+    }
+}
+
+/// Logs that the handler of a session, or of one of its streams, failed. A peer can have them fail
+/// as often as it likes, so this is told at most once a second.
+#[cold]
+pub(super) fn log_failure(session: &SessionInner, stream: Option<u32>, error: &dyn fmt::Display) {
+    thread_local! {
+        static FAILURES: RefCell<LogLimit> = const { RefCell::new(LogLimit::new()) };
+    }
+    let turn = FAILURES.with_borrow_mut(|limit| limit.turn(Instant::now()));
+    let Some(untold) = turn else { return };
+    let Labels { shard, number: session, uid, pid } = labels(session);
+    tracing::warn!(shard, session, uid, pid, stream, %error, untold, "a handler failed");
 }

@@ -8,7 +8,6 @@ use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -16,15 +15,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use futures_lite::FutureExt;
 use futures_lite::future::or;
 
 use super::dealer::{Inlet, Load};
 use super::drain::Drain;
 use super::listener::{Adopter, Listener, Ready};
 use super::own_core::counting_foreign_wakes;
+use super::serving::log_failure;
 use super::session::Session;
 use super::socket::{Received, Socket};
+use super::supervised::{Of, supervised};
 use super::wakers::WakerList;
 use crate::error::{Error, Result};
 
@@ -59,8 +59,11 @@ pub struct ShardStats {
     pub dealt: u64,
     /// Sessions that are open.
     pub open: u64,
-    /// Sessions whose handler ended with an error.
+    /// Handlers that ended with an error: of sessions, and of streams with
+    /// [`serve_streams`](crate::Session::serve_streams).
     pub failed: u64,
+    /// Those among them that were of streams.
+    pub failed_streams: u64,
     /// Sessions whose handler panicked.
     pub panicked: u64,
     /// Streams whose task panicked, of sessions that have ended; those of open sessions are in
@@ -79,13 +82,15 @@ pub(super) struct ShardLink {
     counters: ShardCounters,
 }
 
-/// Written by the shard's thread alone, once per session; read by any. They order nothing.
+/// Written by the shard's thread alone, once per session or failed stream; read by any. They order
+/// nothing.
 #[derive(Default)]
 struct ShardCounters {
     accepted: AtomicU64,
     dealt: AtomicU64,
     ended: AtomicU64,
     failed: AtomicU64,
+    failed_streams: AtomicU64,
     panicked: AtomicU64,
     panicked_streams: AtomicU64,
     refused: AtomicU64,
@@ -112,6 +117,7 @@ impl ShardLink {
             dealt: get(&counters.dealt),
             open: accepted.saturating_sub(ended),
             failed: get(&counters.failed),
+            failed_streams: get(&counters.failed_streams),
             panicked: get(&counters.panicked),
             panicked_streams: get(&counters.panicked_streams),
             refused: get(&counters.refused),
@@ -166,6 +172,28 @@ struct ShardInner {
     open: RefCell<BTreeMap<u64, Session>>,
     ended: WakerList,
     stop: Stop,
+}
+
+/// Which of a server's shards has a session, and by which number.
+pub(super) struct ServedBy {
+    shard: usize,
+    session: u64,
+    link: Arc<ShardLink>,
+}
+
+impl ServedBy {
+    pub(super) fn shard(&self) -> usize {
+        self.shard
+    }
+
+    pub(super) fn session(&self) -> u64 {
+        self.session
+    }
+
+    pub(super) fn note_failed_stream(&self) {
+        count(&self.link.counters.failed);
+        count(&self.link.counters.failed_streams);
+    }
 }
 
 /// Where a shard stands among those of its server.
@@ -327,6 +355,10 @@ impl Shard {
             }
             _ => self.inner.link.inlet.own_session(),
         };
+        let served_by =
+            ServedBy { shard: self.index(), session: number, link: Arc::clone(&self.inner.link) };
+        // Nobody else says so.
+        let _ = session.inner().supervision.served_by.set(served_by);
         self.inner.open.borrow_mut().insert(number, session.clone());
         let shard = self.clone();
         glommio::spawn_local(async move {
@@ -335,7 +367,8 @@ impl Shard {
                 let session = session.clone();
                 async move { handler(session).await.map_err(Into::into) }
             };
-            let handled = AssertUnwindSafe(handled).catch_unwind();
+            let has_failed = |result: &std::result::Result<(), Failure>| result.is_err();
+            let handled = supervised(session.inner(), Of::Session, has_failed, handled);
             let handled = counting_foreign_wakes(handled, foreign_wakes);
             let cut = async {
                 shard.inner.stop.reached(|phase| phase == Phase::Cut).await;
@@ -364,7 +397,7 @@ impl Shard {
             Ok(Ok(())) => tracing::debug!(shard, session = number, ?reason, "session served"),
             Ok(Err(error)) => {
                 count(&counters.failed);
-                tracing::debug!(shard, session = number, ?reason, %error, "handler failed");
+                log_failure(session.inner(), None, &error);
             }
             Err(panic) => {
                 count(&counters.panicked);

@@ -166,6 +166,11 @@ impl StreamInner {
         cost
     }
 
+    /// Which halves of the handle are left.
+    pub(super) fn halves(&self) -> Halves {
+        self.halves.get()
+    }
+
     /// Notes that one half of the handle is gone. Gives what is left.
     pub(super) fn drop_half(&self, half: Half) -> Halves {
         let left = match self.halves.get() {
@@ -246,6 +251,10 @@ impl Stream {
         // went over the socket, whichever side began with that (WIRE chapter 5), nor can this side.
         let may_use_memory = session.credit.is_known() || !inner.has_used_socket();
         is_whole && may_use_memory && self.unread() == 0 && !session.is_over()
+    }
+
+    pub(super) fn inner(&self) -> &Rc<StreamInner> {
+        self.writer.inner()
     }
 
     pub(super) fn is_of_session(&self, session: &Session) -> bool {
