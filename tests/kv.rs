@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The key-value server as the program it is, with the clients that people have for Redis, with one
+//! The key-value server as the program it is, with a client that people have for Redis, with one
 //! that sends what no decent client sends, and over shared memory.
 //!
-//! `redis-cli` and `redis-benchmark` must be there (Debian package `redis-tools`). `cargo test`
-//! builds the examples before; `cargo test --test kv` alone does not.
+//! `cargo test` builds the examples before; `cargo test --test kv` alone does not. The programs that
+//! come with Redis have their tests in `stock_clients.rs`.
 
 #[path = "support/executor.rs"]
 #[allow(dead_code, reason = "not all of it is needed here")]
@@ -21,7 +21,8 @@ use std::thread;
 
 use kv::client::{Client, Reply, connect, encode, pipeline};
 use kv::model::{self, Model, compare};
-use kv::process::{Directory, LONG, Running, Server, example_path, redis_cli, redis_tool, until};
+use kv::process::{Directory, LONG, Running, Server, example_path, until};
+use kv::{crate_redis, steps};
 use nix::sys::signal::Signal;
 use shmipc_glommio::Session;
 
@@ -50,125 +51,33 @@ fn only_owners_touched(server: &Server, shards: usize) {
 }
 
 #[test]
-fn redis_cli_gets_the_answers_of_redis() {
-    let wrong_number = |name| format!("ERR wrong number of arguments for '{name}' command\n\n");
-    let (get, mset, ping) = (wrong_number("get"), wrong_number("mset"), wrong_number("ping"));
-    let not_an_integer = "ERR value is not an integer or out of range\n\n";
-    let overflow = "ERR increment or decrement would overflow\n\n";
-    let steps: &[(&str, &str)] = &[
-        ("ping", "PONG\n"),
-        ("PING hello", "hello\n"),
-        ("ping a b", &ping),
-        ("echo x", "x\n"),
-        ("flushall", "OK\n"),
-        ("dbsize", "0\n"),
-        ("get a", "\n"),
-        ("get", &get),
-        ("set a 1", "OK\n"),
-        ("get a", "1\n"),
-        ("set a 2 NX", "\n"),
-        ("set a 2 XX GET", "1\n"),
-        ("set b 2 XX", "\n"),
-        ("set b 2 nx get", "\n"),
-        ("set a", "ERR wrong number of arguments for 'set' command\n\n"),
-        ("set a 1 NX XX", "ERR syntax error\n\n"),
-        ("set a 1 EX", "ERR syntax error\n\n"),
-        ("set a 1 EX 10 PX 10", "ERR syntax error\n\n"),
-        ("set a 1 EX 0", "ERR invalid expire time in 'set' command\n\n"),
-        ("set a 1 EX x", not_an_integer),
-        ("set a 1 EX 9223372036854775807", "ERR invalid expire time in 'set' command\n\n"),
-        ("get a", "2\n"),
-        ("ttl a", "-1\n"),
-        ("ttl nowhere", "-2\n"),
-        ("pttl nowhere", "-2\n"),
-        ("expire nowhere 100", "0\n"),
-        ("expire a 1000", "1\n"),
-        ("ttl a", "1000\n"),
-        ("set a 3 KEEPTTL", "OK\n"),
-        ("ttl a", "1000\n"),
-        ("persist a", "1\n"),
-        ("persist a", "0\n"),
-        ("pexpire a 500000", "1\n"),
-        ("ttl a", "500\n"),
-        ("set a 4", "OK\n"),
-        ("ttl a", "-1\n"),
-        ("setex a 600 5", "OK\n"),
-        ("ttl a", "600\n"),
-        ("expire a -1", "1\n"),
-        ("exists a", "0\n"),
-        ("expire a x", not_an_integer),
-        ("incr n", "1\n"),
-        ("incrby n 41", "42\n"),
-        ("decr n", "41\n"),
-        ("decrby n 40", "1\n"),
-        ("incrby n x", not_an_integer),
-        ("set n text", "OK\n"),
-        ("incr n", not_an_integer),
-        ("set n 9223372036854775807", "OK\n"),
-        ("incr n", overflow),
-        ("decrby n -9223372036854775808", "ERR decrement would overflow\n\n"),
-        ("mset k1 v1 k2 v2 k3 v3 k4 v4", "OK\n"),
-        ("mset k1 v1 k2", &mset),
-        ("mget k1 k2 nowhere k3 k4 k1", "v1\nv2\n\nv3\nv4\nv1\n"),
-        ("exists k1 k2 k3 k4 k1 nowhere", "5\n"),
-        ("del k1 k2 k3 nowhere", "3\n"),
-        ("dbsize", "3\n"),
-        ("select 0", "OK\n"),
-        ("select 1", "ERR DB index is out of range\n\n"),
-        ("select x", not_an_integer),
-        ("config get save", "\n"),
-        ("command", "\n"),
-        ("client setname me", "OK\n"),
-        ("client getname", "\n"),
-        ("client setinfo lib-name x", "OK\n"),
-        ("hello 4", "NOPROTO unsupported protocol version\n\n"),
-        ("scan x", "ERR invalid cursor\n\n"),
-        ("scan 0 COUNT 0", "ERR syntax error\n\n"),
-        ("scan 0 MATCH", "ERR syntax error\n\n"),
-        ("nonsense a b", "ERR unknown command 'nonsense', with args beginning with: 'a' 'b' \n\n"),
-        ("flushdb async", "OK\n"),
-        ("dbsize", "0\n"),
-        ("quit", "OK\n"),
-    ];
+fn the_crate_redis_gets_the_answers_of_redis() {
     let server = Server::start(2);
-    for door in server.doors() {
-        for (command, expected) in steps {
-            let words: Vec<&str> = command.split(' ').collect();
-            assert_eq!(redis_cli(&door, &words), *expected, "{command} by {door:?}");
+    for version in ["2", "3"] {
+        for url in server.urls(version) {
+            steps::check(|words| crate_redis::ask(&url, words));
+            crate_redis::ask(&url, &["mset", "x1", "", "x2", "", "y1", "", "y2", ""]);
+            let mut connection = crate_redis::connect(&url);
+            let keys = redis::Commands::scan_match::<_, String>(&mut connection, "x*").unwrap();
+            let mut keys: Vec<String> = keys.map(Result::unwrap).collect();
+            keys.sort_unstable();
+            assert_eq!(keys, ["x1", "x2"]);
+            let info = crate_redis::ask(&url, &["info"]);
+            for field in ["process_id:", "shards:2", "used_cpu_sys:", "shard1:keys="] {
+                assert!(info.contains(field), "no {field} in {info}");
+            }
+            assert!(!crate_redis::ask(&url, &["info", "cpu"]).contains("shard"));
         }
-        redis_cli(&door, &["mset", "x1", "", "x2", "", "y1", "", "y2", ""]);
-        let keys = redis_cli(&door, &["--scan", "--pattern", "x*"]);
-        let mut keys: Vec<&str> = keys.lines().collect();
-        keys.sort_unstable();
-        assert_eq!(keys, ["x1", "x2"]);
-        let hello = redis_cli(&door, &["hello", "2"]);
-        assert!(hello.contains("proto\n2\n"), "{hello}");
-        let info = redis_cli(&door, &["info"]);
-        for field in ["process_id:", "shards:2", "used_cpu_sys:", "used_cpu_user:", "shard1:keys="]
-        {
-            assert!(info.contains(field), "no {field} in {info}");
-        }
-        assert!(!redis_cli(&door, &["info", "cpu"]).contains("shard"));
     }
     only_owners_touched(&server, 2);
     server.stop();
 }
 
 #[test]
-fn redis_benchmark_runs_without_an_error() {
+fn pipelines_of_the_crate_redis_run_without_an_error() {
     let server = Server::start(2);
-    let small = ["-t", "ping,set,get,incr,mset", "-P", "16", "-n", "8000", "-d", "64"];
-    let random = ["-t", "set,get,mset", "-P", "16", "-n", "8000", "-r", "1000", "-d", "64"];
-    let large = ["-t", "set,get", "-P", "16", "-n", "96", "-c", "4", "-d", "1048576", "-r", "10"];
-    for door in server.doors() {
-        for (arguments, tests) in [(&small[..], 6), (&random, 3), (&large, 2)] {
-            let arguments = [arguments, &["-q"]].concat();
-            let output = redis_tool("redis-benchmark", &door, &arguments);
-            let text = String::from_utf8_lossy(&output.stdout).into_owned();
-            assert!(output.status.success(), "{arguments:?}: {output:?}");
-            assert!(!text.to_lowercase().contains("err"), "{arguments:?}: {text}");
-            assert_eq!(text.matches("requests per second").count(), tests, "{text}");
-        }
+    for url in server.urls("2") {
+        crate_redis::load(&url);
     }
     only_owners_touched(&server, 2);
     server.stop();
@@ -475,12 +384,13 @@ async fn until_forwarded(session: &Session, count: u64) {
 #[test]
 fn a_killed_server_leaves_nothing_that_stops_the_next() {
     let server = Server::start(2);
-    redis_cli(&server.doors()[1], &["set", "a", "1"]);
+    Client::unix(&server.unix()).ask("SET a 1");
     let directory = server.kill();
     assert!(!directory.files().is_empty(), "there is nothing to replace");
     let server = Server::start_in(directory, 2);
-    assert_eq!(redis_cli(&server.doors()[1], &["get", "a"]), "\n");
-    assert_eq!(redis_cli(&server.doors()[1], &["set", "a", "1"]), "OK\n");
+    let mut client = Client::unix(&server.unix());
+    assert_eq!(client.ask("GET a"), Reply::Bulk(None));
+    assert_eq!(client.ask("SET a 1"), Reply::Status("OK".into()));
     server.stop();
 }
 

@@ -3,13 +3,11 @@
 //! them, and a server's socket.
 
 use std::fs;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::process::{Command, Output};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Mutex, mpsc};
 use std::thread;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -27,6 +25,7 @@ mod kv;
 mod support {
     #[allow(dead_code, reason = "other tests use the rest")]
     pub(crate) mod executor;
+    pub(crate) mod http;
     #[allow(dead_code, reason = "other tests use the rest")]
     pub(crate) mod payload;
     pub(crate) mod process;
@@ -210,130 +209,55 @@ fn an_answer_in_mid_request_comes_though_nobody_takes_the_rest() {
     pair.far.stop();
 }
 
-/// The files and the server of the tests with curl.
-struct Web {
-    server: Server,
-    file: Arc<Vec<u8>>,
-    directory: PathBuf,
+/// A server of HTTP behind a pair, and a client before it that keeps its connections.
+fn web() -> (Pair, Server, ureq::Agent, String) {
+    let file = payload(Way::Reply, 80, 1, MIB);
+    let server = Server::tcp(move |stream| support::http::serve(stream, &file));
+    let pair = Pair::to(&server);
+    let config = ureq::Agent::config_builder().timeout_global(Some(LONG)).proxy(None).build();
+    let at = pair.near.address.replace("tcp:", "http://");
+    (pair, server, config.into(), at)
 }
 
-impl Web {
-    fn new(name: &str) -> Self {
-        let file = Arc::new(payload(Way::Reply, 80, 1, MIB));
-        let directory = std::env::temp_dir().join(format!("proxy-{name}-{}", std::process::id()));
-        fs::create_dir_all(&directory).unwrap();
-        let served = Arc::clone(&file);
-        let server = Server::tcp(move |stream| serve_http(stream, &served));
-        Self { server, file, directory }
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.directory.join(name).to_str().unwrap().to_owned()
-    }
-}
-
-impl Drop for Web {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.directory);
-    }
-}
-
-/// Answers requests of HTTP/1.1, as many as come on a connection: GET with the file, POST with what
-/// was posted.
-fn serve_http(stream: UnixStream, file: &[u8]) -> io::Result<()> {
-    let mut reader = BufReader::new(stream.try_clone()?);
-    let mut writer = stream;
-    loop {
-        let mut request = String::new();
-        if reader.read_line(&mut request)? == 0 {
-            return Ok(());
-        }
-        let (mut len, mut must_encourage) = (0, false);
-        loop {
-            let mut line = String::new();
-            reader.read_line(&mut line)?;
-            let line = line.trim_end().to_ascii_lowercase();
-            match line.split_once(": ") {
-                Some(("content-length", value)) => len = value.parse().unwrap(),
-                Some(("expect", _)) => must_encourage = true,
-                Some(_) => {}
-                None => break,
-            }
-        }
-        if must_encourage {
-            writer.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
-        }
-        let mut body = vec![0; len];
-        reader.read_exact(&mut body)?;
-        let answer = if request.starts_with("GET /file HTTP/1.1") { file } else { &body };
-        let len = answer.len();
-        write!(writer, "HTTP/1.1 200 OK\r\nContent-Length: {len}\r\n\r\n")?;
-        writer.write_all(answer)?;
-    }
-}
-
-/// Runs a client that is a program of its own. Gives what it wrote to stdout.
-fn run_client(program: &str, package: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).output();
-    let Output { status, stdout, stderr } = output.unwrap_or_else(|error| {
-        panic!("{program}: {error}; install it: apt-get install {package}")
-    });
-    let stderr = String::from_utf8_lossy(&stderr);
-    assert!(status.success(), "{program} {arguments:?}: {status}: {stderr}");
-    String::from_utf8(stdout).unwrap()
-}
-
-fn curl(pair: &Pair, requests: &[&str]) -> String {
-    let at = pair.near.address.strip_prefix("tcp:").unwrap();
-    let requests: Vec<String> =
-        requests.iter().map(|word| word.replace("http://", &format!("http://{at}"))).collect();
-    let mut arguments = vec!["--silent", "--show-error", "--fail", "--noproxy", "*"];
-    arguments.extend(["--max-time", "90", "--write-out", "%{http_code} %{num_connects}\n"]);
-    arguments.extend(requests.iter().map(String::as_str));
-    run_client("curl", "curl", &arguments)
+fn body(mut response: ureq::http::Response<ureq::Body>) -> Vec<u8> {
+    assert_eq!(response.status(), 200);
+    response.body_mut().with_config().limit(u64::MAX).read_to_vec().unwrap()
 }
 
 #[test]
-fn curl_gets_a_file_again_and_again_on_one_connection() {
-    let web = Web::new("get");
-    let pair = Pair::to(&web.server);
-    let targets: Vec<String> = (0..5).map(|number| web.path(&format!("got-{number}"))).collect();
-    let mut requests = Vec::new();
-    for target in &targets {
-        requests.extend(["--output", target, "http:///file"]);
+fn a_client_of_http_gets_a_file_again_and_again_on_one_connection() {
+    let (pair, _server, client, at) = web();
+    for _ in 0..5 {
+        let got = body(client.get(format!("{at}/file")).call().unwrap());
+        assert_eq!(got.len(), MIB);
+        check(&got, Way::Reply, 80, 1);
     }
-    let said = curl(&pair, &requests);
-    assert_eq!(said, "200 1\n200 0\n200 0\n200 0\n200 0\n", "one connection for all");
-    for target in &targets {
-        assert!(fs::read(target).unwrap() == *web.file, "{target} is not the file");
-    }
-    assert_eq!(pair.stop()["connections"], 1);
+    drop(client);
+    assert_eq!(pair.stop()["connections"], 1, "one connection for all");
 }
 
 #[test]
-fn curl_posts_a_file() {
-    let web = Web::new("post");
-    let pair = Pair::to(&web.server);
-    let (posted, answered) = (web.path("posted"), web.path("answered"));
-    // A byte more, beyond which curl asks whether the server wants it.
-    for len in [MIB, MIB + 1] {
-        fs::write(&posted, payload(Way::Request, 80, 1, len)).unwrap();
-        let data = format!("@{posted}");
-        let said = curl(&pair, &["--data-binary", &data, "--output", &answered, "http:///echo"]);
-        assert_eq!(said, "200 1\n");
-        assert!(fs::read(&answered).unwrap() == fs::read(&posted).unwrap());
+fn a_client_of_http_posts_a_file() {
+    let (pair, _server, client, at) = web();
+    for (len, must_ask) in [(MIB, false), (MIB + 1, true)] {
+        let posted = payload(Way::Request, 80, 1, len);
+        let mut request = client.post(format!("{at}/echo"));
+        if must_ask {
+            // The client waits until the server has said that it wants the body.
+            request = request.header("expect", "100-continue");
+        }
+        assert!(body(request.send(&posted[..]).unwrap()) == posted, "{len}");
     }
+    drop(client);
     pair.stop();
 }
 
-/// What the clients of Redis say about the store at a port.
+/// What a client of Redis says about the store at a port.
 fn try_store(port: &str) {
-    let cli = |command: &[&str]| {
-        run_client("redis-cli", "redis-tools", &[&["-p", port][..], command].concat())
-    };
-    assert_eq!(cli(&["ping"]), "PONG\n");
-    assert_eq!(cli(&["set", "greeting", "hello"]), "OK\n");
-    assert_eq!(cli(&["get", "greeting"]), "hello\n");
+    let url = format!("redis://127.0.0.1:{port}");
+    assert_eq!(kv::crate_redis::ask(&url, &["ping"]), "PONG\n");
+    assert_eq!(kv::crate_redis::ask(&url, &["set", "greeting", "hello"]), "OK\n");
+    assert_eq!(kv::crate_redis::ask(&url, &["get", "greeting"]), "hello\n");
     let mut client = Client::tcp(&format!("127.0.0.1:{port}"));
     for (number, key) in ["one", "two", "three", "four"].into_iter().enumerate() {
         let value = payload(Way::Request, number as u32, 0, MIB);
@@ -342,19 +266,11 @@ fn try_store(port: &str) {
         let got = client.call(&[b"GET".as_slice(), key.as_bytes()]);
         assert!(got == Reply::Bulk(Some(value)), "{key} is not what it was set to");
     }
-    let benchmark = |arguments: &str, tests: usize| {
-        let arguments: Vec<_> = arguments.split(' ').collect();
-        let arguments = [&["-p", port, "-q", "-P", "16"][..], &arguments].concat();
-        let said = run_client("redis-benchmark", "redis-tools", &arguments);
-        assert!(!said.to_lowercase().contains("err"), "{arguments:?}: {said}");
-        assert_eq!(said.matches("requests per second").count(), tests, "{said}");
-    };
-    benchmark("-t ping,set,get,incr,mset -n 16000 -d 64 -r 1000", 6);
-    benchmark("-t set,get -n 64 -c 4 -d 1048576 -r 10", 2);
+    kv::crate_redis::load(&url);
 }
 
 #[test]
-fn the_clients_of_redis_reach_the_store_through_a_pair() {
+fn a_client_of_redis_reaches_the_store_through_a_pair() {
     let store = kv::process::Server::start(2);
     let path = SocketPath::new();
     let between = format!("shm:{}", path.as_str());
@@ -362,7 +278,8 @@ fn the_clients_of_redis_reach_the_store_through_a_pair() {
     let near = Proxy::start("tcp:127.0.0.1:0", &between, &[]);
     let pair = Pair { near, far, _path: path };
     try_store(pair.near.address.rsplit(':').next().unwrap());
-    assert!(pair.stop()["connections"].as_u64().unwrap() > 300);
+    // Three of single commands, one of large values, ten of the load.
+    assert_eq!(pair.stop()["connections"], 3 + 1 + 10);
     store.stop();
 }
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `kv_server` as the program it is, and the tools of Redis as its clients.
+//! `kv_server` as the program it is.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
@@ -163,10 +163,13 @@ impl Server {
         self.directory.file("shm")
     }
 
-    /// How `redis-cli` and `redis-benchmark` find the two doors.
-    pub(crate) fn doors(&self) -> [Vec<String>; 2] {
-        let (host, port) = self.tcp.rsplit_once(':').unwrap();
-        [vec!["-h".into(), host.into(), "-p".into(), port.into()], vec!["-s".into(), self.unix()]]
+    /// How the crate `redis` finds the two doors, in a version of the protocol.
+    #[allow(dead_code, reason = "not every test has it")]
+    pub(crate) fn urls(&self, version: &str) -> [String; 2] {
+        [
+            format!("redis://{}/?protocol={version}", self.tcp),
+            format!("redis+unix://{}?protocol={version}", self.unix()),
+        ]
     }
 
     /// Ends the server as an administrator would. Gives the directory, empty.
@@ -194,21 +197,6 @@ pub(crate) fn example_path(name: &str) -> PathBuf {
     let path = profile.join("examples").join(name);
     assert!(path.exists(), "{} is missing: cargo build --examples", path.display());
     path
-}
-
-/// Runs a tool of Redis to its end.
-pub(crate) fn redis_tool(tool: &str, door: &[String], arguments: &[&str]) -> Output {
-    let output = Command::new(tool).args(door).args(arguments).stdin(Stdio::null()).output();
-    output.unwrap_or_else(|error| {
-        panic!("{tool} cannot be run: {error}. It is in the Debian package redis-tools.")
-    })
-}
-
-/// What `redis-cli` prints for a command.
-pub(crate) fn redis_cli(door: &[String], command: &[&str]) -> String {
-    let output = redis_tool("redis-cli", door, command);
-    assert!(output.status.success(), "{command:?}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
 }
 
 /// Waits until something is so.
