@@ -96,7 +96,12 @@ fn a_server_that_resets_in_mid_answer_does_not_look_as_if_that_were_all() {
     });
     let alone = Proxy::start("tcp:127.0.0.1:0", &server.address, &[]);
     let pair = Pair::to(&server);
-    for proxy in [&alone, &pair.near] {
+    // From one session into another.
+    let path = SocketPath::new();
+    let between = format!("shm:{}", path.as_str());
+    let middle = Proxy::start(&between, &pair.far.address, &[]);
+    let front = Proxy::start("tcp:127.0.0.1:0", &between, &[]);
+    for proxy in [&alone, &pair.near, &front] {
         for order in ["w-", "--", "-u", "--", "-u", "--"] {
             let mut client = proxy.connect();
             client.write_all(order.as_bytes()).unwrap();
@@ -113,8 +118,10 @@ fn a_server_that_resets_in_mid_answer_does_not_look_as_if_that_were_all() {
             assert!(arrived + len <= PART);
         }
     }
-    assert_eq!(alone.stop()["failed"], 6);
-    stop_with_failed(pair, 6);
+    for proxy in [alone, front, middle, pair.near] {
+        assert_eq!(proxy.stop()["failed"], 6);
+    }
+    assert_eq!(pair.far.stop()["failed"], 12);
 }
 
 #[test]
@@ -551,7 +558,7 @@ fn streams_of_a_program_that_uses_this_crate_end_as_sockets_do() {
                 _ => stream.reset(),
             }
         }
-        session.close().await;
+        session.close().await.unwrap();
     });
     let client = client.unwrap();
     let mut resets = 0;

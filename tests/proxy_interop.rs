@@ -362,6 +362,48 @@ fn clients_of_the_crate_that_call_and_go_leave_nothing_behind() {
 }
 
 #[test]
+fn an_answer_behind_which_the_server_ends_comes_whole() {
+    const LEN: usize = 3 << 20;
+    let server = Server::tcp(|mut stream| {
+        stream.read_exact(&mut [0; 100])?;
+        // Its end is right behind it.
+        stream.write_all(&vec![7; LEN])
+    });
+    for kind in KINDS {
+        let (proxy, path) = back(&server.address, &["--half-close-timeout", NEVER]);
+        runtime().block_on(async {
+            for round in 0..5 {
+                // The memory is the client's, and much smaller than the answer. Some of it goes
+                // over the socket, after which the crate opens no stream for 30 seconds.
+                let mut config = config(kind, &path);
+                config.share_memory_buffer_cap = 1 << 20;
+                config.share_memory_path_prefix += &format!("r{round}");
+                let config = SessionManagerConfig::new().with_config(config).with_session_num(1);
+                let address = unix_address(&path);
+                let manager = SessionManager::new(config, DefaultUnixConnect, address).await;
+                let manager = manager.unwrap();
+                let mut stream = manager.get_stream().unwrap();
+                send(&mut stream, &[0; 100]).await.unwrap();
+                let mut len = 0;
+                let end = loop {
+                    match in_time("an answer", stream.read_chunk()).await {
+                        Ok(part) => len += part.len(),
+                        Err(end) => break end,
+                    }
+                    stream.release_read_and_reuse();
+                };
+                assert!(matches!(end, Error::EndOfStream), "{kind:?}: {end}");
+                assert_eq!(len, LEN, "{kind:?}");
+                stream.close().await.unwrap();
+            }
+        });
+        let totals = proxy.stop();
+        assert_eq!(totals["failed"], 0, "{kind:?}: {totals}");
+        assert_eq!(totals["bytes_down"], 5 * LEN, "{kind:?}: {totals}");
+    }
+}
+
+#[test]
 fn a_client_of_the_crate_that_goes_in_mid_request_is_no_clean_end() {
     let (tell, ends) = std::sync::mpsc::channel();
     let tell = std::sync::Mutex::new(tell);
@@ -389,13 +431,13 @@ fn a_client_of_the_crate_that_goes_in_mid_request_is_no_clean_end() {
 
 #[test]
 fn a_server_that_is_killed_in_mid_call_is_heard_of_at_once_and_the_next_call_is_served() {
-    for resets in [false, true] {
+    for (kind, resets) in KINDS.into_iter().flat_map(|kind| [(kind, false), (kind, true)]) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let options = ["--half-close-timeout", NEVER];
         let (proxy, path) = back(&format!("tcp:{address}"), &options);
         runtime().block_on(async {
-            let client = TheirClient::connect(Kind::Memfd, &path).await;
+            let client = TheirClient::connect(kind, &path).await;
             let mut stream = client.open();
             let calling = async {
                 ask(&mut stream, 100).await.unwrap();

@@ -152,8 +152,9 @@ impl Socket {
         if self.watched.is_none() {
             match Watched::new(hangups, self.fd()) {
                 Ok(watched) => self.watched = Some(watched),
-                // For want of memory: better an end too soon than one that is never heard of.
-                Err(error) => return Poll::Ready(Hangup::Reset(error)),
+                // For want of memory. It is tried again at the next turn, and whoever writes hears
+                // of it anyway.
+                Err(_) => return Poll::Pending,
             }
         }
         match &self.watched {
