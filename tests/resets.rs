@@ -195,6 +195,34 @@ fn a_stream_that_a_panic_drops_is_reset() {
         let panicked: Result<(), _> = AssertUnwindSafe(reading).catch_unwind().await;
         assert!(panicked.is_err());
         assert!(matches!(near.closed().await, Error::StreamReset));
+        // The writer too, though another task has the reader.
+        let (mut near, far) = open(&client, &server).await;
+        let (mut reader, mut writer) = far.split();
+        let answering = async move {
+            writer.write_all(&[1; 10]).await.unwrap();
+            panic!("on purpose");
+        };
+        let panicked: Result<(), _> = AssertUnwindSafe(answering).catch_unwind().await;
+        assert!(panicked.is_err());
+        assert_eq!(read_to_reset(&mut near).await, 10);
+        assert!(matches!(reader.recv().await, Err(Error::StreamClosed)));
+    });
+}
+
+#[test]
+fn a_stream_that_nobody_takes_does_not_look_as_if_it_had_been_answered() {
+    run(LIMIT, || async {
+        for config in kinds() {
+            let (client, server) = pair(config.max_streams(2)).await;
+            let (near, far) = open(&client, &server).await;
+            // The table of the server keeps the stream until its user lets go of it.
+            drop(near);
+            let _others = open(&client, &server).await;
+            let mut refused = client.open_stream().unwrap();
+            refused.write_all(b"?").await.unwrap();
+            assert_eq!(read_to_reset(&mut refused).await, 0);
+            drop(far);
+        }
     });
 }
 

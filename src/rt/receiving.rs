@@ -135,7 +135,7 @@ impl SessionInner {
             self.streams.borrow_mut().note_used(id);
             let why = if is_over { "no more are taken" } else { "too many" };
             tracing::debug!(stream = id, why, "stream refused");
-            self.tell_closed(id, Path::SharedMemory);
+            self.tell_refused(id);
             return None;
         }
         let stream = Rc::new(StreamInner::new(id, &self.lanes.manager));
@@ -148,7 +148,17 @@ impl SessionInner {
     #[cold]
     fn refuse_forgotten(self: &Rc<Self>, id: u32) {
         tracing::debug!(stream = id, why = "used too late", "stream refused");
-        self.tell_closed(id, Path::SharedMemory);
+        self.tell_refused(id);
+    }
+
+    /// That nobody takes a stream must not look as if there were an answer, and it had no bytes.
+    #[cold]
+    fn tell_refused(self: &Rc<Self>, id: u32) {
+        if self.peer_knows_extension() {
+            self.tell_reset(id, Path::SharedMemory);
+        } else {
+            self.tell_closed(id, Path::SharedMemory);
+        }
     }
 
     fn put_before_acceptors(&self, stream: Rc<StreamInner>) {

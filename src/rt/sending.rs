@@ -237,6 +237,7 @@ impl SessionInner {
                 }
             }
             (Halves::None, _) => self.close_stream(stream),
+            (_, Half::Write) if std::thread::panicking() => self.reset_stream(stream),
             (_, Half::Write) => self.half_close_stream(stream),
             // What comes from now on is thrown away on arrival.
             (_, Half::Read) => {
@@ -253,7 +254,7 @@ impl SessionInner {
         }
     }
 
-    fn tell_reset(self: &Rc<Self>, stream_id: u32, path: Path) {
+    pub(super) fn tell_reset(self: &Rc<Self>, stream_id: u32, path: Path) {
         let event = Event { stream_id, offset: 0, status: RESET_STATUS };
         if path == Path::SharedMemory && !matches!(self.send_event(event), Ok(false)) {
             return;
