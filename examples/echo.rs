@@ -31,7 +31,7 @@ use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use glommio::{LocalExecutorBuilder, Placement};
 use nix::sched::CpuSet;
 use nix::unistd::Pid;
-use shmipc_glommio::{Config, Connector, Listener, Session, Stream};
+use shmipc_glommio::{Config, Connector, Cores, Listener, Session, Stream, preflight};
 
 const SIZES: [usize; 8] = [64, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20];
 /// How many streams, or connections, the last line has in use at the same time.
@@ -176,6 +176,7 @@ fn pin(number: usize) -> Outcome<Option<usize>> {
 }
 
 fn on_executor<T>(future: impl Future<Output = T>) -> Outcome<T> {
+    preflight(&Cores::Unpinned(1)).map_err(|error| error.to_string())?;
     let executor = LocalExecutorBuilder::new(Placement::Unbound).make();
     Ok(executor.map_err(|error| format!("no executor: {error}"))?.run(future))
 }

@@ -2,7 +2,7 @@
 //! The example of the README: a server and a client on one executor.
 
 use futures_lite::{AsyncReadExt, AsyncWriteExt, io};
-use shmipc_glommio::{Config, Connector, Listener};
+use shmipc_glommio::{Config, Connector, Cores, Listener};
 
 /// Sends back whatever comes, on all streams of all sessions.
 async fn serve(listener: Listener) {
@@ -41,6 +41,7 @@ fn main() -> ExitCode {
 
 /// The README has this as its `main`.
 fn run() -> io::Result<()> {
+    shmipc_glommio::preflight(&Cores::Unpinned(1))?;
     let answer = glommio::LocalExecutorBuilder::default().make()?.run(hello())?;
     cli::print(format_args!("{answer}"))
 }

@@ -19,7 +19,9 @@ use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes};
 use glommio::{LocalExecutorBuilder, spawn_local};
-use shmipc_glommio::{Config, Connector, Listener, Message, PeerTrust, Result, Stream};
+use shmipc_glommio::{
+    Config, Connector, Cores, Listener, Message, PeerTrust, Result, Stream, preflight,
+};
 use zerocopy::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -207,6 +209,7 @@ fn run() -> io::Result<()> {
     let path = std::env::temp_dir().join(format!("request-response-{}.sock", std::process::id()));
     let (is_listening, listening) = mpsc::channel();
     let at = path.clone();
+    preflight(&Cores::Unpinned(2))?;
     let server = LocalExecutorBuilder::default().spawn(|| serve(at, is_listening))?;
     // No word comes from a server that cannot listen; joining it says why.
     if listening.recv().is_ok() {

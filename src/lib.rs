@@ -16,6 +16,9 @@
 //! - A [`Server`] has an executor on each of its cores, each with sessions and data of its own; a
 //!   [`Client`] keeps sessions to those that it asks for, and makes them again when they end.
 //!
+//! A program that makes its own executors, as clients do, calls [`preflight`] before the first one:
+//! it says what is missing where none can run.
+//!
 //! # An echo
 //!
 //! ```

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use glommio::{LocalExecutorBuilder, Placement};
 use hdrhistogram::Histogram;
+use shmipc_glommio::{Cores, preflight};
 
 use super::counts::Counts;
 use super::cpu::Cpu;
@@ -62,6 +63,13 @@ impl Shared {
 
 /// Runs the executors. The first failure is the outcome; what the others do then is lost.
 pub(crate) fn run(options: &Options) -> Result<Outcome, Failure> {
+    let mut pinned: Vec<_> = options.cores.iter().copied().take(options.threads).collect();
+    pinned.sort_unstable();
+    pinned.dedup();
+    if !pinned.is_empty() {
+        preflight(&Cores::List(pinned)).map_err(|error| failed(0, error.to_string()))?;
+    }
+    preflight(&Cores::Unpinned(options.threads)).map_err(|error| failed(0, error.to_string()))?;
     let shared = Arc::new(Shared::new(options.threads));
     let (sender, results) = mpsc::channel();
     let mut threads = Vec::new();

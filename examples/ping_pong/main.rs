@@ -179,6 +179,10 @@ fn main() -> ExitCode {
     if let Some(sessions) = options.idle {
         return cli::end(report_idle(sessions));
     }
+    // This process has one executor at a time, and so has its peer.
+    if let Err(error) = shmipc_glommio::preflight(&shmipc_glommio::Cores::Unpinned(1)) {
+        return cli::end(Err(error));
+    }
     let points = options.points();
     let mut outcomes: Vec<Vec<Outcome>> = vec![Vec::new(); points.len()];
     let mut lab = Lab::start();

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use clap::{Arg, ArgGroup, ArgMatches, Command, value_parser};
 use glommio::{LocalExecutorBuilder, Placement};
 use serde_json::{Value, json};
-use shmipc_glommio::Session;
+use shmipc_glommio::{Cores, Session, preflight};
 
 use address::HostPort;
 
@@ -85,6 +85,7 @@ impl fmt::Display for Address {
 ///
 /// Not pinned: which processors to use is for the caller to say, with `taskset` for instance.
 pub(crate) fn run<T>(future: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+    preflight(&Cores::Unpinned(1)).map_err(|error| error.to_string())?;
     let executor = LocalExecutorBuilder::new(Placement::Unbound)
         .make()
         .map_err(|error| format!("no executor: {error}"))?;

@@ -29,9 +29,10 @@ const MOST_UNKNOWN_SHARDS: usize = 4096;
 /// A [`Server`](crate::Server) at `PATH` has as many shards as it has cores; each is reached by the
 /// client's own sessions with that core. A server of another kind, at `PATH` alone, has one.
 ///
-/// Belongs to the executor that made it: a thread-per-core program makes one on each core. Cloning
-/// gives another handle; when the last one is dropped, the sessions end, except those whose
-/// streams, or [sessions](Self::session), are still held elsewhere.
+/// Belongs to the executor that made it: a thread-per-core program makes one on each core, and
+/// calls [`preflight`](crate::preflight) before the first executor. Cloning gives another handle;
+/// when the last one is dropped, the sessions end, except those whose streams, or
+/// [sessions](Self::session), are still held elsewhere.
 ///
 /// ```
 /// use shmipc_glommio::{Client, Cores, Error, Server};

@@ -24,7 +24,8 @@ use crate::shm::access::PeerTrust;
 
 /// Connects to servers. Each session has its own shared memory.
 ///
-/// The session lives on the executor that connects.
+/// The session lives on the executor that connects. A program that makes its own executors calls
+/// [`preflight`](crate::preflight) before the first one.
 ///
 /// ```
 /// use std::time::Duration;
