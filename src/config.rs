@@ -361,9 +361,9 @@ impl ConfigBuilder {
         self
     }
 
-    /// How many handshakes a listener carries on at the same time; further peers wait in the
-    /// socket's backlog. While they do, handshakes that have taken an eighth of their
-    /// [time](Self::handshake_timeout) are given up. Default: 64.
+    /// How many handshakes a listener carries on at the same time; further peers
+    /// [wait](Self::max_queued_handshakes). While they do, handshakes that have taken an eighth of
+    /// their [time](Self::handshake_timeout) are given up. Default: 64.
     pub fn max_handshakes(mut self, handshakes: usize) -> Self {
         self.config.limits.handshakes = handshakes;
         self
@@ -372,6 +372,15 @@ impl ConfigBuilder {
     /// How many of these one user may have under way. Default: 32.
     pub fn max_handshakes_per_user(mut self, handshakes: usize) -> Self {
         self.config.limits.handshakes_per_user = handshakes;
+        self
+    }
+
+    /// How many connections a listener keeps that wait for their handshake. Users take turns, so
+    /// nobody waits behind another user that is at its limit. At this number the newest connection
+    /// of the user that has the most is refused; so it is when those that wait, at all listeners of
+    /// the process, have half of the descriptors that it may open. Default: 1024.
+    pub fn max_queued_handshakes(mut self, connections: usize) -> Self {
+        self.config.limits.queued_handshakes = connections;
         self
     }
 

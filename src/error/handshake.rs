@@ -133,6 +133,9 @@ pub enum HandshakeError {
         /// How many connections.
         connections: usize,
     },
+    /// So many connections wait for a handshake already, and its user has the most of them.
+    #[error("{0} connections wait for a handshake already (`max_queued_handshakes`)")]
+    TooManyQueued(usize),
     /// Others waited for its place, and it had taken so long by then.
     #[error(
         "gave way to others after {0:?}, since all places for handshakes were taken \

@@ -88,6 +88,7 @@ impl HandshakeError {
             | Self::NeverMapped(_)
             | Self::TooManySessions(_)
             | Self::TooManyUnclosed { .. }
+            | Self::TooManyQueued(_)
             | Self::GaveWay(_)
             | Self::Stopping
             | Self::OtherShard { .. } => true,
@@ -109,7 +110,9 @@ impl Error {
                 HandshakeError::PeerNotAllowed { .. }
                 | HandshakeError::NotAuthorized { .. }
                 | HandshakeError::FileOwner { .. } => Some(NOT_ALLOWED),
-                HandshakeError::TooManySessions(_) | HandshakeError::GaveWay(_) => Some(FULL),
+                HandshakeError::TooManySessions(_)
+                | HandshakeError::TooManyQueued(_)
+                | HandshakeError::GaveWay(_) => Some(FULL),
                 HandshakeError::Stopping => Some(STOPPING),
                 HandshakeError::Version4NotOffered | HandshakeError::NoCommonVersion { .. } => {
                     Some(VERSION_NOT_SUPPORTED)
@@ -251,6 +254,7 @@ mod tests {
             (true, HandshakeError::Timeout(second).into()),
             (true, HandshakeError::TooManySessions(1).into()),
             (true, HandshakeError::TooManyUnclosed { uid: None, connections: 128 }.into()),
+            (true, HandshakeError::TooManyQueued(1).into()),
             (true, HandshakeError::GaveWay(second).into()),
             (true, HandshakeError::Stopping.into()),
             (true, HandshakeError::OtherShard { index: 1, count: 2, expected: 0 }.into()),

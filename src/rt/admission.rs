@@ -2,7 +2,7 @@
 //! How many peers a listener deals with at the same time, and what they may bring.
 //!
 //! There is a bounded number of places for handshakes, in all and for each user. Whoever comes
-//! while all are taken waits. But a peer that connects and then says nothing must not keep others
+//! while all are taken waits in a [queue](super::handshake_queue) of its user. But a peer that connects and then says nothing must not keep others
 //! out for as long as a handshake may take: while somebody waits for a place, handshakes that have
 //! taken an eighth of that time give theirs up. An honest one takes a fraction of a millisecond,
 //! or what it takes to set memory aside.
@@ -33,7 +33,10 @@ pub(super) struct Admission {
     taken_by: RefCell<BTreeMap<Uid, usize>>,
     /// Those that shake hands, the longest first.
     shaking: RefCell<Vec<Rc<Shaking>>>,
-    waiting: WakerList,
+    /// Counts what may let somebody in, or somebody go: places given back, connections that begin
+    /// to wait, handshakes that begin.
+    changes: Cell<u64>,
+    changed: WakerList,
     sessions: Cell<usize>,
     mapped_bytes: Cell<u64>,
 }
@@ -67,7 +70,8 @@ impl Admission {
             taken: Cell::new(0),
             taken_by: RefCell::default(),
             shaking: RefCell::default(),
-            waiting: WakerList::default(),
+            changes: Cell::new(0),
+            changed: WakerList::default(),
             sessions: Cell::new(0),
             mapped_bytes: Cell::new(0),
         })
@@ -78,40 +82,41 @@ impl Admission {
         self.limits.handshake_timeout / 8
     }
 
-    /// Waits for a place for a peer of this user.
-    pub(super) async fn place(self: &Rc<Self>, uid: Uid) -> PlaceTaken {
-        loop {
-            if let Some(place) = self.try_place(uid) {
-                return place;
-            }
-            let next = self.dismiss(uid);
-            let freed = self.waiting.until(|| match self.has_place(uid) {
-                true => Poll::Ready(()),
-                false => Poll::Pending,
-            });
-            match next {
-                None => freed.await,
-                Some(at) => {
-                    let later = async {
-                        let wait = at.saturating_duration_since(Instant::now());
-                        glommio::timer::sleep(wait).await;
-                    };
-                    or(freed, later).await;
-                }
-            }
-        }
+    /// How often something has changed.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes.get()
+    }
+
+    pub(super) fn note_change(&self) {
+        self.changes.set(self.changes.get() + 1);
+        self.changed.wake_all();
+    }
+
+    /// Waits until something changes that had not changed by then, or until `at`. Cancel-safe.
+    pub(super) async fn changed_since(&self, seen: u64, at: Option<Instant>) {
+        let changed = self.changed.until(|| match self.changes.get() == seen {
+            true => Poll::Pending,
+            false => Poll::Ready(()),
+        });
+        let Some(at) = at else { return changed.await };
+        let later = async {
+            glommio::timer::sleep(at.saturating_duration_since(Instant::now())).await;
+        };
+        or(changed, later).await;
     }
 
     fn taken_by(&self, uid: Uid) -> usize {
         self.taken_by.borrow().get(&uid).copied().unwrap_or(0)
     }
 
-    fn has_place(&self, uid: Uid) -> bool {
+    /// Whether there is a place for a peer of this user.
+    pub(super) fn has_place(&self, uid: Uid) -> bool {
         self.taken.get() < self.limits.handshakes
             && self.taken_by(uid) < self.limits.handshakes_per_user
     }
 
-    fn try_place(self: &Rc<Self>, uid: Uid) -> Option<PlaceTaken> {
+    /// Takes a place for a peer of this user, if there is one.
+    pub(super) fn try_place(self: &Rc<Self>, uid: Uid) -> Option<PlaceTaken> {
         if !self.has_place(uid) {
             return None;
         }
@@ -120,28 +125,40 @@ impl Admission {
         Some(PlaceTaken { admission: Rc::clone(self), uid })
     }
 
-    /// Has those give up their places that have had them for too long, among those whose place
-    /// would help somebody of this user. When there will be one of them next.
-    fn dismiss(&self, uid: Uid) -> Option<Instant> {
+    /// Has those give up their places that have had them for too long, as many of them as help those
+    /// who wait: so many of each user. When the next one will have had its place for too long.
+    pub(super) fn dismiss(&self, waiting: impl Iterator<Item = (Uid, usize)>) -> Option<Instant> {
+        let earliest = waiting.filter_map(|(uid, count)| self.dismiss_for(uid, count));
+        earliest.min()
+    }
+
+    fn dismiss_for(&self, uid: Uid, count: usize) -> Option<Instant> {
         let is_users_limit = self.taken_by(uid) >= self.limits.handshakes_per_user;
+        let shaking = self.shaking.borrow();
+        let helps = |shaking: &&Rc<Shaking>| !is_users_limit || shaking.uid == uid;
+        let mut going = shaking.iter().filter(helps).filter(|it| it.must_go.get()).count();
         let now = Instant::now();
-        for shaking in &*self.shaking.borrow() {
-            if shaking.must_go.get() || (is_users_limit && shaking.uid != uid) {
-                continue;
+        let mut next: Option<Instant> = None;
+        for shaking in shaking.iter().filter(helps).filter(|it| !it.must_go.get()) {
+            if going >= count {
+                return None;
             }
             let mut at = shaking.since + self.grace();
             if at <= now {
+                // All that are late are seen to be so now, so that they go together.
                 let late_since = shaking.late_since.get().unwrap_or(now);
                 shaking.late_since.set(Some(late_since));
                 at = late_since + self.grace() / 8;
             }
-            if at > now {
-                return Some(at);
+            if at <= now {
+                shaking.must_go.set(true);
+                shaking.waker.wake();
+                going += 1;
+            } else {
+                next = Some(next.map_or(at, |next| next.min(at)));
             }
-            shaking.must_go.set(true);
-            shaking.waker.wake();
         }
-        None
+        next
     }
 
     /// Whether there may be one session more now. Asked before a peer is promised anything; it
@@ -186,6 +203,7 @@ impl PlaceTaken {
         });
         let entry = Entry { admission: &self.admission, shaking };
         self.admission.shaking.borrow_mut().push(Rc::clone(&entry.shaking));
+        self.admission.note_change();
         let dismissed = poll_fn(|context| {
             if entry.shaking.must_go.get() {
                 return Poll::Ready(());
@@ -211,7 +229,7 @@ impl Drop for PlaceTaken {
             _ => drop(taken_by.remove(&self.uid)),
         }
         drop(taken_by);
-        admission.waiting.wake_all();
+        admission.note_change();
     }
 }
 
@@ -275,22 +293,34 @@ mod tests {
         Admission::new(&config.build().unwrap().limits)
     }
 
+    /// Waits for a place, as if nobody else did.
+    async fn wait_for_place(admission: &Rc<Admission>, uid: Uid) -> PlaceTaken {
+        loop {
+            let seen = admission.changes();
+            if let Some(place) = admission.try_place(uid) {
+                return place;
+            }
+            let next = admission.dismiss([(uid, 1)].into_iter());
+            admission.changed_since(seen, next).await;
+        }
+    }
+
     #[test]
     fn places_are_bounded_in_all_and_for_each_user() {
         run(async || {
             let admission = admission(3, 2);
-            let first = admission.place(Some(1)).await;
-            let second = admission.place(Some(1)).await;
-            assert!(poll_once(admission.place(Some(1))).await.is_none());
-            let other = admission.place(None).await;
-            assert!(poll_once(admission.place(Some(2))).await.is_none());
+            let first = wait_for_place(&admission, Some(1)).await;
+            let second = wait_for_place(&admission, Some(1)).await;
+            assert!(poll_once(wait_for_place(&admission, Some(1))).await.is_none());
+            let other = wait_for_place(&admission, None).await;
+            assert!(poll_once(wait_for_place(&admission, Some(2))).await.is_none());
             let waiting = glommio::spawn_local({
                 let admission = Rc::clone(&admission);
-                async move { admission.place(Some(1)).await }
+                async move { wait_for_place(&admission, Some(1)).await }
             });
             yield_now().await;
             drop(other);
-            drop(admission.place(Some(2)).await);
+            drop(wait_for_place(&admission, Some(2)).await);
             drop(second);
             let third = waiting.await;
             drop((first, third));
@@ -306,21 +336,21 @@ mod tests {
             let silent = |uid| {
                 let admission = Rc::clone(&admission);
                 glommio::spawn_local(async move {
-                    let place = admission.place(uid).await;
+                    let place = wait_for_place(&admission, uid).await;
                     place.shake(pending::<Result<(), Error>>()).await
                 })
             };
             let slow = silent(Some(1));
             let other = silent(Some(2));
             yield_now().await;
-            let ready = admission.place(Some(1)).await;
+            let ready = wait_for_place(&admission, Some(1)).await;
             // In all there are none left, and of this user neither: only one of its own helps.
-            let place = admission.place(Some(1)).await;
+            let place = wait_for_place(&admission, Some(1)).await;
             let error = slow.await.unwrap_err();
             assert!(matches!(error, Error::Handshake(HandshakeError::GaveWay(_))), "{error}");
             assert_eq!(admission.shaking.borrow().len(), 1, "another user's goes on");
             // Now it is in the way, too.
-            let last = admission.place(Some(3)).await;
+            let last = wait_for_place(&admission, Some(3)).await;
             assert!(other.await.is_err());
             assert!(admission.shaking.borrow().is_empty());
             drop((ready, place, last));
@@ -331,7 +361,7 @@ mod tests {
     fn a_core_that_was_busy_reads_what_has_come_before_it_dismisses() {
         run(async || {
             let admission = admission(1, 1);
-            let place = admission.place(None).await;
+            let place = wait_for_place(&admission, None).await;
             let answered = Rc::new(Cell::new(false));
             let answer = Rc::clone(&answered);
             let quick = glommio::spawn_local(async move {
@@ -352,7 +382,7 @@ mod tests {
             std::thread::sleep(admission.grace() * 3);
             let waiting = glommio::spawn_local({
                 let admission = Rc::clone(&admission);
-                async move { drop(admission.place(Some(1)).await) }
+                async move { drop(wait_for_place(&admission, Some(1)).await) }
             });
             yield_now().await;
             answered.set(true);

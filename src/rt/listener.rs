@@ -3,7 +3,8 @@
 //!
 //! A task accepts connections and starts one more task for each handshake, so a peer that dawdles,
 //! or breaks the protocol, delays nobody. How many handshakes run at the same time is bounded,
-//! and sessions that nobody takes count as well.
+//! and sessions that nobody takes count as well; connections beyond that wait in a queue, in which
+//! the users take turns.
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -16,7 +17,7 @@ use std::rc::{Rc, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use futures_lite::future::or;
+use futures_lite::future::{or, yield_now, zip};
 use nix::errno::Errno;
 
 use super::acceptance::Acceptance;
@@ -24,6 +25,7 @@ use super::admission::{Admission, PlaceTaken};
 use super::callback;
 use super::door_lock::DoorLock;
 use super::fd_disposal::{self, PeerSocket};
+use super::handshake_queue::HandshakeQueue;
 use super::peer::PeerCredentials;
 use super::poller::Poller;
 use super::refusals::{FAREWELL_TIME, Refusals};
@@ -142,6 +144,8 @@ pub(super) fn listen_error(path: &Path, error: io::Error) -> Error {
 struct Shared {
     config: Rc<Config>,
     admission: Rc<Admission>,
+    /// Connections that wait for a place.
+    queue: RefCell<HandshakeQueue<Arrival>>,
     handshakes: TaskSet,
     ready: RefCell<VecDeque<Ready>>,
     failed: RefCell<Option<Error>>,
@@ -176,6 +180,13 @@ impl Stop {
     }
 }
 
+/// A connection that may begin its handshake.
+struct Arrival {
+    connection: Socket,
+    peer: PeerCredentials,
+    ticket: Option<Ticket>,
+}
+
 /// A session whose handshake is done, and what was handed over with its connection.
 pub(super) struct Ready {
     pub(super) session: Session,
@@ -193,10 +204,10 @@ pub(super) struct Adopter {
 }
 
 impl Adopter {
-    /// Starts the handshake, as soon as there is a place for it. Drops the connection when the
-    /// listener is gone.
-    pub(super) async fn adopt(&self, socket: PeerSocket, ticket: Ticket) {
-        begin(Socket::connected(socket), Some(ticket), &self.shared).await;
+    /// Starts the handshake, or has it wait for a place. Drops the connection when the listener is
+    /// gone.
+    pub(super) fn adopt(&self, socket: PeerSocket, ticket: Ticket) {
+        begin(Socket::connected(socket), Some(ticket), &self.shared);
     }
 }
 
@@ -255,9 +266,11 @@ impl Listener {
             (None, Some(address)) => address.to_string(),
             (None, None) => String::new(),
         };
+        let queue = HandshakeQueue::new(config.limits.queued_handshakes);
         let shared = Rc::new(Shared {
             config: Rc::new(config),
             admission,
+            queue: RefCell::new(queue),
             handshakes: TaskSet::default(),
             ready: RefCell::default(),
             failed: RefCell::default(),
@@ -272,7 +285,11 @@ impl Listener {
         });
         // Started before the first handshake, it is ready behind it.
         Poller::current();
-        let accepting = glommio::spawn_local(accept_connections(socket, Rc::downgrade(&shared)));
+        let accepting = accept_connections(socket, Rc::downgrade(&shared));
+        let beginning = begin_waiting(Rc::downgrade(&shared));
+        let accepting = glommio::spawn_local(async {
+            zip(accepting, beginning).await;
+        });
         Self { shared, address, accepting: Some(accepting), _path: path }
     }
 
@@ -343,6 +360,10 @@ impl Listener {
         }
         // Peers that can be told are told.
         self.shared.stop.begin();
+        let waiting = self.shared.queue.borrow_mut().clear();
+        for arrival in waiting {
+            self.shared.refuse_arrival(arrival, HandshakeError::Stopping.into());
+        }
         or(self.shared.handshakes.all_ended(), async {
             glommio::timer::sleep(LAST_FAREWELLS).await;
         })
@@ -384,6 +405,39 @@ impl Shared {
         }
     }
 
+    /// Starts the handshakes of those who wait and for whom there is a place.
+    fn begin_queued(self: &Rc<Self>) {
+        loop {
+            let next = self.queue.borrow_mut().pop(|uid| self.admission.has_place(uid));
+            let Some((uid, arrival)) = next else { return };
+            // There is one: it was just asked for.
+            let Some(place) = self.admission.try_place(uid) else { return };
+            self.begin_handshake(arrival, place);
+        }
+    }
+
+    fn begin_handshake(self: &Rc<Self>, arrival: Arrival, place: PlaceTaken) {
+        self.handshakes.spawn(shake_hands(arrival, Rc::downgrade(self), place));
+    }
+
+    fn refuse_queued(&self, refused: Option<Arrival>) {
+        if let Some(refused) = refused {
+            let most = self.queue.borrow().most();
+            self.refuse_arrival(refused, HandshakeError::TooManyQueued(most).into());
+        }
+    }
+
+    /// Refuses a peer that was not heard, and tells it so if it is quick.
+    fn refuse_arrival(&self, arrival: Arrival, error: Error) {
+        let Arrival { connection, peer, .. } = arrival;
+        self.refuse(Some(&peer), &error);
+        if self.config.accepted_protocol >= ProtocolVersion::V4 {
+            let acceptance = Acceptance::new(connection, &self.config, None);
+            let (refusals, stop) = (Rc::clone(&self.refusals), Rc::clone(&self.stop));
+            self.handshakes.spawn(say_farewell(acceptance, error, refusals, stop));
+        }
+    }
+
     fn refuse(&self, peer: Option<&PeerCredentials>, error: &Error) {
         self.refusals.log(&self.place, peer, error);
         let tell = self.on_refused.borrow().clone();
@@ -402,7 +456,9 @@ async fn accept_connections(socket: ListenerSocket, shared: Weak<Shared>) {
         }
         let error = match socket.accept().await {
             Ok(connection) => {
-                begin(connection, None, &shared).await;
+                begin(connection, None, &shared);
+                // There may be another one at once, and so on for as long as somebody likes.
+                yield_now().await;
                 continue;
             }
             Err(error) => error,
@@ -418,6 +474,14 @@ async fn accept_connections(socket: ListenerSocket, shared: Weak<Shared>) {
         if told.is_none_or(|told| told.elapsed() >= TELL_INTERVAL) {
             told = Some(Instant::now());
             shared.refuse(None, &error);
+        }
+        // Those that wait hold descriptors that others need more.
+        let least = shared.queue.borrow_mut().shed(None);
+        if let Some(Arrival { connection, peer, .. }) = least {
+            // At once: its descriptor is what is needed.
+            drop(connection);
+            let most = shared.queue.borrow().most();
+            shared.refuse(Some(&peer), &HandshakeError::TooManyQueued(most).into());
         }
         drop(shared);
         glommio::timer::sleep(OUT_OF_DESCRIPTORS_PAUSE).await;
@@ -445,8 +509,9 @@ fn is_passing(error: &Error) -> bool {
     )
 }
 
-/// Starts the task of a handshake, as soon as there is a place for it.
-async fn begin(connection: Socket, ticket: Option<Ticket>, shared: &Weak<Shared>) {
+/// Starts the handshake of a connection, or has it wait for a place. Waits for nobody itself, so
+/// that nobody waits behind a user that is at its limit.
+fn begin(connection: Socket, ticket: Option<Ticket>, shared: &Weak<Shared>) {
     let Some(owner) = shared.upgrade() else {
         return;
     };
@@ -454,32 +519,41 @@ async fn begin(connection: Socket, ticket: Option<Ticket>, shared: &Weak<Shared>
         Ok(peer) => peer,
         Err(error) => return owner.refuse(None, &error),
     };
+    let arrival = Arrival { connection, peer, ticket };
     if let Err(error) = owner.check(&peer) {
-        owner.refuse(Some(&peer), &error);
-        if owner.config.accepted_protocol >= ProtocolVersion::V4 {
-            let acceptance = Acceptance::new(connection, &owner.config, None);
-            let (refusals, stop) = (Rc::clone(&owner.refusals), Rc::clone(&owner.stop));
-            owner.handshakes.spawn(say_farewell(acceptance, error, refusals, stop));
-        }
-        return;
+        return owner.refuse_arrival(arrival, error);
     }
-    let admission = Rc::clone(&owner.admission);
-    drop(owner);
-    // Here and not by the task: who has no place yet waits in the socket's backlog.
-    let place = admission.place(peer.uid).await;
-    if let Some(owner) = shared.upgrade() {
-        let shaking = shake_hands(connection, peer, ticket, shared.clone(), place);
-        owner.handshakes.spawn(shaking);
+    // Those who wait come first, if there is a place for them.
+    owner.begin_queued();
+    let is_first = !owner.queue.borrow().contains(peer.uid);
+    let place = if is_first { owner.admission.try_place(peer.uid) } else { None };
+    match place {
+        Some(place) => owner.begin_handshake(arrival, place),
+        None => {
+            let refused = owner.queue.borrow_mut().push(peer.uid, arrival);
+            owner.admission.note_change();
+            owner.refuse_queued(refused);
+        }
     }
 }
 
-async fn shake_hands(
-    connection: Socket,
-    peer: PeerCredentials,
-    ticket: Option<Ticket>,
-    shared: Weak<Shared>,
-    place: PlaceTaken,
-) {
+/// Gives places to connections that wait for them.
+async fn begin_waiting(shared: Weak<Shared>) {
+    loop {
+        let Some(owner) = shared.upgrade() else {
+            return;
+        };
+        let admission = Rc::clone(&owner.admission);
+        let seen = admission.changes();
+        owner.begin_queued();
+        let next = admission.dismiss(owner.queue.borrow().counts());
+        drop(owner);
+        admission.changed_since(seen, next).await;
+    }
+}
+
+async fn shake_hands(arrival: Arrival, shared: Weak<Shared>, place: PlaceTaken) {
+    let Arrival { connection, peer, ticket } = arrival;
     let parts = |shared: Rc<Shared>| {
         let (config, admission) = (Rc::clone(&shared.config), Rc::clone(&shared.admission));
         (config, admission, shared.shard.get(), Rc::clone(&shared.stop))

@@ -59,6 +59,7 @@ mod fd_passing;
 pub(crate) mod fuzzing;
 mod give_way;
 mod handshake;
+mod handshake_queue;
 mod kept;
 mod lending;
 mod listener;

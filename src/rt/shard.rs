@@ -540,10 +540,12 @@ pub(super) fn panic_text(panic: &(dyn Any + Send)) -> &str {
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("panicked")
 }
 
-/// Takes dealt connections into the listener, as many at a time as it has places for.
+/// Takes dealt connections into the listener, which has those wait for which it has no place.
 async fn adopt(link: Arc<ShardLink>, adopter: Adopter, arrivals: Rc<WakerList>) {
     loop {
         let dealt = arrivals.until(|| link.inlet.take().map_or(Poll::Pending, Poll::Ready)).await;
-        adopter.adopt(dealt.socket, Box::new(dealt.load)).await;
+        adopter.adopt(dealt.socket, Box::new(dealt.load));
+        // There may be more, and more coming in meanwhile.
+        futures_lite::future::yield_now().await;
     }
 }

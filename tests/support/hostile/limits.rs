@@ -2,6 +2,8 @@
 //! Who may come in, how many, and with how much.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::unistd::{Gid, Uid, chown, geteuid};
@@ -10,7 +12,7 @@ use shmipc_glommio::{AllowedPeers, Error, HandshakeError, MemoryError};
 use super::due::{IsDue, due};
 use super::files::Directory;
 use crate::config;
-use crate::support::bed::{Bed, Fate};
+use crate::support::bed::{Bed, DEADLINE, Fate};
 use crate::support::raw::{
     BY_FILE, Memory, Raw, Rig, STREAM, Stage, at_stage, honest_paths, message,
 };
@@ -142,5 +144,93 @@ fn what_is_not_taken_from_the_queue_ends_the_session_in_time() {
     quiet.echo(b"still alive");
     drop(quiet);
     bed.must_see_it_gone("the quiet one");
+    bed.finish();
+}
+
+/// Runs `work` in a thread of another user, as far as files and sockets go.
+fn as_user<T: Send + 'static>(uid: u32, work: impl FnOnce() -> T + Send + 'static) -> T {
+    let thread = std::thread::spawn(move || {
+        // SAFETY: the system call changes this thread only (unlike that of the C library), which
+        // ends with this closure.
+        let result = unsafe { nix::libc::syscall(nix::libc::SYS_setresuid, -1, uid, -1) };
+        assert_eq!(result, 0);
+        work()
+    });
+    thread.join().unwrap()
+}
+
+/// Behind more than a user may have under way, and more than may wait, an honest client of another
+/// user comes in while most of them are still there.
+#[test]
+fn one_user_at_its_limit_holds_up_nobody_else() {
+    if !geteuid().is_root() {
+        println!("skipped: only root can be two users");
+        return;
+    }
+    const SILENT: usize = 60;
+    for (most_waiting, least_refused) in [(1024, 0), (20, SILENT - 4 - 20)] {
+        // So long that none of them gives way by itself while the test runs.
+        let config = config().allowed_peers(AllowedPeers::Any).handshake_timeout(6 * DEADLINE);
+        let config = config.max_handshakes(8).max_handshakes_per_user(4);
+        let bed = Bed::start(config.max_queued_handshakes(most_waiting).build().unwrap());
+        let path = bed.path().to_owned();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666))
+            .unwrap();
+        let mut silent: Vec<_> =
+            as_user(4321, move || (0..SILENT).map(|_| Raw::connect(&path)).collect());
+        // A client of the bed's own.
+        bed.must_go_on("one user's silent connections");
+        let refused = silent.iter_mut().filter_map(|raw| raw.is_at_end().then_some(())).count();
+        assert!(refused <= least_refused + 4, "{refused} had to go first");
+        for _ in 0..least_refused {
+            let fate = bed.fate();
+            let is_due: IsDue = due!(Error::Handshake(HandshakeError::TooManyQueued(20)));
+            assert!(matches!(&fate, Ok(Fate::Refused(error)) if is_due(error)), "{fate:?}");
+        }
+        drop(silent);
+        for _ in 0..SILENT - least_refused {
+            let fate = bed.fate();
+            let is_due: IsDue =
+                due!(Error::Handshake(HandshakeError::Closed { .. } | HandshakeError::GaveWay(_)));
+            assert!(matches!(&fate, Ok(Fate::Refused(error)) if is_due(error)), "{fate:?}");
+        }
+        bed.finish();
+    }
+}
+
+#[test]
+fn refused_connections_without_end_leave_the_core_to_others() {
+    let others = AllowedPeers::Users(vec![geteuid().as_raw()]);
+    let bed = Bed::start(config().allowed_peers(others).build().unwrap());
+    if !geteuid().is_root() {
+        println!("skipped: only root can be two users");
+        return bed.finish();
+    }
+    let path = bed.path().to_owned();
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+    let is_over = Arc::new(AtomicBool::new(false));
+    let flooding: Vec<_> = (0..2)
+        .map(|_| {
+            let (path, is_over) = (path.clone(), Arc::clone(&is_over));
+            std::thread::spawn(move || {
+                as_user(4321, move || {
+                    while !is_over.load(Ordering::Relaxed) {
+                        // Its backlog may be full; then somebody else fills it.
+                        drop(std::os::unix::net::UnixStream::connect(&path));
+                    }
+                });
+            })
+        })
+        .collect();
+    let mut rig = Rig::client(bed.path(), bed.name());
+    for _ in 0..20 {
+        rig.echo(b"through it all");
+    }
+    is_over.store(true, Ordering::Relaxed);
+    for thread in flooding {
+        thread.join().unwrap();
+    }
+    drop(rig);
+    while !matches!(bed.fate(), Ok(Fate::Ended(Error::PeerClosed))) {}
     bed.finish();
 }
