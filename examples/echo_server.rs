@@ -60,7 +60,7 @@ fn main() -> ExitCode {
 
 async fn serve(address: &Address, place: &Place, signals: SigSet) -> io::Result<()> {
     let listener = match place {
-        Place::Unix(path) => Listener::bind(path, Config::default())?,
+        Place::Unix(path) => Listener::bind_within(path, Config::default(), GRACE).await?,
         Place::Tcp(addresses) => {
             let bind = async |at| Ok(Listener::bind_tcp(at, Config::default())?);
             address::first_of(addresses, bind).await?

@@ -4,11 +4,13 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::ErrorKind;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{Flock, FlockArg};
 use shmipc_glommio::{Config, Connector, Cores, Error, Listener, Server, ServerBuilder, Spin};
 
 use support::executor::{SocketPath, run};
@@ -238,4 +240,136 @@ fn durations_that_make_no_sense_are_refused_or_capped() {
         drop(stream.alloc(1).await.unwrap());
     });
     server.stop(Duration::MAX).unwrap();
+}
+
+/// A process that says so locks a file, or another one that it has.
+fn lock_of(path: &SocketPath) -> fs::File {
+    let lock = format!("{}.lock", path.as_str());
+    fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(lock).unwrap()
+}
+
+#[test]
+fn a_lock_of_another_user_stops_no_core() {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: only root can make files of other users");
+        return;
+    }
+    let path = SocketPath::new();
+    let at = path.as_str().to_owned();
+    let lock = format!("{at}.lock");
+    let file = lock_of(&path);
+    std::os::unix::fs::chown(&lock, Some(4321), None).unwrap();
+    let held = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
+    run(LIMIT, move || async move {
+        let began = Instant::now();
+        let errors = [
+            Listener::bind(&at, small()).map(drop).unwrap_err(),
+            Listener::bind_within(&at, small(), LIMIT).await.map(drop).unwrap_err(),
+            Server::builder(&at)
+                .cores(Cores::Unpinned(1))
+                .config(small())
+                .serve_streams(|_| async { Ok::<_, Error>(()) })
+                .map(drop)
+                .unwrap_err(),
+        ];
+        // It was 10 s each.
+        assert!(began.elapsed() < Duration::from_secs(8));
+        for error in errors {
+            assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{error}");
+            let text = error.to_string();
+            assert!(text.contains(".lock is of user 4321 with mode 600"), "{text}");
+            assert!(text.contains("remove it"), "{text}");
+        }
+    });
+    drop(held);
+    fs::remove_file(lock).unwrap();
+}
+
+#[test]
+fn a_lock_that_a_process_of_this_user_keeps_holds_no_core_up_for_long() {
+    let path = SocketPath::new();
+    let at = path.as_str().to_owned();
+    let lock = format!("{at}.lock");
+    let held = Flock::lock(lock_of(&path), FlockArg::LockExclusiveNonblock).unwrap();
+    let remove = lock.clone();
+    run(LIMIT, move || async move {
+        let began = Instant::now();
+        let error = Listener::bind(&at, small()).map(drop).unwrap_err();
+        assert!(began.elapsed() < Duration::from_secs(5), "it was 10 s");
+        assert_eq!(error.kind(), ErrorKind::AddrInUse, "{error}");
+        assert!(error.to_string().contains("try again"), "{error}");
+        // While one task waits, another one of its core has it let go.
+        let binding = glommio::spawn_local(async move {
+            Listener::bind_within(at, small(), LIMIT).await.map(drop)
+        });
+        glommio::timer::sleep(Duration::from_millis(20)).await;
+        fs::remove_file(remove).unwrap();
+        drop(held);
+        binding.await.unwrap();
+    });
+    assert!(!fs::exists(lock).unwrap());
+}
+
+/// A socket at `path` on which a process of this user listened last that has ended, and that lives
+/// on with whoever has what is returned.
+fn socket_of_the_dead(path: &str, uid: u32) -> UnixListener {
+    use std::os::unix::process::CommandExt;
+    let listener = UnixListener::bind(path).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o666)).unwrap();
+    let socket = listener.try_clone().unwrap();
+    let listen = move || {
+        let backlog = nix::sys::socket::Backlog::MAXALLOWABLE;
+        Ok(nix::sys::socket::listen(&socket, backlog)?)
+    };
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.arg("--list").stdout(std::process::Stdio::null()).uid(uid);
+    // SAFETY: between fork and exec it makes one system call, and allocates nothing.
+    unsafe { command.pre_exec(listen) };
+    match command.spawn() {
+        Ok(mut child) => drop(child.wait().unwrap()),
+        // The test program may be in a directory of root's; it has listened before that.
+        Err(error) => assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{error}"),
+    }
+    listener
+}
+
+#[test]
+fn a_socket_that_outlives_its_process_holds_no_core_up_for_long() {
+    let me = nix::unistd::geteuid().as_raw();
+    let path = SocketPath::new();
+    let at = path.as_str().to_owned();
+    let dead = socket_of_the_dead(&at, me);
+    run(LIMIT, move || async move {
+        let began = Instant::now();
+        let error = Listener::bind(&at, small()).map(drop).unwrap_err();
+        assert!(began.elapsed() < Duration::from_millis(1800), "it was 2 s");
+        assert_eq!(error.kind(), ErrorKind::AddrInUse, "{error}");
+        assert!(error.to_string().contains("has ended"), "{error}");
+        // Started again by a supervisor, it waits for the kernel without stopping its core.
+        let binding = glommio::spawn_local({
+            let at = at.clone();
+            async move { Listener::bind_within(at, small(), LIMIT).await.map(drop) }
+        });
+        glommio::timer::sleep(Duration::from_millis(20)).await;
+        drop(dead);
+        binding.await.unwrap();
+    });
+}
+
+#[test]
+fn a_process_of_another_user_that_has_ended_is_not_waited_for() {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: only root can start processes of other users");
+        return;
+    }
+    let path = SocketPath::new();
+    let _dead = socket_of_the_dead(path.as_str(), 4321);
+    let error = Server::builder(path.as_str())
+        .cores(Cores::Unpinned(1))
+        .config(small())
+        .serve_streams(|_| async { Ok::<_, Error>(()) })
+        .map(drop)
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AddrInUse, "{error}");
+    assert!(error.to_string().contains("live server"), "{error}");
 }

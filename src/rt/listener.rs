@@ -11,27 +11,25 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::rc::{Rc, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use futures_lite::future::{or, yield_now, zip};
-use nix::errno::Errno;
 
 use super::acceptance::Acceptance;
 use super::admission::{Admission, PlaceTaken};
+use super::bound_socket::{Door, is_passing};
 use super::callback;
-use super::door_lock::DoorLock;
 use super::fd_disposal::{self, PeerSocket};
 use super::handshake_queue::HandshakeQueue;
 use super::peer::PeerCredentials;
 use super::poller::Poller;
-use super::refusals::{FAREWELL_TIME, Refusals};
+use super::refusals::{Refusals, Stop, say_farewell};
 use super::session::Session;
 use super::socket::{ListenerSocket, Socket};
-use super::socket_path::{self, SocketPath};
+use super::socket_path::SocketPath;
 use super::tasks::TaskSet;
 use super::wakers::WakerList;
 use crate::config::{Config, ProtocolVersion};
@@ -44,6 +42,10 @@ use crate::wire::ShardIdentity;
 const OUT_OF_DESCRIPTORS_PAUSE: Duration = Duration::from_millis(20);
 /// How long handshakes that have nothing to wait for any more get to end.
 const LAST_FAREWELLS: Duration = Duration::from_millis(50);
+/// How long [`Listener::bind`] may hold up its core: for others of this process that bind at the
+/// same time, and for the kernel to clear up behind a process that was killed.
+const BIND_PATIENCE: Duration = Duration::from_millis(100);
+const BIND_INTERVAL: Duration = Duration::from_millis(5);
 /// How often that is told.
 const TELL_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -94,53 +96,6 @@ pub struct Listener {
     _path: Option<SocketPath>,
 }
 
-/// A Unix socket that listens. It can be opened on one thread and served on another.
-pub(super) struct Door {
-    pub(super) fd: OwnedFd,
-    pub(super) path: SocketPath,
-}
-
-impl Door {
-    pub(super) fn open(path: &Path, config: &Config) -> Result<Self> {
-        socket_path::address(path, "")?;
-        Self::open_in_turn(path, config, &Self::turn(path)?)
-    }
-
-    /// Waits for the turn at the doors of one server.
-    pub(super) fn turn(path: &Path) -> Result<DoorLock> {
-        DoorLock::take(path).map_err(|error| listen_error(path, error))
-    }
-
-    pub(super) fn open_in_turn(path: &Path, config: &Config, turn: &DoorLock) -> Result<Self> {
-        let (fd, path) = socket_path::listen(path, &config.socket_file, turn)
-            .map_err(|error| listen_error(path, error))?;
-        Ok(Self { fd, path })
-    }
-}
-
-/// Why listening on the socket at `path` failed, and what can be done about it.
-pub(super) fn listen_error(path: &Path, error: io::Error) -> Error {
-    let kind = error.kind();
-    let error = Error::os_at("listen on the Unix socket", path, error);
-    let directory = match path.parent() {
-        Some(directory) if !directory.as_os_str().is_empty() => directory,
-        _ => Path::new("."),
-    };
-    match kind {
-        io::ErrorKind::NotFound if !directory.exists() => {
-            error.advise(format!("the directory {} is not there", directory.display()))
-        }
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-            let (directory, me) = (directory.display(), nix::unistd::geteuid());
-            error.advise(format!(
-                "user {me}, as whom this process runs, must be able to create files in \
-                 {directory}, and may not replace those of others"
-            ))
-        }
-        _ => error,
-    }
-}
-
 struct Shared {
     config: Rc<Config>,
     admission: Rc<Admission>,
@@ -159,25 +114,6 @@ struct Shared {
     /// Where it listens, for the log.
     place: String,
     stop: Rc<Stop>,
-}
-
-/// Whether handshakes that are under way are to end.
-#[derive(Default)]
-struct Stop {
-    is_stopping: Cell<bool>,
-    waiting: WakerList,
-}
-
-impl Stop {
-    fn begin(&self) {
-        self.is_stopping.set(true);
-        self.waiting.wake_all();
-    }
-
-    async fn begun(&self) {
-        let is_stopping = || if self.is_stopping.get() { Poll::Ready(()) } else { Poll::Pending };
-        self.waiting.until(is_stopping).await;
-    }
 }
 
 /// A connection that may begin its handshake.
@@ -224,9 +160,50 @@ impl Listener {
     /// # Errors
     ///
     /// [`Error::Os`], with `AddrInUse` when somebody listens there. While it looks for that, it has
-    /// a lock on a file beside the socket, `PATH.lock`.
+    /// a lock on a file beside the socket, `PATH.lock`. Another process of this user that has it is
+    /// waited for, and so is the end of one that was killed: together for up to 100 ms, on this
+    /// thread; [`bind_within`](Self::bind_within) waits longer without holding up its core. With
+    /// `PermissionDenied`, when the lock is a file of another user.
     pub fn bind(path: impl AsRef<Path>, config: Config) -> Result<Self> {
-        Ok(Self::at(Door::open(path.as_ref(), &config)?, config))
+        Ok(Self::at(Door::open(path.as_ref(), &config, BIND_PATIENCE)?, config))
+    }
+
+    /// As [`bind`](Self::bind), and tries again while the path is in use, for as long as this. What
+    /// a supervisor starts again at once wants this: the socket of a process that was killed may
+    /// outlive it while the kernel clears up.
+    ///
+    /// Cancel-safe: nothing is left when the future is dropped.
+    ///
+    /// # Errors
+    ///
+    /// As [`bind`](Self::bind).
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use shmipc_glommio::{Config, Listener};
+    ///
+    /// # let path = std::env::temp_dir().join(format!("shmipc-doc-within-{}", std::process::id()));
+    /// # glommio::LocalExecutorBuilder::default().spawn(|| async move {
+    /// let patience = Duration::from_secs(2);
+    /// let listener = Listener::bind_within(&path, Config::default(), patience).await?;
+    /// # drop(listener);
+    /// # shmipc_glommio::Result::<()>::Ok(()) }).unwrap().join().unwrap().unwrap();
+    /// ```
+    pub async fn bind_within(
+        path: impl AsRef<Path>,
+        config: Config,
+        patience: Duration,
+    ) -> Result<Self> {
+        let began = Instant::now();
+        loop {
+            match Door::open(path.as_ref(), &config, Duration::ZERO) {
+                Ok(door) => return Ok(Self::at(door, config)),
+                Err(error)
+                    if error.kind() == io::ErrorKind::AddrInUse && began.elapsed() < patience => {}
+                Err(error) => return Err(error),
+            }
+            glommio::timer::sleep(BIND_INTERVAL).await;
+        }
     }
 
     /// Listens at a door that was opened on another thread, possibly.
@@ -488,27 +465,6 @@ async fn accept_connections(socket: ListenerSocket, shared: Weak<Shared>) {
     }
 }
 
-/// Whether accepting can work again later.
-fn is_passing(error: &Error) -> bool {
-    let Error::Os { source, .. } = error else {
-        return false;
-    };
-    let errno = source.raw_os_error().map(Errno::from_raw);
-    matches!(
-        errno,
-        Some(
-            Errno::EMFILE
-                | Errno::ENFILE
-                | Errno::ENOMEM
-                | Errno::ENOBUFS
-                | Errno::ECONNABORTED
-                | Errno::EINTR
-                | Errno::EAGAIN
-                | Errno::EPROTO
-        )
-    )
-}
-
 /// Starts the handshake of a connection, or has it wait for a place. Waits for nobody itself, so
 /// that nobody waits behind a user that is at its limit.
 fn begin(connection: Socket, ticket: Option<Ticket>, shared: &Weak<Shared>) {
@@ -584,20 +540,6 @@ async fn shake_hands(arrival: Arrival, shared: Weak<Shared>, place: PlaceTaken) 
         }
         Err(error) => shared.refuse(Some(&peer), &error),
     }
-}
-
-/// Tells a peer that it is refused, if it is quick to say that it could understand that.
-async fn say_farewell(
-    acceptance: Acceptance,
-    error: Error,
-    refusals: Rc<Refusals>,
-    stop: Rc<Stop>,
-) {
-    let Some(_farewell) = refusals.farewell() else { return };
-    let too_late = or(stop.begun(), async {
-        glommio::timer::sleep(FAREWELL_TIME).await;
-    });
-    or(acceptance.tell_refused_at_first(&error), too_late).await;
 }
 
 /// Gives a handshake its time.

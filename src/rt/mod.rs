@@ -38,6 +38,7 @@ mod acceptance;
 mod activity;
 mod admission;
 mod backoff;
+mod bound_socket;
 mod callback;
 mod client;
 mod client_builder;

@@ -9,9 +9,15 @@
 //! were not logged, so that a flood of peers is not a flood of lines.
 
 use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use futures_lite::future::or;
+
+use super::acceptance::Acceptance;
 use super::peer::PeerCredentials;
+use super::wakers::WakerList;
 use crate::error::{Error, HandshakeError};
 
 /// How often each reason is told at most.
@@ -20,7 +26,7 @@ const TELL_INTERVAL: Duration = Duration::from_secs(1);
 /// told that they are refused. Others are not told.
 const MAX_FAREWELLS: usize = 16;
 /// How long that moment is.
-pub(super) const FAREWELL_TIME: Duration = Duration::from_millis(200);
+const FAREWELL_TIME: Duration = Duration::from_millis(200);
 
 /// The refusals of a listener.
 #[derive(Default)]
@@ -102,6 +108,39 @@ impl Refusals {
         self.farewells.set(self.farewells.get() + 1);
         Some(Farewell { refusals: self })
     }
+}
+
+/// Whether handshakes that are under way are to end.
+#[derive(Default)]
+pub(super) struct Stop {
+    is_stopping: Cell<bool>,
+    waiting: WakerList,
+}
+
+impl Stop {
+    pub(super) fn begin(&self) {
+        self.is_stopping.set(true);
+        self.waiting.wake_all();
+    }
+
+    pub(super) async fn begun(&self) {
+        let is_stopping = || if self.is_stopping.get() { Poll::Ready(()) } else { Poll::Pending };
+        self.waiting.until(is_stopping).await;
+    }
+}
+
+/// Tells a peer that it is refused, if it is quick to say that it could understand that.
+pub(super) async fn say_farewell(
+    acceptance: Acceptance,
+    error: Error,
+    refusals: Rc<Refusals>,
+    stop: Rc<Stop>,
+) {
+    let Some(_farewell) = refusals.farewell() else { return };
+    let too_late = or(stop.begun(), async {
+        glommio::timer::sleep(FAREWELL_TIME).await;
+    });
+    or(acceptance.tell_refused_at_first(&error), too_late).await;
 }
 
 #[cfg(test)]

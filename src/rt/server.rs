@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::bound_socket::Door;
 use super::dealer::{Deal, Dealer};
-use super::listener::Door;
 use super::server_builder::ServerBuilder;
 use super::server_core::{Common, OnRefused, StopsAll, shard_error, tell_refused};
 use super::shard::{ShardStats, panic_text};

@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use glommio::{LocalExecutorBuilder, Placement};
 
+use super::bound_socket::{Door, listen_error};
 use super::cores::{Cores, look_ahead};
 use super::dealer::{Deal, Inlet};
-use super::listener::{Door, listen_error};
 use super::peer::PeerCredentials;
 use super::server::Server;
 use super::server_core::{Authorize, Common, Core, OnRefused};
@@ -25,6 +25,10 @@ use super::supervised::StreamOutcome;
 use crate::config::Config;
 use crate::error::{ConfigError, Error, Result};
 use crate::shm::access::PeerTrust;
+
+/// How long the files of sockets are waited for, on the thread that starts a server: longer than
+/// the kernel takes to clear up behind a process that was killed.
+const TURN_PATIENCE: Duration = Duration::from_secs(5);
 
 type MakeExecutor = Box<dyn Fn(usize, Option<usize>) -> LocalExecutorBuilder>;
 
@@ -174,7 +178,8 @@ impl ServerBuilder {
     }
 
     /// Starts the server: runs `factory` on each of its cores, which makes what the core needs and
-    /// gives the handler of its sessions. Returns when all cores are ready and all doors are open.
+    /// gives the handler of its sessions. Returns when all cores are ready and all doors are open;
+    /// blocks the calling thread until then.
     ///
     /// A session lives until its handler ends. An error or panic of the handler ends that session
     /// and nothing else. (A panic of another task ends its executor, and that stops the server.)
@@ -247,7 +252,7 @@ impl ServerBuilder {
             return Err(Error::os("start a server", stopped));
         }
         // Now that all cores take what comes there.
-        let door = Door::open(&self.path, &self.config)?;
+        let door = Door::open(&self.path, &self.config, TURN_PATIENCE)?;
         server.open_shared_door(door, dealer_control, self.deal, self.on_refused)?;
         Ok(server)
     }
@@ -279,14 +284,15 @@ impl fmt::Debug for ServerBuilder {
 fn open_doors(path: &Path, count: usize, config: &Config) -> Result<Vec<Door>> {
     let last = shard_path(path, count.saturating_sub(1));
     socket_path::address(&last, &format!(".{}", count.saturating_sub(1)))?;
-    let turn = Door::turn(path)?;
+    let turn = Door::turn(path, TURN_PATIENCE)?;
     let shards = (0..).map(|index| shard_path(path, index)).enumerate();
     let left_over = shards
         .take_while(|(index, path)| *index < count || socket_path::is_socket(path))
         .map(|(_, path)| path);
     for path in std::iter::once(path.to_owned()).chain(left_over) {
         if socket_path::is_socket(&path) {
-            socket_path::remove_left_over(&path).map_err(|error| listen_error(&path, error))?;
+            socket_path::remove_left_over(&path, &turn)
+                .map_err(|error| listen_error(&path, error))?;
         }
     }
     let open = |index| Door::open_in_turn(&shard_path(path, index), config, &turn);

@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 use futures_lite::future::or;
 use glommio::LocalExecutorBuilder;
 
+use super::bound_socket::Door;
 use super::callback;
-use super::listener::{Door, Listener};
+use super::listener::Listener;
 use super::peer::PeerCredentials;
 use super::poller::Poller;
 use super::session::Session;

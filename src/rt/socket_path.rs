@@ -22,11 +22,12 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, sockopt};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, UnixCredentials, sockopt,
+};
 use nix::sys::stat::{FchmodatFlags, Mode};
 use nix::unistd::{Gid, Pid, Uid};
 
@@ -39,9 +40,6 @@ use crate::shm::directory::{Directory, FileIdentity};
 
 /// How many connections wait to be accepted.
 const BACKLOG: i32 = 1024;
-/// How often, and how long apart, the socket of a dead process is looked at until it is gone.
-const CLEAR_UP_TRIES: u32 = 400;
-const CLEAR_UP_PAUSE: Duration = Duration::from_millis(5);
 
 /// A Unix socket's entry in the file system, removed when this, or the first of its copies, is
 /// dropped.
@@ -167,7 +165,7 @@ fn who_may_connect(path: &Path) -> String {
 pub(super) fn listen(
     path: &Path,
     file: &SocketFile,
-    _turn: &DoorLock,
+    turn: &DoorLock,
 ) -> io::Result<(OwnedFd, SocketPath)> {
     let address = unix_address(path)?;
     let fd = new_socket(SockFlag::empty())?;
@@ -176,7 +174,7 @@ pub(super) fn listen(
         if errno != Errno::EADDRINUSE {
             return Err(errno.into());
         }
-        remove_left_over(path)?;
+        remove_left_over(path, turn)?;
         nix::sys::socket::bind(fd.as_raw_fd(), &address)?;
     }
     if is_abstract(path) {
@@ -276,55 +274,80 @@ pub(super) fn socket_identity(path: &Path) -> Option<(u64, u64, i64, i64)> {
 /// # Errors
 ///
 /// It lives, or it is no socket, or cannot be removed.
-pub(super) fn remove_left_over(path: &Path) -> io::Result<()> {
+pub(super) fn remove_left_over(path: &Path, turn: &DoorLock) -> io::Result<()> {
     let in_use = |what: &str| Err(io::Error::new(io::ErrorKind::AddrInUse, what));
     if !is_abstract(path) && !is_socket(path) {
         return in_use("what is there is not a socket, and is left alone");
     }
-    if is_abstract(path) {
-        return if is_alive(path)? { in_use("it is in use by a live server") } else { Ok(()) };
-    }
     // The one that is found dead is the one that is removed.
-    let (directory, name) = Directory::of(path)?;
-    let identity = match directory.find(&name) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        found => found?,
+    let found = if is_abstract(path) {
+        None
+    } else {
+        let (directory, name) = Directory::of(path)?;
+        match directory.find(&name) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            identity => Some((directory, name, identity?)),
+        }
     };
-    if is_alive(path)? {
-        return in_use("it is in use by a live server");
+    match state(path, turn)? {
+        Listening::Alive => return in_use("it is in use by a live server"),
+        Listening::Ended => {
+            return in_use(
+                "the process that listened there has ended, and its socket is still open: the \
+                 kernel clears up behind it, or another process has it, too; try again",
+            );
+        }
+        Listening::Gone => {}
     }
-    directory.remove(&name, identity).map(drop)
+    match found {
+        Some((directory, name, identity)) => directory.remove(&name, identity).map(drop),
+        None => Ok(()),
+    }
+}
+
+/// How it stands with the socket at a path.
+#[derive(Debug, PartialEq, Eq)]
+enum Listening {
+    Alive,
+    /// The process that listened is no more, and something still listens.
+    Ended,
+    Gone,
 }
 
 /// Whether somebody listens on the socket at `path`.
 ///
 /// The socket of a process that was killed may outlive it by some milliseconds, while the kernel
-/// clears up behind its io_uring. That is waited for.
-fn is_alive(path: &Path) -> io::Result<bool> {
+/// clears up behind its io_uring. That is waited for, as long as the turn has time. Not if it was a
+/// process of another user, which could make it look so for as long as it likes.
+fn state(path: &Path, turn: &DoorLock) -> io::Result<Listening> {
     let address = unix_address(path)?;
-    for _ in 0..CLEAR_UP_TRIES {
+    loop {
         // Without waiting: one whose backlog is full lives.
         // What listens there may pass descriptors, like any peer.
         let socket = PeerSocket::new(new_socket(SockFlag::SOCK_NONBLOCK)?);
         let fd = socket.fd();
         match nix::sys::socket::connect(fd.as_raw_fd(), &address) {
-            Err(Errno::ECONNREFUSED | Errno::ENOENT) => return Ok(false),
+            Err(Errno::ECONNREFUSED | Errno::ENOENT) => return Ok(Listening::Gone),
             Err(errno @ (Errno::EACCES | Errno::EPERM)) => {
                 let text = format!("another user's socket is there, which may be alive: {errno}");
                 return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
             }
-            Ok(()) if is_ghost(fd) => std::thread::sleep(CLEAR_UP_PAUSE),
-            _ => return Ok(true),
+            Ok(()) if is_ghost(fd) => {
+                if !turn.pause() {
+                    return Ok(Listening::Ended);
+                }
+            }
+            _ => return Ok(Listening::Alive),
         }
     }
-    Ok(true)
 }
 
-/// Whether the process that listened behind a connection is no more.
+/// Whether the process of this user that listened behind a connection is no more.
 fn is_ghost(connection: BorrowedFd<'_>) -> bool {
     let credentials = nix::sys::socket::getsockopt(&connection, sockopt::PeerCredentials);
+    let is_ours = |it: &UnixCredentials| it.uid() == nix::unistd::geteuid().as_raw();
     // A process of a container that this one cannot see has the number 0.
-    let listener = credentials.map_or(0, |credentials| credentials.pid());
+    let listener = credentials.ok().filter(is_ours).map_or(0, |credentials| credentials.pid());
     listener > 0 && nix::sys::signal::kill(Pid::from_raw(listener), None) == Err(Errno::ESRCH)
 }
 
@@ -344,13 +367,16 @@ fn new_socket(flags: SockFlag) -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::{UnixListener, UnixStream};
 
+    const LONG: Duration = Duration::from_secs(60);
     const PRIVATE: SocketFile = SocketFile { mode: 0o600, user: None, group: None };
 
     fn listen(path: &Path, file: &SocketFile) -> io::Result<(OwnedFd, SocketPath)> {
-        super::listen(path, file, &DoorLock::take(path)?)
+        super::listen(path, file, &DoorLock::take(path, LONG)?)
     }
 
     fn temporary(name: &str) -> PathBuf {
@@ -421,7 +447,8 @@ mod tests {
         nix::sys::socket::bind(fd.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
         nix::sys::socket::listen(&fd, Backlog::new(0).unwrap()).unwrap();
         let _waiting = UnixStream::connect(&path).unwrap();
-        assert!(is_alive(&path).unwrap());
+        let turn = DoorLock::take(&path, LONG).unwrap();
+        assert_eq!(state(&path, &turn).unwrap(), Listening::Alive);
         fs::remove_file(&path).unwrap();
     }
 
@@ -484,7 +511,7 @@ mod tests {
         let (fd, entry) = listen(&path, &file).unwrap();
         drop((fd, entry));
         assert!(!path.exists());
-        let locked = DoorLock::take(&path).unwrap();
+        let locked = DoorLock::take(&path, LONG).unwrap();
         let bad = SocketFile { mode: 0o600, user: Some(u32::MAX - 1), group: None };
         let result = super::listen(&path, &bad, &locked);
         // An error must not wait for the lock that its caller holds.
