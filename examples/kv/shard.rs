@@ -123,7 +123,9 @@ pub(crate) async fn serve_session(shard: Rc<Shard>, session: Session) {
     let serve = |stream| {
         let shard = Rc::clone(&shard);
         // A stream that ends with an error has no reply to lose.
-        async move { connection::serve(&shard, stream, Writes::Vectored, origin).await.ok() }
+        async move {
+            let _ = connection::serve(&shard, stream, Writes::Vectored, origin).await;
+        }
     };
     session.serve_streams(serve).await;
 }

@@ -222,7 +222,7 @@ mod tests {
     fn a_peer_that_reads_nothing_makes_no_more_kept_than_the_bound() {
         let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
         let run = async move {
-            let socket = Socket::connected(near.into());
+            let socket = Socket::connected(super::super::fd_disposal::PeerSocket::new(near.into()));
             let outbox = Outbox::default();
             let mut sent = 0;
             while !outbox.is_overfull() {
