@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use futures_lite::future::{poll_once, yield_now, zip};
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
-use shmipc_glommio::{Config, ConfigBuilder, Connector, Error, Listener, Loan, Session, Stream};
+use shmipc_glommio::{
+    Config, ConfigBuilder, Connector, Error, Listener, Loan, ProtocolVersion, Session, Stream,
+};
 
 use support::executor::{SocketPath, run};
 
@@ -223,6 +225,156 @@ fn a_stream_that_is_used_too_late_to_be_known_is_closed_and_not_left_waiting() {
         let mut accepted = server.accept().await.unwrap();
         assert_eq!(recv(&mut accepted).await.unwrap(), b"in time");
     });
+}
+
+/// Who sends to readers that stay away.
+#[derive(Debug, Clone, Copy)]
+enum Sender {
+    Client,
+    Server,
+    Both,
+}
+
+/// Sends until nobody takes any more.
+async fn flood(mut stream: Stream, messages: Flood, sent: Rc<Cell<u64>>) {
+    loop {
+        let result = match messages {
+            Flood::Bytes => stream.write_all(&[7; 100_000]).await.map_err(drop),
+            Flood::Loans(len) => send(&mut stream, &vec![7; len]).await.map_err(drop),
+        };
+        if result.is_err() {
+            return;
+        }
+        sent.set(sent.get() + 1);
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Flood {
+    Bytes,
+    Loans(usize),
+}
+
+/// Opens `count` streams whose readers stay away, and sends on them until nothing moves any more.
+/// Then short requests on other streams, old and new ones, are answered.
+async fn others_are_answered(
+    version: ProtocolVersion,
+    count: usize,
+    sender: Sender,
+    messages: Flood,
+) {
+    let config = || Config::builder().protocol(version);
+    let (client, server) = pair(config(), config()).await;
+    let (mut old_near, mut old_far) = open(&client, &server).await;
+    let sent = Rc::new(Cell::new(0));
+    let mut idle = Vec::new();
+    for _ in 0..count {
+        let (near, far) = open(&client, &server).await;
+        let (sending, stalled) = match sender {
+            Sender::Client => (vec![near], vec![far]),
+            Sender::Server => (vec![far], vec![near]),
+            Sender::Both => {
+                let (near_reader, near_writer) = near.split();
+                let (far_reader, far_writer) = far.split();
+                for mut writer in [near_writer, far_writer] {
+                    let sent = Rc::clone(&sent);
+                    glommio::spawn_local(async move {
+                        while writer.write_all(&[7; 100_000]).await.is_ok() {
+                            sent.set(sent.get() + 1);
+                        }
+                    })
+                    .detach();
+                }
+                idle.push((near_reader, far_reader));
+                (vec![], vec![])
+            }
+        };
+        for stream in sending {
+            glommio::spawn_local(flood(stream, messages, Rc::clone(&sent))).detach();
+        }
+        idle_streams(stalled);
+    }
+    loop {
+        let before = sent.get();
+        glommio::timer::sleep(Duration::from_millis(200)).await;
+        if sent.get() == before {
+            break;
+        }
+    }
+    for number in 0..50 {
+        send(&mut old_near, &[1; 10]).await.unwrap();
+        assert_eq!(recv(&mut old_far).await.unwrap(), [1; 10], "{number}");
+        send(&mut old_far, &[2; 10]).await.unwrap();
+        assert_eq!(recv(&mut old_near).await.unwrap(), [2; 10], "{number}");
+        let mut near = client.open_stream().unwrap();
+        near.write_all(&[3; 10]).await.unwrap();
+        let mut far = server.accept().await.unwrap();
+        assert_eq!(recv(&mut far).await.unwrap(), [3; 10], "{number}");
+        far.write_all(&[4; 10]).await.unwrap();
+        assert_eq!(recv(&mut near).await.unwrap(), [4; 10], "{number}");
+    }
+    // Longer ones too.
+    for number in 0..5 {
+        let message = pattern(number, 100_000);
+        let (sending, receiving) = (old_near.write_all(&message), async {
+            let mut bytes = vec![0; message.len()];
+            old_far.read_exact(&mut bytes).await.unwrap();
+            bytes
+        });
+        let (sent, bytes) = zip(sending, receiving).await;
+        sent.unwrap();
+        assert!(bytes == message);
+    }
+    // Its tasks end before the executor does.
+    client.close().await;
+    server.close().await;
+    until(|| Rc::strong_count(&sent) == 1).await;
+}
+
+/// Keeps streams open, and does nothing with them.
+fn idle_streams(streams: Vec<Stream>) {
+    if !streams.is_empty() {
+        glommio::spawn_local(async move {
+            std::future::pending::<()>().await;
+            drop(streams);
+        })
+        .detach();
+    }
+}
+
+const BOTH_VERSIONS: [ProtocolVersion; 2] = [ProtocolVersion::V3, ProtocolVersion::V4];
+
+#[test]
+fn many_stalled_readers_hold_up_only_themselves() {
+    for version in BOTH_VERSIONS {
+        for count in [44, 48, 200, 2000] {
+            for sender in [Sender::Client, Sender::Server] {
+                println!("{version:?} {count} {sender:?}");
+                run(LIMIT, move || others_are_answered(version, count, sender, Flood::Bytes));
+            }
+        }
+    }
+}
+
+#[test]
+fn many_stalled_readers_on_both_sides_hold_up_only_themselves() {
+    for version in BOTH_VERSIONS {
+        for count in [48, 300] {
+            println!("{version:?} {count}");
+            run(LIMIT, move || others_are_answered(version, count, Sender::Both, Flood::Bytes));
+        }
+    }
+}
+
+#[test]
+fn many_stalled_readers_of_loans_hold_up_only_themselves() {
+    for version in BOTH_VERSIONS {
+        for len in [100, 40_000, 1 << 20] {
+            println!("{version:?} {len}");
+            let messages = Flood::Loans(len);
+            run(LIMIT, move || others_are_answered(version, 300, Sender::Server, messages));
+        }
+    }
 }
 
 /// As soon as `count` polls of it, and what happens between them, are over, the future is dropped.

@@ -30,6 +30,11 @@ pub(crate) struct SendWindow {
     credited: Cell<u64>,
     /// What had been sent when something last went over the socket.
     socket_until: Cell<u64>,
+    /// Bytes that went over the socket and were not taken, and what they cost there.
+    socket_bytes: Cell<u64>,
+    socket_cost: Cell<u64>,
+    /// For how much credit the peer was asked for more.
+    asked_at: Cell<Option<u64>>,
 }
 
 impl SendWindow {
@@ -60,16 +65,48 @@ impl SendWindow {
         self.socket_until.get() > 0
     }
 
-    /// Counts bytes that went over the socket.
-    pub(crate) fn note_sent_over_socket(&self, size: u64) {
-        self.note_sent(size);
-        self.socket_until.set(self.sent.get());
+    /// Whether the peer's reader has taken everything, and said so.
+    pub(crate) fn is_all_taken(&self) -> bool {
+        self.credited.get() == self.sent.get()
     }
 
-    /// The peer's reader has taken so much.
-    pub(crate) fn credit(&self, size: u64) {
+    /// Counts a message that went over the socket, and what it costs the peer until it is taken.
+    pub(crate) fn note_sent_over_socket(&self, size: u64, cost: u64) {
+        self.note_sent(size);
+        self.socket_until.set(self.sent.get());
+        self.socket_bytes.set(self.socket_bytes.get() + size);
+        self.socket_cost.set(self.socket_cost.get() + cost);
+    }
+
+    /// The peer's reader has taken so much. Gives how much of what it cost on the socket that is.
+    pub(crate) fn credit(&self, size: u64) -> u64 {
         let unread = self.sent.get() - self.credited.get();
         self.credited.set(self.credited.get() + size.min(unread));
+        let (bytes, cost) = (self.socket_bytes.get(), self.socket_cost.get());
+        if bytes == 0 {
+            return 0;
+        }
+        let left = bytes.min(self.socket_until.get().saturating_sub(self.credited.get()));
+        // Each byte of it cost as much as the others, as far as is known here.
+        let left_cost = (u128::from(cost) * u128::from(left) / u128::from(bytes)) as u64;
+        self.socket_bytes.set(left);
+        self.socket_cost.set(left_cost);
+        cost - left_cost
+    }
+
+    /// The stream is over. Gives what it still cost on the socket.
+    pub(crate) fn take_socket_cost(&self) -> u64 {
+        self.socket_bytes.set(0);
+        self.socket_cost.take()
+    }
+
+    /// Whether the peer has not been asked yet for more credit than it has given by now.
+    pub(crate) fn may_ask(&self) -> bool {
+        self.asked_at.get() != Some(self.credited.get())
+    }
+
+    pub(crate) fn note_asked(&self) {
+        self.asked_at.set(Some(self.credited.get()));
     }
 
     /// Whether the peer's reader has taken everything that went over the socket.
@@ -85,8 +122,19 @@ pub(crate) struct ReceiveWindow {
     owed: Cell<u64>,
     /// All that has come and that no credit was told for, taken or not.
     uncredited: Cell<u64>,
-    /// Whether some of it came over the socket: the peer waits for that, to leave the socket again.
-    owes_for_socket: Cell<bool>,
+    /// Whether the peer waits for credit sooner than it would otherwise be told.
+    hurry: Cell<Hurry>,
+}
+
+/// Why a peer waits for credit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Hurry {
+    #[default]
+    No,
+    /// Some of it came over the socket: the peer wants to leave the socket again.
+    Socket,
+    /// It has asked.
+    Asked,
 }
 
 /// Whether, and how urgently, the peer is told of credit.
@@ -117,6 +165,20 @@ impl ReceiveWindow {
         self.uncredited.set(self.uncredited.get() + u64::from(credit));
     }
 
+    fn is_due_in_a_hurry(&self, owed: u64, done: bool, window: u64) -> bool {
+        let is_asked = self.hurry.get() == Hurry::Asked;
+        let is_due = is_asked || done || owed >= SOCKET_CREDIT.min(window / 2);
+        if is_due {
+            self.hurry.set(if done || is_asked { Hurry::No } else { Hurry::Socket });
+        }
+        is_due
+    }
+
+    /// The peer asks for credit: now, or when the reader takes the next message.
+    pub(crate) fn note_asked(&self) {
+        self.hurry.set(Hurry::Asked);
+    }
+
     /// A message came.
     #[inline]
     pub(crate) fn note_come(&self, size: u64) {
@@ -135,11 +197,10 @@ impl ReceiveWindow {
     pub(crate) fn note_taken(&self, size: u64, over_socket: bool, done: bool, window: u64) -> Due {
         let owed = self.owed.get() + size;
         self.owed.set(owed);
-        if over_socket {
-            self.owes_for_socket.set(true);
+        if over_socket && self.hurry.get() == Hurry::No {
+            self.hurry.set(Hurry::Socket);
         }
-        if self.owes_for_socket.get() && (done || owed >= SOCKET_CREDIT.min(window / 2)) {
-            self.owes_for_socket.set(!done);
+        if self.hurry.get() != Hurry::No && self.is_due_in_a_hurry(owed, done, window) {
             return Due::Now;
         }
         match owed >= window / 2 {

@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 
 use super::session::SessionInner;
 use super::stream::StreamInner;
+use super::wakers::WakerList;
 use crate::config::{Config, ProtocolVersion};
 use crate::proto::session::Role;
 use crate::proto::window::Due;
-use crate::shm::chain::Chain;
+use crate::shm::chain::{Chain, SOCKET_MESSAGE_COST};
 use crate::shm::manager::BufferManager;
 use crate::wire::layout::{MANAGER_CLIENT_EXTENSION_OFFSET, MANAGER_SERVER_EXTENSION_OFFSET};
 use crate::wire::{Event, EventState, Extension};
@@ -43,7 +44,20 @@ pub(super) struct Credit {
     kept: RefCell<VecDeque<u32>>,
     /// Streams whose credit is not worth waking the peer, each once.
     waiting: RefCell<Vec<u32>>,
+    /// What this side has sent over the socket and the peer's readers have not taken, of all
+    /// streams, as the peer counts it.
+    socket_unread: Cell<u64>,
+    /// Tasks that wait until that is less.
+    pub(super) budget_waiting: WakerList,
+    /// Tasks that wait until a time whether their streams can leave the socket.
+    pub(super) returning: WakerList,
 }
+
+/// A part in so many of what may wait unread in a session is for streams whose readers are behind,
+/// and another for long messages of those whose readers are not. The rest is for short ones.
+const BUDGET_SHARE: u64 = 4;
+/// How long a short message is at most.
+pub(super) const SHORT_MESSAGE: usize = 4096;
 
 /// Where this side's byte stands, and the peer's.
 const fn places(role: Role) -> (usize, usize) {
@@ -74,6 +88,9 @@ impl Credit {
             had_time: Cell::new(false),
             kept: RefCell::default(),
             waiting: RefCell::default(),
+            socket_unread: Cell::new(0),
+            returning: WakerList::default(),
+            budget_waiting: WakerList::default(),
         };
         credit.look(manager, role);
         credit
@@ -162,6 +179,66 @@ impl SessionInner {
     /// peer's reader has taken what went over the socket can nothing overtake it.
     pub(super) fn may_return_to_memory(&self, stream: &StreamInner) -> bool {
         self.credit.is_known() && stream.sending.is_socket_done()
+    }
+
+    /// Whether a message may go over the socket without holding up others: the peer stops reading
+    /// the socket when too much of all streams together waits unread, whoever is behind.
+    pub(super) fn has_socket_budget(&self, stream: &StreamInner, len: usize) -> bool {
+        let is_spent = self.is_socket_budget_spent();
+        let is_current = stream.sending.is_all_taken();
+        !is_spent || is_current && (len <= SHORT_MESSAGE || !self.has_spent_budgets(2))
+    }
+
+    /// Whether streams whose readers are behind have to wait.
+    pub(super) fn is_socket_budget_spent(&self) -> bool {
+        self.credit.is_known() && self.has_spent_budgets(1)
+    }
+
+    fn has_spent_budgets(&self, count: u64) -> bool {
+        let limit = self.config.limits.unread_fallback_bytes as u64;
+        self.credit.socket_unread.get() >= count * limit / BUDGET_SHARE
+    }
+
+    /// Counts a message of a stream that went over the socket.
+    pub(super) fn note_sent_over_socket(&self, stream: &StreamInner, len: usize) {
+        let cost = (len + SOCKET_MESSAGE_COST) as u64;
+        stream.sending.note_sent_over_socket(len as u64, cost);
+        self.credit.socket_unread.set(self.credit.socket_unread.get() + cost);
+    }
+
+    /// Less of what went over the socket waits at the peer.
+    pub(super) fn note_socket_taken(&self, cost: u64) {
+        if cost > 0 {
+            let unread = self.credit.socket_unread.get().saturating_sub(cost);
+            self.credit.socket_unread.set(unread);
+            if !self.has_spent_budgets(2) {
+                self.credit.budget_waiting.wake_all();
+            }
+        }
+    }
+
+    /// Asks the peer for the credit that it keeps until it is worth an event, when memory is short
+    /// and a stream needs to know whether its reader is behind. An event of credit for nothing.
+    pub(super) fn ask_for_credit(self: &Rc<Self>, stream: &StreamInner) {
+        if stream.sending.is_all_taken() || !stream.sending.may_ask() || self.is_over() {
+            return;
+        }
+        let status = EventState::Credit.to_status();
+        let event = Event { stream_id: stream.id(), offset: 0, status };
+        if matches!(self.put_event(event), Ok(true)) {
+            stream.sending.note_asked();
+        }
+    }
+
+    /// The peer asks for credit.
+    #[cold]
+    fn answer_for_credit(self: &Rc<Self>, stream: &StreamInner) {
+        let credit = stream.receiving.take();
+        if credit > 0 {
+            self.send_credit(stream, credit);
+        } else {
+            stream.receiving.note_asked();
+        }
     }
 
     /// A reader took a message.
@@ -273,11 +350,16 @@ impl SessionInner {
     }
 
     /// The peer's reader has taken so much of a stream.
-    pub(super) fn take_credit(&self, stream_id: u32, credit: u32) {
+    pub(super) fn take_credit(self: &Rc<Self>, stream_id: u32, credit: u32) {
         let stream = self.streams.borrow().get(stream_id).cloned();
-        if let Some(stream) = stream {
-            stream.sending.credit(u64::from(credit));
-            stream.writer.wake();
+        match stream {
+            Some(stream) if credit == 0 => self.answer_for_credit(&stream),
+            Some(stream) => {
+                let taken = stream.sending.credit(u64::from(credit));
+                self.note_socket_taken(taken);
+                stream.writer.wake();
+            }
+            None => {}
         }
     }
 }

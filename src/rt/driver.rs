@@ -117,7 +117,9 @@ impl SessionInner {
             return if had_traffic { Stay::Moving } else { Stay::Busy };
         }
         let lanes = &self.lanes;
-        let somebody_waits = !lanes.queue_waiting.is_empty() || !lanes.pool_waiting.is_empty();
+        let somebody_waits = !lanes.queue_waiting.is_empty()
+            || !lanes.pool_waiting.is_empty()
+            || !self.credit.returning.is_empty();
         // While the socket is not read, nobody would hear a SyncEvent, or the end of what came.
         let is_paused = self.has_too_much_unread() || !self.inbox.closing.is_empty();
         if somebody_waits || is_paused || self.credit.has_kept() || self.has_kept_closes() {
@@ -288,6 +290,9 @@ impl SessionInner {
                 Ok(false) => lanes.queue_waiting.wake_all(),
                 Err(error) => self.fail(error.into()),
             }
+        }
+        if !self.credit.returning.is_empty() {
+            self.credit.returning.wake_expired(now);
         }
         if !lanes.pool_waiting.is_empty() {
             if lanes.manager.might_allocate() {

@@ -11,7 +11,7 @@
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use super::deadline::Deadline;
+use super::send_wait::{SendWait, WaitsFor};
 use super::session::SessionInner;
 use super::stream::StreamInner;
 
@@ -66,7 +66,6 @@ impl PoolWait {
 #[derive(Default)]
 pub(super) struct ComingBack {
     /// Until when the present attempt waits for the peer's reader.
-    deadline: Deadline,
     until: Option<Instant>,
     /// What the peer's reader had taken when it was last looked at. While it takes more, it is
     /// waited for.
@@ -88,8 +87,13 @@ impl ComingBack {
         &mut self,
         session: &SessionInner,
         stream: &StreamInner,
-        context: &mut Context<'_>,
+        waiting: &mut SendWait,
+        context: &Context<'_>,
     ) -> Poll<bool> {
+        // What is free is for those that are in shared memory.
+        if session.lanes.manager.is_short() {
+            return Poll::Ready(false);
+        }
         if session.may_return_to_memory(stream) {
             return Poll::Ready(true);
         }
@@ -105,15 +109,16 @@ impl ComingBack {
         if self.until.is_none_or(is_abandoned) || self.seen != credited {
             let until = now + RETURN_WAIT * (1 << self.failures.min(RETURN_DOUBLINGS));
             (self.until, self.seen) = (Some(until), credited);
-            self.deadline.set(self.until);
         }
-        if self.deadline.poll(context).is_ready() {
+        let until = self.until.unwrap_or(now);
+        if now >= until {
             self.until = None;
             self.failures += 1;
             self.not_before = stream.sending.sent();
             return Poll::Ready(false);
         }
         stream.writer.register(context);
+        waiting.begin(session, WaitsFor::Return(until), context);
         Poll::Pending
     }
 }

@@ -129,7 +129,7 @@ impl<'a> Send<'a> {
             ready!(self.half.0.poll_room(context))?;
             let Some(mut chain) = self.chain.take() else { break };
             if !is_shared {
-                chain = self.half.0.move_to_memory(chain)?;
+                chain = self.half.0.move_to_memory(chain, context)?;
             }
             if !chain.is_shared() {
                 self.half.0.fall_back();
@@ -142,7 +142,8 @@ impl<'a> Send<'a> {
     }
 
     fn poll_socket(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
-        ready!(self.half.0.poll_socket_room(context))?;
+        let len = self.chain.as_ref().map_or(0, Chain::len);
+        ready!(self.half.0.poll_socket_room(context, len))?;
         if let Some(chain) = self.chain.take() {
             self.half.0.send_whole_over_socket(&chain.into_bytes());
         }

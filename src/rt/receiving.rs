@@ -226,6 +226,7 @@ impl SessionInner {
         let stream = self.streams.borrow().get(id).cloned();
         match stream {
             Some(stream) => {
+                self.note_socket_taken(stream.sending.take_socket_cost());
                 how(stream.life());
                 self.wake_reader(&stream);
                 stream.writer.wake();

@@ -16,6 +16,10 @@ pub(super) enum WaitsFor {
     Memory(Option<Instant>),
     /// The socket, which takes no more now.
     Socket,
+    /// The peer's reader, to come back to shared memory, until this time.
+    Return(Instant),
+    /// The peer's readers, who have left too much of the socket unread.
+    Readers,
 }
 
 /// The present wait. Whoever owns it ends it before it goes.
@@ -33,7 +37,11 @@ impl SendWait {
             self.end(session);
         }
         let (_, registration) = self.present.get_or_insert_with(|| (what, Registration::default()));
-        let deadline = if let WaitsFor::Memory(until) = what { until } else { None };
+        let deadline = match what {
+            WaitsFor::Memory(until) => until,
+            WaitsFor::Return(until) => Some(until),
+            WaitsFor::Room | WaitsFor::Socket | WaitsFor::Readers => None,
+        };
         waiting(session, what).register(registration, context, deadline);
     }
 
@@ -56,5 +64,7 @@ fn waiting(session: &SessionInner, what: WaitsFor) -> &WakerList {
         WaitsFor::Room => &session.lanes.queue_waiting,
         WaitsFor::Memory(_) => &session.lanes.pool_waiting,
         WaitsFor::Socket => session.outbox().waiting(),
+        WaitsFor::Return(_) => &session.credit.returning,
+        WaitsFor::Readers => &session.credit.budget_waiting,
     }
 }

@@ -143,6 +143,7 @@ impl SessionInner {
 
     fn end_stream(self: &Rc<Self>, stream: &StreamInner, tell: impl FnOnce(Path)) {
         self.note_unread(stream.discard());
+        self.note_socket_taken(stream.sending.take_socket_cost());
         let on_close = stream.life().close();
         self.wake_reader(stream);
         stream.writer.wake();

@@ -173,6 +173,8 @@ impl SessionInner {
             stream.writer.wake();
         }
         self.lanes.queue_waiting.wake_all();
+        self.credit.budget_waiting.wake_all();
+        self.credit.returning.wake_all();
         self.lanes.pool_waiting.wake_all();
         self.accepts.waiting.wake_all();
         self.inbox.paused.wake_all();

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use futures_lite::AsyncWrite;
 
+use super::credit::SHORT_MESSAGE;
 use super::deadline::Deadline;
 use super::fallback::{ComingBack, PoolWait};
 use super::lending::{Alloc, Send};
@@ -292,7 +293,7 @@ impl WriteHalf {
     fn poll_return(&mut self, context: &mut Context<'_>) -> Poll<Result<Path>> {
         let session = self.session.inner();
         let attempts = self.coming_back.get_or_insert_default();
-        match attempts.poll(session, &self.inner, context) {
+        match attempts.poll(session, &self.inner, &mut self.waiting, context) {
             Poll::Ready(true) => {
                 self.coming_back = None;
                 self.inner.life().return_to_memory();
@@ -318,14 +319,32 @@ impl WriteHalf {
             let session = self.session.inner();
             // Before any slice is taken: only an active session comes to rest again and gives back.
             session.activate();
-            let allocated = session.lanes.manager.allocate(len, false);
-            if let Some(chain) = allocated.map_err(|error| session.broken(error))? {
-                return Poll::Ready(Ok(Loan { chain }));
+            if !session.lanes.manager.is_short() || self.may_use_reserve(context, len) {
+                let allocated = session.lanes.manager.allocate(len, false);
+                if let Some(chain) = allocated.map_err(|error| session.broken(error))? {
+                    return Poll::Ready(Ok(Loan { chain }));
+                }
             }
             ready!(self.poll_pool(context))?;
         }
         let manager = Rc::clone(&self.session().lanes.manager);
         Poll::Ready(Ok(Loan { chain: Chain::private(manager, len) }))
+    }
+
+    /// Little memory is free. It is for short messages of streams whose readers have taken
+    /// everything, so that those who do not read hold up themselves only.
+    #[cold]
+    fn may_use_reserve(&self, context: &Context<'_>, len: usize) -> bool {
+        let session = self.session();
+        if !session.credit.is_known() {
+            return true;
+        }
+        if !self.inner.sending.is_all_taken() {
+            session.ask_for_credit(&self.inner);
+            self.inner.writer.register(context);
+            return false;
+        }
+        len <= session.lanes.manager.smallest_slice()
     }
 
     /// Sends a chain if nothing has to be waited for; otherwise gives it back.
@@ -439,7 +458,14 @@ impl WriteHalf {
     ) -> Poll<Result<Option<usize>>> {
         ready!(self.poll_room(context))?;
         let manager = &self.session().lanes.manager;
-        let written = manager.write_message(parts, len.min(WRITE_AT_MOST));
+        let mut len = len.min(WRITE_AT_MOST);
+        if manager.is_short() && self.session().credit.is_known() {
+            len = len.min(manager.smallest_slice());
+            if !self.may_use_reserve(context, len) {
+                return self.poll_pool(context).map_ok(|()| None);
+            }
+        }
+        let written = manager.write_message(parts, len);
         let written = written.map_err(|error| self.session().broken(error))?;
         let Some(parcel) = written else {
             return self.poll_pool(context).map_ok(|()| None);
@@ -471,12 +497,15 @@ impl WriteHalf {
     /// Puts a message into slices that was written into private memory, now that there are some.
     /// Gives it as it is if there are not.
     #[cold]
-    pub(super) fn move_to_memory(&self, chain: Chain) -> Result<Chain> {
+    pub(super) fn move_to_memory(&self, chain: Chain, context: &Context<'_>) -> Result<Chain> {
         let session = self.session();
         if !chain.is_of(&session.lanes.manager) {
             return Err(Error::ForeignLoan);
         }
         session.activate();
+        if session.lanes.manager.is_short() && !self.may_use_reserve(context, chain.len()) {
+            return Ok(chain);
+        }
         let slices = session.lanes.manager.allocate(chain.len(), false);
         let Some(mut slices) = slices.map_err(|error| session.broken(error))? else {
             return Ok(chain);
@@ -499,8 +528,11 @@ impl WriteHalf {
         bytes: &[u8],
         at_most: usize,
     ) -> Poll<Result<usize>> {
-        ready!(self.poll_socket_room(context))?;
-        let count = bytes.len().min(at_most);
+        let mut count = bytes.len().min(at_most);
+        if self.session().is_socket_budget_spent() {
+            count = count.min(SHORT_MESSAGE);
+        }
+        ready!(self.poll_socket_room(context, count))?;
         self.send_over_socket(&bytes[..count]);
         Poll::Ready(Ok(count))
     }
@@ -519,11 +551,15 @@ impl WriteHalf {
     fn send_over_socket(&self, piece: &[u8]) {
         self.session().send_fallback(self.inner.id(), piece, EventState::Open);
         self.inner.note_known_to_peer();
-        self.inner.sending.note_sent_over_socket(piece.len() as u64);
+        self.session().note_sent_over_socket(&self.inner, piece.len());
     }
 
     /// Waits until a message of this stream may go over the socket.
-    pub(super) fn poll_socket_room(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
+    pub(super) fn poll_socket_room(
+        &mut self,
+        context: &mut Context<'_>,
+        len: usize,
+    ) -> Poll<Result<()>> {
         self.check_open()?;
         let session = self.session.inner();
         if !session.has_window(&self.inner) {
@@ -532,6 +568,13 @@ impl WriteHalf {
             if self.inner.writer.register(context) {
                 session.counters.window_full.add(1);
             }
+            return self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed));
+        }
+        if !session.has_socket_budget(&self.inner, len) {
+            session.activate();
+            session.ask_for_credit(&self.inner);
+            self.inner.writer.register(context);
+            self.waiting.begin(session, WaitsFor::Readers, context);
             return self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed));
         }
         if session.outbox().is_full() {

@@ -167,6 +167,25 @@ impl Classes {
     }
 }
 
+/// One part in so many of a side's lists is kept for streams whose readers read.
+const RESERVE_SHARE: u64 = 8;
+
+impl Classes {
+    /// Whether less is free of the lists that this side takes from than is to be kept.
+    pub(super) fn is_short<M: Memory>(&self, memory: &M) -> bool {
+        let (mut free, mut total) = (0, 0);
+        for class in &self.classes {
+            let (list, len) = (class.list(), u64::from(class.slice_capacity));
+            let capacity = u64::from(list.capacity());
+            // What the peer makes of the size is worth no more than the list.
+            let spare = u64::try_from(list.free(memory)).unwrap_or(0) + class.magazine.len() as u64;
+            free += len * spare.min(capacity);
+            total += len * capacity;
+        }
+        free < total / RESERVE_SHARE
+    }
+}
+
 impl Class {
     fn new<M: Memory>(
         memory: &M,

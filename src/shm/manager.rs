@@ -81,6 +81,8 @@ pub(crate) struct BufferManager<M = Region> {
     held: Cell<u32>,
     /// Whether slices go past the magazines.
     is_resting: Cell<bool>,
+    /// Whether less was free than is to be kept when it was last looked at.
+    is_short: Cell<bool>,
 }
 
 impl<M: Memory> BufferManager<M> {
@@ -128,6 +130,7 @@ impl<M: Memory> BufferManager<M> {
             alarm: RefCell::new(None),
             held: Cell::new(0),
             is_resting: Cell::new(false),
+            is_short: Cell::new(false),
         }))
     }
 
@@ -331,6 +334,23 @@ impl<M: Memory> BufferManager<M> {
         self.classes.iter().any(|class| class.has_spare(&*self.memory))
     }
 
+    /// Whether so little is free that it is for small messages of streams whose readers read.
+    #[inline]
+    pub(crate) fn is_short(&self) -> bool {
+        self.is_short.get() && self.look_whether_short()
+    }
+
+    #[cold]
+    fn look_whether_short(&self) -> bool {
+        self.is_short.set(self.classes.is_short(&*self.memory));
+        self.is_short.get()
+    }
+
+    /// How much the smallest slices hold.
+    pub(crate) fn smallest_slice(&self) -> usize {
+        self.classes.iter().next().map_or(0, |class| class.slice_capacity as usize)
+    }
+
     #[inline]
     fn take_from(&self, class: &Class) -> Result<Option<SliceId>, MemoryError> {
         if class.magazine.is_empty() {
@@ -358,6 +378,7 @@ impl<M: Memory> BufferManager<M> {
             entry.set(offset, 0, 0);
             class.magazine.push(id);
         }
+        self.look_whether_short();
         Ok(())
     }
 
