@@ -253,6 +253,8 @@ impl ConfigBuilder {
     }
 
     /// Events in each IO queue: a multiple of 16, from 16 to 16 777 216. Default: 8192.
+    ///
+    /// A peer that creates the memory may choose any other number, as shmipc-go does.
     pub fn queue_capacity(mut self, events: u32) -> Self {
         self.config.queue_capacity = events;
         self
@@ -453,6 +455,11 @@ impl ConfigBuilder {
     /// the limit the socket is not read until readers catch up. One message of up to
     /// [`max_message_len`](Self::max_message_len) that has come in part is not counted. Default:
     /// 64 MiB.
+    ///
+    /// A peer of this crate does not let it come to that: its streams whose readers are behind have
+    /// a quarter of this together, by its own configuration, so take the same on both sides. Another
+    /// implementation has no credit to go by. Its streams wait for each other beyond this, those
+    /// that are read too; nothing of what it sent is thrown away.
     pub fn max_unread_fallback_bytes(mut self, bytes: usize) -> Self {
         self.config.limits.unread_fallback_bytes = bytes;
         self

@@ -238,7 +238,7 @@ mod tests {
     fn the_socket_is_left_when_all_of_it_was_taken() {
         let window = SendWindow::default();
         window.note_sent(10);
-        window.note_sent_over_socket(5);
+        window.note_sent_over_socket(5, 133);
         assert!(!window.is_socket_done());
         window.credit(14);
         assert!(!window.is_socket_done());
@@ -319,7 +319,7 @@ mod tests {
                     prop_assert!(sender.is_socket_done());
                 }
                 if over_socket {
-                    sender.note_sent_over_socket(size);
+                    sender.note_sent_over_socket(size, size + 128);
                 } else {
                     sender.note_sent(size);
                 }

@@ -63,6 +63,10 @@ impl SessionInner {
         let must_ring = {
             let mut producer = self.lanes.producer.borrow_mut();
             producer.publish();
+            if producer.unpublished() > 0 {
+                // It waits for the peer to sleep. The next turn tries again.
+                self.lanes.must_look.set(true);
+            }
             // A peer that looks from time to time is never woken.
             let is_woken = !matches!(self.doorbell(), Doorbell::Polling(_));
             is_woken && (producer.must_ring() || self.doorbell().take_owed())

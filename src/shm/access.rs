@@ -16,7 +16,8 @@ use super::region::Region;
 
 /// Shared memory as the algorithms see it.
 ///
-/// All offsets are in bytes from the start. 32-bit fields stand at multiples of four.
+/// All offsets are in bytes from the start. 32-bit fields stand at multiples of four, or on x86-64
+/// anywhere, if those that are exchanged stay inside one cache line ([`is_exchangeable`]).
 pub(crate) trait Memory {
     fn len(&self) -> usize;
 
@@ -38,8 +39,8 @@ pub(crate) trait Memory {
     fn load_u8(&self, at: usize, order: Ordering) -> u8;
     fn store_u8(&self, at: usize, value: u8, order: Ordering);
 
-    /// An 8-byte load with acquire ordering. On x86-64 the offset needs only to be inside one cache
-    /// line (the packed queue layout), elsewhere it is a multiple of eight.
+    /// An 8-byte load with acquire ordering, at a multiple of four. In one go if it
+    /// [can be](is_one_access), and in halves otherwise ([`load_halves`]).
     fn load_i64(&self, at: usize) -> i64;
     /// An 8-byte store with release ordering, under the same rule.
     fn store_i64(&self, at: usize, value: i64);
@@ -92,6 +93,22 @@ impl Region {
         // SAFETY: inside and mapped, checked by `pointer`; nobody else reads or writes, promised by
         // the caller.
         unsafe { std::slice::from_raw_parts_mut(self.pointer(at, len), len) }
+    }
+
+    /// For 32-bit fields that are not at a multiple of four.
+    #[cold]
+    #[inline(never)]
+    fn odd_pointer(&self, at: usize) -> *mut u32 {
+        assert!(ODD_FIELDS, "misaligned 32-bit field at {at}");
+        self.pointer(at, 4).cast()
+    }
+
+    /// The same for one that is exchanged.
+    #[cold]
+    #[inline(never)]
+    fn exchanged_pointer(&self, at: usize) -> *mut u32 {
+        assert!(is_exchangeable(at), "a lock on the field at {at} would split");
+        self.odd_pointer(at)
     }
 
     #[inline(always)]
@@ -166,6 +183,59 @@ pub(crate) const fn is_one_access(at: usize) -> bool {
     if cfg!(all(target_arch = "x86_64", not(miri))) { at % 64 <= 56 } else { at.is_multiple_of(8) }
 }
 
+/// Whether 32-bit fields may stand where they are not aligned. Other machines than x86-64 have no
+/// such accesses that are atomic.
+pub(crate) const ODD_FIELDS: bool = cfg!(all(target_arch = "x86_64", not(miri)));
+
+/// Whether a 32-bit field at `at` can be exchanged: a lock that crosses a cache line stops every
+/// processor of the machine, and may be answered with a signal.
+pub(crate) const fn is_exchangeable(at: usize) -> bool {
+    at.is_multiple_of(4) || ODD_FIELDS && at % 64 <= 60
+}
+
+/// How often a field is read again whose upper half has changed meanwhile. An honest peer changes
+/// it once in 2^32 events.
+const HALVES_TRIES: usize = 16;
+
+/// Reads an 8-byte field whose halves are in two cache lines: the upper one, the lower one, and the
+/// upper one again, until it has not changed.
+///
+/// While the writer carries into the upper half, what is read may be neither the old value nor the
+/// new one; whoever reads an index checks it, and looks again.
+#[cold]
+#[inline(never)]
+pub(crate) fn load_halves<M: Memory>(memory: &M, at: usize) -> i64 {
+    let (lower_at, upper_at) = halves(at);
+    // Acquire, pairs with the release stores of the halves.
+    let load = |at| memory.load_u32(at, Ordering::Acquire);
+    let mut upper = load(upper_at);
+    let mut lower = 0;
+    for _ in 0..HALVES_TRIES {
+        lower = load(lower_at);
+        let again = load(upper_at);
+        if again == upper {
+            break;
+        }
+        upper = again;
+    }
+    (u64::from(upper) << 32 | u64::from(lower)).cast_signed()
+}
+
+/// Writes such a field, the lower half first: in between it is too small and never too large.
+#[cold]
+#[inline(never)]
+pub(crate) fn store_halves<M: Memory>(memory: &M, at: usize, value: i64) {
+    let (lower_at, upper_at) = halves(at);
+    let value = value.cast_unsigned();
+    // Release, pairs with the acquire loads of the halves.
+    memory.store_u32(lower_at, value as u32, Ordering::Release);
+    memory.store_u32(upper_at, (value >> 32) as u32, Ordering::Release);
+}
+
+const fn halves(at: usize) -> (usize, usize) {
+    if cfg!(target_endian = "little") { (at, at + 4) } else { (at + 4, at) }
+}
+
 impl Memory for Region {
     #[inline(always)]
     fn len(&self) -> usize {
@@ -179,36 +249,60 @@ impl Memory for Region {
 
     #[inline(always)]
     fn load_u32(&self, at: usize, order: Ordering) -> u32 {
+        if !at.is_multiple_of(4) {
+            return odd::load(self.odd_pointer(at));
+        }
         self.u32(at).load(order)
     }
 
     #[inline(always)]
     fn store_u32(&self, at: usize, value: u32, order: Ordering) {
+        if !at.is_multiple_of(4) {
+            return odd::store(self.odd_pointer(at), value, order);
+        }
         self.u32(at).store(value, order);
     }
 
     #[inline(always)]
     fn swap_u32(&self, at: usize, value: u32, order: Ordering) -> u32 {
+        if !at.is_multiple_of(4) {
+            return odd::swap(self.exchanged_pointer(at), value);
+        }
         self.u32(at).swap(value, order)
     }
 
     #[inline(always)]
     fn fetch_add_u32(&self, at: usize, value: u32, order: Ordering) -> u32 {
+        if !at.is_multiple_of(4) {
+            return odd::fetch_add(self.exchanged_pointer(at), value);
+        }
         self.u32(at).fetch_add(value, order)
     }
 
     #[inline(always)]
     fn compare_exchange_u32(&self, at: usize, current: u32, new: u32) -> Result<u32, u32> {
+        if !at.is_multiple_of(4) {
+            return odd::compare_exchange(self.exchanged_pointer(at), current, new);
+        }
         self.u32(at).compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
     }
 
     #[inline(always)]
     fn load_words<const N: usize>(&self, at: usize) -> [u32; N] {
+        if !at.is_multiple_of(4) {
+            return std::array::from_fn(|index| odd::load(self.odd_pointer(at + 4 * index)));
+        }
         self.words(at).each_ref().map(|word| word.load(Ordering::Relaxed))
     }
 
     #[inline(always)]
     fn store_words<const N: usize>(&self, at: usize, words: [u32; N]) {
+        if !at.is_multiple_of(4) {
+            for (index, word) in words.into_iter().enumerate() {
+                odd::store(self.odd_pointer(at + 4 * index), word, Ordering::Relaxed);
+            }
+            return;
+        }
         for (field, word) in self.words::<N>(at).iter().zip(words) {
             field.store(word, Ordering::Relaxed);
         }
@@ -226,13 +320,17 @@ impl Memory for Region {
 
     #[inline(always)]
     fn load_i64(&self, at: usize) -> i64 {
-        assert!(is_one_access(at), "8-byte field at {at} would be torn");
+        if !is_one_access(at) {
+            return load_halves(self, at);
+        }
         packed::load(self.pointer(at, 8).cast())
     }
 
     #[inline(always)]
     fn store_i64(&self, at: usize, value: i64) {
-        assert!(is_one_access(at), "8-byte field at {at} would be torn");
+        if !is_one_access(at) {
+            return store_halves(self, at, value);
+        }
         packed::store(self.pointer(at, 8).cast(), value);
     }
 
@@ -329,6 +427,95 @@ mod packed {
     pub(super) fn store(pointer: *mut i64, value: i64) {
         // SAFETY: as in `load`.
         unsafe { AtomicI64::from_ptr(pointer) }.store(value, Ordering::Release);
+    }
+}
+
+/// 32-bit accesses at any offset, which no Rust atomic may do.
+///
+/// A field inside one cache line is read and written in one go. One that crosses two may be torn;
+/// it is one that nobody writes while another reads it, or one that is checked.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+mod odd {
+    use std::arch::asm;
+    use std::sync::atomic::Ordering;
+
+    pub(super) fn load(pointer: *const u32) -> u32 {
+        let value;
+        // SAFETY: the bytes are mapped (checked by `Region::pointer`); a load acquires. Without
+        // `nomem` and `readonly` the compiler moves no other access over it.
+        unsafe {
+            asm!("mov {value:e}, dword ptr [{pointer}]",
+                value = out(reg) value, pointer = in(reg) pointer,
+                options(nostack, preserves_flags));
+        }
+        value
+    }
+
+    pub(super) fn store(pointer: *mut u32, value: u32, _: Ordering) {
+        // SAFETY: as in `load`; a store releases on x86-64. No caller asks for more.
+        unsafe {
+            asm!("mov dword ptr [{pointer}], {value:e}",
+                value = in(reg) value, pointer = in(reg) pointer,
+                options(nostack, preserves_flags));
+        }
+    }
+
+    pub(super) fn swap(pointer: *mut u32, mut value: u32) -> u32 {
+        // SAFETY: as in `load`, inside one cache line (checked by the caller); an exchange with
+        // memory is locked, and orders everything.
+        unsafe {
+            asm!("xchg dword ptr [{pointer}], {value:e}",
+                value = inout(reg) value, pointer = in(reg) pointer,
+                options(nostack, preserves_flags));
+        }
+        value
+    }
+
+    pub(super) fn fetch_add(pointer: *mut u32, mut value: u32) -> u32 {
+        // SAFETY: as in `swap`.
+        unsafe {
+            asm!("lock xadd dword ptr [{pointer}], {value:e}",
+                value = inout(reg) value, pointer = in(reg) pointer, options(nostack));
+        }
+        value
+    }
+
+    pub(super) fn compare_exchange(pointer: *mut u32, current: u32, new: u32) -> Result<u32, u32> {
+        let found: u32;
+        // SAFETY: as in `swap`.
+        unsafe {
+            asm!("lock cmpxchg dword ptr [{pointer}], {new:e}",
+                new = in(reg) new, pointer = in(reg) pointer, inout("eax") current => found,
+                options(nostack));
+        }
+        if found == current { Ok(found) } else { Err(found) }
+    }
+}
+
+#[cfg(not(all(target_arch = "x86_64", not(miri))))]
+mod odd {
+    use std::sync::atomic::Ordering;
+
+    // `Region::odd_pointer` has panicked: `ODD_FIELDS` is false, and no memory with such fields is
+    // mapped.
+    pub(super) fn load(_: *const u32) -> u32 {
+        unreachable!()
+    }
+
+    pub(super) fn store(_: *mut u32, _: u32, _: Ordering) {
+        unreachable!()
+    }
+
+    pub(super) fn swap(_: *mut u32, _: u32) -> u32 {
+        unreachable!()
+    }
+
+    pub(super) fn fetch_add(_: *mut u32, _: u32) -> u32 {
+        unreachable!()
+    }
+
+    pub(super) fn compare_exchange(_: *mut u32, _: u32, _: u32) -> Result<u32, u32> {
+        unreachable!()
     }
 }
 

@@ -22,7 +22,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::access::Memory;
+use super::access::{Memory, ODD_FIELDS, is_exchangeable};
 use crate::error::MemoryError;
 use crate::wire::layout::{
     FLAG_HAS_NEXT, FLAG_IN_USE, LIST_CAPACITY_OFFSET, LIST_HEAD_OFFSET, LIST_HEADER_LEN,
@@ -122,9 +122,16 @@ impl BufferList {
         if capacity == 0 {
             return field("list capacity", capacity, "a list must hold slices");
         }
-        if slice_capacity == 0 || !slice_capacity.is_multiple_of(4) {
+        if slice_capacity == 0 || !ODD_FIELDS && !slice_capacity.is_multiple_of(4) {
             let problem = "headers behind such slices would be misaligned";
             return field("slice capacity", slice_capacity, problem);
+        }
+        // Whose size is not divisible by four may stand anywhere, and so may the lists behind them.
+        let exchanged = [LIST_SIZE_OFFSET, LIST_HEAD_OFFSET, LIST_TAIL_OFFSET];
+        if exchanged.iter().any(|&at| !is_exchangeable(header + at)) {
+            // Fits: the whole memory does.
+            let problem = "a field that both sides change would cross a cache line";
+            return field("place of a list header", header as u32, problem);
         }
         // Two large numbers of the peer's: their product may be the largest that there is.
         let needed = list_len(capacity, slice_capacity).saturating_add(header as u64);
@@ -513,7 +520,7 @@ mod tests {
             // In 32 bits this many slices would come out at the right length again.
             (LIST_CAPACITY_OFFSET, u32::MAX / stride + 2, "a buffer list"),
             (LIST_SLICE_CAPACITY_OFFSET, 0, "slice capacity"),
-            (LIST_SLICE_CAPACITY_OFFSET, 63, "slice capacity"),
+            (LIST_SLICE_CAPACITY_OFFSET, 63, "list tail"),
             (LIST_SLICE_CAPACITY_OFFSET, u32::MAX - 3, "a buffer list"),
             (LIST_SLICE_CAPACITY_OFFSET, u32::MAX - 19, "a buffer list"),
         ];

@@ -10,6 +10,23 @@
 //! Events and indices are published apart: [`Producer::push`] and [`Consumer::pop`] work on private
 //! indices, `publish` stores them, so that a batch costs one store.
 //!
+//! # Indices in two cache lines
+//!
+//! shmipc-go takes a queue capacity of any size. With one that is 2 or 8 modulo 16 an index of the
+//! second queue has its halves in two cache lines, and no processor reads or writes it in one go.
+//! Only the carry into the upper half, once in 2^32 events, can be seen half done.
+//!
+//! - What this side reads, it reads upper, lower, upper; what is out of range is read again before
+//!   it counts as wrong.
+//! - The tail that this side writes carries only while the peer has drained the queue and sleeps
+//!   ([`Producer::publish`]).
+//! - The head that this side writes: lower half first, so that a peer that reads in between sees a
+//!   queue that is full for a moment. What remains is a peer that reads the lower half before and
+//!   the upper half after both stores: it sees room that is not there if the queue is full at that
+//!   moment, and writes over events that were not taken.
+//!
+//! As creator this side refuses such capacities.
+//!
 //! # The working flag
 //!
 //! It belongs to the consumer, and means that somebody is draining. The argument that no wake-up
@@ -25,6 +42,12 @@ use super::access::{Memory, is_one_access};
 use crate::error::MemoryError;
 use crate::wire::event::{EVENT_LEN, Event};
 use crate::wire::layout::{QUEUE_HEADER_LEN, QueueLayout, queue_len, queue_memory_len};
+
+/// How often an index is read again that may have been read in the middle of a carry.
+const CARRY_TRIES: usize = 1000;
+
+/// How often in a row a peer has to be seen asleep before the tail carries.
+const CARRY_LOOKS: u32 = 1000;
 
 /// Indices above this are refused: no honest session gets there in a thousand years, and below it
 /// no sum of an index and a capacity can wrap.
@@ -99,14 +122,16 @@ fn map_ring<M: Memory>(
         return Err(field("the memory does not hold that many events"));
     }
     let (head_at, tail_at) = (base + layout.head_offset(), base + layout.tail_offset());
-    if !is_one_access(head_at) || !is_one_access(tail_at) {
-        return Err(field("its indices would cross a cache line"));
-    }
     let head = memory.load_i64(head_at);
     let tail = memory.load_i64(tail_at);
     check_index("head", head, 0, INDEX_LIMIT)?;
     check_index("tail", tail, head, head + i64::from(capacity))?;
     Ok((Ring::new(memory, base, capacity, layout), tail, head))
+}
+
+/// The next tail that has another upper half.
+const fn next_carry(tail: i64) -> i64 {
+    ((tail >> 32) + 1) << 32
 }
 
 fn check_index(index: &'static str, value: i64, low: i64, high: i64) -> Result<(), MemoryError> {
@@ -137,6 +162,36 @@ impl<M: Memory> Ring<M> {
             tail: base + layout.tail_offset(),
             slots: base + QUEUE_HEADER_LEN,
         }
+    }
+
+    /// An index of the peer's, if it is in its range.
+    #[inline]
+    fn checked(
+        &self,
+        index: &'static str,
+        value: i64,
+        low: i64,
+        high: i64,
+    ) -> Result<i64, MemoryError> {
+        if (low..=high).contains(&value) { Ok(value) } else { self.look_again(index, low, high) }
+    }
+
+    /// An index that crosses a cache line may have been read while the peer carried into its upper
+    /// half. Another is as it is.
+    #[cold]
+    #[inline(never)]
+    fn look_again(&self, index: &'static str, low: i64, high: i64) -> Result<i64, MemoryError> {
+        let at = if index == "head" { self.head } else { self.tail };
+        let mut value = self.memory.load_i64(at);
+        for _ in 0..if is_one_access(at) { 0 } else { CARRY_TRIES } {
+            if (low..=high).contains(&value) {
+                break;
+            }
+            self.memory.relax();
+            value = self.memory.load_i64(at);
+        }
+        check_index(index, value, low, high)?;
+        Ok(value)
     }
 
     #[inline]
@@ -170,12 +225,17 @@ pub(crate) struct Producer<M> {
     /// The peer's head as last read; the true one may be further.
     known_head: i64,
     slot: u32,
+    /// The tail that is the next to carry into its upper half, if the halves are in two lines.
+    carry: i64,
+    /// How often in a row the peer was seen asleep since the carry is due.
+    carry_looks: u32,
 }
 
 impl<M: Memory> Producer<M> {
     fn starting_at(ring: Ring<M>, tail: i64, head: i64) -> Self {
         let slot = ring.slot_of(tail);
-        Self { ring, tail, published: tail, known_head: head, slot }
+        let carry = if is_one_access(ring.tail) { i64::MAX } else { next_carry(tail) };
+        Self { ring, tail, published: tail, known_head: head, slot, carry, carry_looks: 0 }
     }
 
     /// Puts an event behind the others, unpublished. `Ok(false)`: the queue is full.
@@ -201,7 +261,7 @@ impl<M: Memory> Producer<M> {
         // Acquire, pairs with the release store of the head in the peer's `Consumer::publish`: the
         // peer has read the slots that it gives up.
         let head = self.ring.memory.load_i64(self.ring.head);
-        check_index("head", head, self.known_head, self.published)?;
+        let head = self.ring.checked("head", head, self.known_head, self.published)?;
         self.known_head = head;
         Ok(self.tail - head >= capacity)
     }
@@ -216,11 +276,34 @@ impl<M: Memory> Producer<M> {
     #[inline]
     pub(crate) fn publish(&mut self) {
         if self.unpublished() > 0 {
+            if self.tail >= self.carry && !self.may_carry() {
+                return;
+            }
             // Release, pairs with the acquire load of the tail in the peer's `Consumer::pop`: the
             // events, and the slices they name, are written before.
             self.ring.memory.store_i64(self.ring.tail, self.tail);
             self.published = self.tail;
         }
+    }
+
+    /// Whether a tail whose halves are in two cache lines may carry into the upper one: only while
+    /// the peer has drained the queue and sleeps. A peer that read the halves meanwhile, in the
+    /// other order, would see 2^32 events too many. It is woken when the tail is there.
+    ///
+    /// What is behind the carry waits until then, unpublished.
+    #[cold]
+    fn may_carry(&mut self) -> bool {
+        // It looks at the queue once more after it has said that it sleeps, so this looks for a
+        // while that it stays so.
+        let is_asleep = self.ring.memory.load_u32(self.ring.flag, Ordering::Acquire) == 0;
+        let has_drained = self.in_flight().is_ok_and(|(_, count)| count == 0);
+        self.carry_looks = if is_asleep && has_drained { self.carry_looks + 1 } else { 0 };
+        if self.carry_looks < CARRY_LOOKS {
+            return false;
+        }
+        self.carry_looks = 0;
+        self.carry = next_carry(self.tail);
+        true
     }
 
     /// Whether the peer sleeps and must be woken, by a SyncEvent or an eventfd. True once per
@@ -252,7 +335,7 @@ impl<M: Memory> Producer<M> {
     pub(crate) fn in_flight(&mut self) -> Result<(i64, u32), MemoryError> {
         // Acquire, as in `is_full`.
         let head = self.ring.memory.load_i64(self.ring.head);
-        check_index("head", head, self.known_head, self.published)?;
+        let head = self.ring.checked("head", head, self.known_head, self.published)?;
         self.known_head = head;
         // At most the capacity, by the check.
         Ok((head, (self.published - head) as u32))
@@ -344,7 +427,7 @@ impl<M: Memory> Consumer<M> {
         }
         // The slots up to the published head are the producer's; beyond it must not have written.
         let high = self.published + i64::from(self.ring.capacity);
-        check_index("tail", tail, self.known_tail, high.min(INDEX_LIMIT))?;
+        let tail = self.ring.checked("tail", tail, self.known_tail, high.min(INDEX_LIMIT))?;
         self.known_tail = tail;
         Ok(self.head != tail)
     }
@@ -571,20 +654,145 @@ mod tests {
         }
     }
 
-    #[test]
-    #[cfg(all(target_arch = "x86_64", not(miri)))]
-    fn a_capacity_that_tears_an_index_is_refused() {
-        // The second queue starts at 24 + 12 * capacity; there, a head at 60 or a tail at 60 of a
-        // cache line is in two lines.
-        for capacity in [8u32, 2, 24, 18] {
-            let memory = Rc::new(Region::heap(queues_len(capacity)));
-            for base in [0, queues_len(capacity) / 2] {
-                memory.store_u32(base, capacity, Ordering::Relaxed);
-            }
-            let mapped = map(&memory, QueueLayout::PackedX86).map(drop);
-            let error = mapped.unwrap_err();
-            assert!(error.to_string().contains("cross a cache line"), "{error}");
+    /// A memory as shmipc-go lays it out, whatever its capacity, with indices that start here.
+    fn peers_memory(capacity: u32, layout: QueueLayout, start: i64) -> Rc<Region> {
+        let memory = Rc::new(Region::heap(queues_len(capacity)));
+        for base in [0, queues_len(capacity) / 2] {
+            memory.store_u32(base, capacity, Ordering::Relaxed);
+            memory.store_i64(base + layout.head_offset(), start);
+            memory.store_i64(base + layout.tail_offset(), start);
         }
+        memory
+    }
+
+    /// The client's ends of a memory that [`map`] takes the server's ends of.
+    fn client_ends(memory: &Rc<Region>, layout: QueueLayout) -> Ends {
+        let half = memory.len() / 2;
+        let (sending, tail, head) = map_ring(memory, layout, 0, half).unwrap();
+        let (receiving, other_tail, own_head) = map_ring(memory, layout, half, half).unwrap();
+        (
+            Producer::starting_at(sending, tail, head),
+            Consumer::starting_at(receiving, own_head, other_tail),
+        )
+    }
+
+    #[test]
+    fn queues_of_every_capacity_work_in_both_directions() {
+        for layout in LAYOUTS {
+            for capacity in (1..=64).chain([200, 1000, 5000, 65_535]) {
+                // Through the carry, if it does not have to be waited for.
+                for start in [0, (1 << 32) - 2 * i64::from(capacity)] {
+                    let memory = peers_memory(capacity, layout, start);
+                    let mut server = map(&memory, layout).unwrap();
+                    let mut client = client_ends(&memory, layout);
+                    let (mut sent, mut received) = (0, 0);
+                    while received < 3 * capacity {
+                        while sent < 3 * capacity && server.0.push(event(sent)).unwrap() {
+                            sent += 1;
+                        }
+                        // Asleep, the peer lets the tail carry sooner or later.
+                        for _ in 0..=CARRY_LOOKS {
+                            server.0.publish();
+                            if server.0.unpublished() == 0 {
+                                break;
+                            }
+                        }
+                        while let Some(came) = pop(&mut client.1).unwrap() {
+                            assert_eq!(came, event(received), "{capacity} {layout:?}");
+                            received += 1;
+                        }
+                        client.1.publish();
+                    }
+                    for number in 0..capacity {
+                        assert!(client.0.push(event(number)).unwrap());
+                    }
+                    client.0.publish();
+                    for number in 0..capacity {
+                        assert_eq!(pop(&mut server.1).unwrap(), Some(event(number)));
+                    }
+                }
+            }
+        }
+    }
+
+    /// A capacity with which the second queue's tail is in two lines in the packed layout, and one
+    /// that is so in the aligned layout where fields must be aligned.
+    fn torn_tail() -> Option<(u32, QueueLayout)> {
+        LAYOUTS.into_iter().find_map(|layout| {
+            let is_torn =
+                |&capacity: &u32| !is_one_access(queues_len(capacity) / 2 + layout.tail_offset());
+            (1..64).find(is_torn).map(|capacity| (capacity, layout))
+        })
+    }
+
+    #[test]
+    fn a_tail_in_two_lines_carries_only_while_the_peer_sleeps() {
+        let (capacity, layout) = torn_tail().unwrap();
+        let memory = peers_memory(capacity, layout, (1 << 32) - 1);
+        let mut server = map(&memory, layout).unwrap();
+        let mut client = client_ends(&memory, layout);
+        client.1.set_working();
+        server.0.push(event(1)).unwrap();
+        for _ in 0..10 * CARRY_LOOKS {
+            server.0.publish();
+            assert_eq!(server.0.unpublished(), 1, "the peer is awake");
+        }
+        assert_eq!(pop(&mut client.1).unwrap(), None);
+        assert!(client.1.try_sleep().unwrap());
+        for _ in 0..CARRY_LOOKS {
+            assert_eq!(server.0.unpublished(), 1);
+            server.0.publish();
+        }
+        assert_eq!(server.0.unpublished(), 0);
+        assert!(server.0.must_ring());
+        assert_eq!(pop(&mut client.1).unwrap(), Some(event(1)));
+        // The next one is far away.
+        server.0.push(event(2)).unwrap();
+        server.0.publish();
+        assert_eq!(pop(&mut client.1).unwrap(), Some(event(2)));
+    }
+
+    /// What a reader makes of a field that carries, for every place of the writer's two stores
+    /// among its loads of `order`: 0 is a load of the lower half, 1 of the upper one.
+    fn values_seen(order: &[usize]) -> Vec<i64> {
+        let (old, new) = ([u32::MAX, 0], [0, 1]);
+        let count = order.len();
+        let mut values = Vec::new();
+        for lower_at in 0..=count {
+            for upper_at in lower_at..=count {
+                let mut seen = [0; 2];
+                let mut uppers = Vec::new();
+                for (step, &half) in order.iter().enumerate() {
+                    let written = if half == 0 { lower_at } else { upper_at };
+                    seen[half] = if step < written { old[half] } else { new[half] };
+                    if half == 1 {
+                        uppers.push(seen[1]);
+                    }
+                }
+                // Who reads the upper half twice begins again when it has changed.
+                if uppers.windows(2).all(|pair| pair[0] == pair[1]) {
+                    values.push(i64::from(seen[1]) << 32 | i64::from(seen[0]));
+                }
+            }
+        }
+        values
+    }
+
+    #[test]
+    fn a_carry_that_is_read_half_done_is_never_too_large_for_us_and_can_be_for_others() {
+        let (old, new) = (i64::from(u32::MAX), 1 << 32);
+        // This side: too small, if it is neither. An index below the last is read again.
+        let ours = values_seen(&[1, 0, 1]);
+        assert!(ours.iter().all(|value| [old, new, 0].contains(value)), "{ours:?}");
+        assert!(ours.contains(&0));
+        // A peer that reads the upper half first sees a tail that is too small: nothing to take;
+        // and a head that is too small: a full queue.
+        let upper_first = values_seen(&[1, 0]);
+        assert!(upper_first.iter().all(|&value| value <= new), "{upper_first:?}");
+        // One that reads the lower half first can see 2^32 too many. So the tail carries while
+        // nobody reads it, and for the head this is what remains.
+        let lower_first = values_seen(&[0, 1]);
+        assert!(lower_first.contains(&(new + old)), "{lower_first:?}");
     }
 
     proptest! {

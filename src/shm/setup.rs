@@ -198,6 +198,9 @@ fn check_place_in_set(
 
 #[cfg(test)]
 mod tests {
+    use std::rc::Rc;
+
+    use super::super::manager::BufferManager;
     use super::super::region::Region;
     use super::*;
 
@@ -323,5 +326,52 @@ mod tests {
             let error = map_lists(&memory, sets).map(drop).unwrap_err();
             assert!(matches!(error, MemoryError::Field { what: "list count", .. }));
         }
+    }
+
+    /// The lists of a memory whose slices have these sizes, as a peer lays them out.
+    fn peers_lists(capacities: &[u32]) -> Result<(Rc<Region>, Rc<BufferManager>), MemoryError> {
+        let memory = Rc::new(Region::heap(64 << 10));
+        let mut at = MANAGER_HEADER_LEN;
+        for &capacity in capacities {
+            at = BufferList::create(&*memory, at, 7, capacity).end();
+        }
+        memory.store_u32(MANAGER_LIST_COUNT_OFFSET, capacities.len() as u32, Ordering::Relaxed);
+        let used = (at - MANAGER_HEADER_LEN) as u32;
+        memory.store_u32(MANAGER_USED_LEN_OFFSET, used, Ordering::Relaxed);
+        let manager = BufferManager::map(&memory, ListSets::Shared)?;
+        Ok((memory, manager))
+    }
+
+    #[test]
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    fn slices_of_any_size_are_taken_whose_list_headers_are_in_one_line() {
+        let (mut taken, mut refused) = (0, 0);
+        for first in [1, 2, 3, 63, 64, 65, 1001] {
+            for second in 1002..1070 {
+                // The third list's header stands behind both.
+                let (memory, manager) = match peers_lists(&[first, second, 4099]) {
+                    Ok(mapped) => mapped,
+                    Err(error) => {
+                        assert!(error.to_string().contains("place of a list header"), "{error}");
+                        refused += 1;
+                        continue;
+                    }
+                };
+                taken += 1;
+                let bytes: Vec<u8> = (0..9000_u32).map(|index| index as u8).collect();
+                for len in [1, 60, 1000, 9000] {
+                    let mut chain = manager.allocate(len, false).unwrap().unwrap();
+                    assert_eq!(chain.write(&bytes[..len]), len);
+                    let parcel = chain.into_parcel().unwrap();
+                    let other = BufferManager::map(&memory, ListSets::Shared).unwrap();
+                    let came = other.adopt(parcel.offset).unwrap();
+                    assert!(came.into_bytes() == bytes[..len]);
+                    other.set_resting(true);
+                }
+                manager.set_resting(true);
+                assert!(manager.usage().iter().all(|list| list.free == 7), "{first} {second}");
+            }
+        }
+        assert!(taken > 100 && refused > 10, "{taken} taken, {refused} refused");
     }
 }

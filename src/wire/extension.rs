@@ -13,7 +13,10 @@
 //!   does not know that yet takes it for a close.
 //! - A reader gives [credit](super::EventState::Credit) for what it has taken, and a sender does
 //!   not send more than the reader's window. A sender that had to use the socket goes back to
-//!   shared memory when the reader has taken what went that way.
+//!   shared memory when the reader has taken what went that way. An event of credit for 0 bytes asks
+//!   for the credit that the other side keeps until it is worth an event.
+//! - A client tells of streams that it closed and never used, so that the server need not remember
+//!   that their numbers were passed over.
 //!
 //! Trust: none. A peer that lies about its window deceives itself.
 
