@@ -9,7 +9,7 @@ use std::os::unix::fs::symlink;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use shmipc_glommio::{Error, HandshakeError, MemoryError};
+use shmipc_glommio::{Error, HandshakeError};
 
 use super::bytes::{Bytes, bad_headers, bad_paths, out_of_place_for_a_server};
 use super::due::{IsDue, due};
