@@ -143,7 +143,7 @@ pub(crate) fn bad_lists() -> Vec<Spoilt> {
         (
             "slices of all bytes",
             |memory| memory.change_list(0, |list| list.slice_capacity = u32::MAX),
-            IS_FIELD,
+            IS_SMALL,
         ),
         (
             "slices of nearly all bytes",
