@@ -267,7 +267,7 @@ fn abstract_sockets_carry_every_program_and_leave_no_file() {
     store.line_with(&format!("listening on shm {shm} (2 shards)"));
     store.line_with("ready");
     for target in [["--unix", &unix], ["--shm", &shm]] {
-        let load = [&target[..], &["--requests", "1000", "--depth", "4"]].concat();
+        let load = [&target[..], &["--requests", "200", "--depth", "4"]].concat();
         let output = run("kv_client", &load, Stdio::piped());
         assert!(output.status.success(), "{target:?}: {output:?}");
         let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
