@@ -40,6 +40,8 @@ enum Order {
     Echo(Sender<()>),
     /// Be the client of whoever listens there.
     Connect(PathBuf, Box<Config>),
+    /// Say so, and stand still until the other end is gone.
+    StandStill(Sender<()>, Receiver<()>),
     Stop,
 }
 
@@ -193,6 +195,15 @@ impl Bed {
         self.orders.send(Order::Connect(path.to_owned(), Box::new(config))).unwrap();
     }
 
+    /// Does something while the executor stands still.
+    pub(crate) fn while_it_stands_still<T>(&self, act: impl FnOnce() -> T) -> T {
+        let (stands_there, stands) = mpsc::channel();
+        let (_goes_on, goes_on_there) = mpsc::channel();
+        self.orders.send(Order::StandStill(stands_there, goes_on_there)).unwrap();
+        stands.recv_timeout(DEADLINE).expect("the executor is there");
+        act()
+    }
+
     /// Stops the executor and looks for what bad peers may have left in it.
     pub(crate) fn finish(self) {
         let start = Instant::now();
@@ -283,6 +294,10 @@ impl Host {
                 Ok(Order::Connect(path, config)) => {
                     let call = call(path, *config, self.api, self.fates.clone());
                     glommio::spawn_local(call).detach();
+                }
+                Ok(Order::StandStill(stands, goes_on)) => {
+                    stands.send(()).unwrap();
+                    let _ = goes_on.recv();
                 }
                 Ok(Order::Stop) | Err(TryRecvError::Disconnected) => return,
                 Err(TryRecvError::Empty) => {

@@ -46,33 +46,42 @@ impl Slow {
     }
 
     /// Passes it on, if it can be, and keeps no reference to it, so that the other side has the
-    /// last one. What is kept is what has to be kept for as long as it is to take long.
+    /// last one: it stands still meanwhile, or has not read any of it.
     fn pass(self, to: &UnixStream, bytes: &[u8], flags: MsgFlags) -> Slowness {
-        pass(to, bytes, &[self.socket.as_fd()], flags);
-        self.let_go()
+        let is_sent = pass(to, bytes, &[self.socket.as_fd()], flags);
+        self.let_go(is_sent)
     }
 
-    fn let_go(self) -> Slowness {
+    fn let_go(self, is_sent: bool) -> Slowness {
         let Self { socket, _peer } = self;
-        // Nobody has taken it, or has closed it already: then this is the last one after all.
-        std::thread::spawn(move || drop(socket));
+        if is_sent {
+            drop(socket);
+        } else {
+            // It is the last one, and dropping it would take long here.
+            std::mem::forget(socket);
+        }
         Slowness { _peer }
     }
 }
 
+/// What has to be kept for as long as a close is to take long.
 struct Slowness {
     _peer: TcpStream,
 }
 
-fn pass(to: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>], flags: MsgFlags) {
+/// Whether it was sent.
+fn pass(to: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>], flags: MsgFlags) -> bool {
     let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let control = [ControlMessage::ScmRights(&raw)];
     let parts = [std::io::IoSlice::new(bytes)];
     let flags = flags | MsgFlags::MSG_NOSIGNAL;
     match sendmsg::<()>(to.as_raw_fd(), &parts, &control, flags, None) {
-        Ok(sent) => assert_eq!(sent, bytes.len()),
+        Ok(sent) => {
+            assert_eq!(sent, bytes.len());
+            true
+        }
         // The kernel refuses them, or the other side has gone, or knows nothing out of band.
-        Err(Errno::EPERM | Errno::EPIPE | Errno::ECONNRESET | Errno::EOPNOTSUPP) => {}
+        Err(Errno::EPERM | Errno::EPIPE | Errno::ECONNRESET | Errno::EOPNOTSUPP) => false,
         Err(errno) => panic!("{errno}"),
     }
 }
@@ -103,13 +112,19 @@ fn what_a_client_passes_in_a_handshake_stops_no_core() {
             for flags in [MsgFlags::empty(), MsgFlags::MSG_OOB] {
                 let name = format!("{stage:?}, {flags:?}");
                 let raw = at_stage(bed.path(), stage);
-                slow.push(Slow::new().pass(&raw.socket, &message(EXCHANGE, 3, &[]), flags));
+                let (here, bytes) = (Slow::new(), message(EXCHANGE, 3, &[]));
+                let pass = || here.pass(&raw.socket, &bytes, flags);
+                slow.push(bed.while_it_stands_still(pass));
                 leave(&bed, &name, raw);
             }
             // And then something that a server answers to.
             let raw = at_stage(bed.path(), stage);
-            slow.push(Slow::new().pass(&raw.socket, b"x", MsgFlags::MSG_OOB));
-            (&raw.socket).write_all(&message(EXCHANGE, 3, &[])).ok();
+            let here = Slow::new();
+            slow.push(bed.while_it_stands_still(|| {
+                let here = here.pass(&raw.socket, b"x", MsgFlags::MSG_OOB);
+                (&raw.socket).write_all(&message(EXCHANGE, 3, &[])).ok();
+                here
+            }));
             leave(&bed, "out of band first", raw);
         }
         bed.finish();
@@ -124,25 +139,28 @@ fn what_comes_in_place_of_memory_or_behind_it_stops_no_core() {
         for place in 0..3 {
             let [buffer, queue] = Memory::honest().into_memfds(bed.name());
             let here = Slow::new();
-            let mut fds = vec![buffer.as_fd(), queue.as_fd()];
-            if place < 2 {
-                fds[place] = here.socket.as_fd();
-            } else {
-                fds.push(here.socket.as_fd());
-            }
             let raw = at_stage(bed.path(), Stage::Descriptors);
-            pass(&raw.socket, &[0], &fds, MsgFlags::empty());
-            slow.push(here.let_go());
+            slow.push(bed.while_it_stands_still(|| {
+                let mut fds = vec![buffer.as_fd(), queue.as_fd()];
+                if place < 2 {
+                    fds[place] = here.socket.as_fd();
+                } else {
+                    fds.push(here.socket.as_fd());
+                }
+                let is_sent = pass(&raw.socket, &[0], &fds, MsgFlags::empty());
+                here.let_go(is_sent)
+            }));
             leave(&bed, "among the memory", raw);
         }
         for flags in [MsgFlags::empty(), MsgFlags::MSG_OOB] {
             // Before they are received, there is time for more on any kernel.
             let raw = at_stage(bed.path(), Stage::Descriptors);
-            honest(&raw, bed.name());
-            for _ in 0..3 {
-                let bytes = message(SYNC, 3, &[]);
-                slow.push(Slow::new().pass(&raw.socket, &bytes, flags));
-            }
+            let here: Vec<_> = (0..3).map(|_| Slow::new()).collect();
+            slow.extend(bed.while_it_stands_still(|| {
+                honest(&raw, bed.name());
+                let pass = |here: Slow| here.pass(&raw.socket, &message(SYNC, 3, &[]), flags);
+                here.into_iter().map(pass).collect::<Vec<_>>()
+            }));
             leave(&bed, "behind the memory", raw);
         }
         bed.finish();
@@ -162,10 +180,12 @@ fn what_is_passed_in_a_running_session_stops_no_core() {
                 let mut rig = session();
                 rig.echo(b"honest as yet");
                 rig.wait_for_rest();
-                let bytes = message(SYNC, 3, &[]);
-                for _ in 0..3 {
-                    slow.push(Slow::new().pass(&rig.raw.socket, &bytes, flags));
-                }
+                let here: Vec<_> = (0..3).map(|_| Slow::new()).collect();
+                slow.extend(bed.while_it_stands_still(|| {
+                    let bytes = message(SYNC, 3, &[]);
+                    let pass = |here: Slow| here.pass(&rig.raw.socket, &bytes, flags);
+                    here.into_iter().map(pass).collect::<Vec<_>>()
+                }));
                 leave(&bed, "in a session", rig.raw);
             }
         }
@@ -182,7 +202,9 @@ fn what_a_server_passes_in_a_handshake_stops_no_core() {
         for stage in STAGES {
             for flags in [MsgFlags::empty(), MsgFlags::MSG_OOB] {
                 let raw = server.at_stage(&bed, stage);
-                slow.push(Slow::new().pass(&raw.socket, &message(EXCHANGE, 3, &[]), flags));
+                let (here, bytes) = (Slow::new(), message(EXCHANGE, 3, &[]));
+                let pass = || here.pass(&raw.socket, &bytes, flags);
+                slow.push(bed.while_it_stands_still(pass));
                 leave(&bed, &format!("a server at {stage:?}"), raw);
             }
         }
@@ -200,7 +222,9 @@ fn memory_by_path_with_something_slow_beside_it_stops_no_core() {
         let raw = at_stage(bed.path(), Stage::Opening);
         let announcement = crate::support::raw::honest_paths(&queue, &buffer);
         let bytes = message(crate::support::raw::BY_FILE, 2, &announcement);
-        let slow = Slow::new().pass(&raw.socket, &bytes, MsgFlags::empty());
+        let here = Slow::new();
+        let pass = || here.pass(&raw.socket, &bytes, MsgFlags::empty());
+        let slow = bed.while_it_stands_still(pass);
         leave(&bed, "by path", raw);
         bed.finish();
         drop(slow);
