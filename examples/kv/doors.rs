@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::thread;
 use std::time::Duration;
@@ -25,6 +25,7 @@ use super::connection::{self, Writes};
 use super::origin::Origin;
 use super::shard::Shard;
 use super::socket::ReservedAddress;
+use super::socket_file::{FoundFile, SocketFile};
 use super::unix_socket;
 use crate::cli::tell;
 
@@ -40,9 +41,9 @@ pub(crate) struct AllDoors {
 }
 
 struct UnixDoor {
+    /// Dropped first. `None`: it has an abstract name, which goes with the listener.
+    file: Option<SocketFile>,
     listener: UnixListener,
-    /// `None`: it has an abstract name, which goes with the listener.
-    path: Option<PathBuf>,
     /// By which the shards are given their connections.
     shards: Vec<UnixStream>,
 }
@@ -130,7 +131,8 @@ impl UnixDoor {
             Some(name) => {
                 let address = SocketAddr::from_abstract_name(name).map_err(failed)?;
                 let listener = UnixListener::bind_addr(&address).map_err(failed)?;
-                Ok(Self { listener, path: None, shards: Vec::new() })
+                unix_socket::refuse_descriptors(listener.as_fd());
+                Ok(Self { file: None, listener, shards: Vec::new() })
             }
             None => Self::open_file(path).map_err(failed),
         }
@@ -139,20 +141,19 @@ impl UnixDoor {
     fn open_file(path: &Path) -> io::Result<Self> {
         let is_socket = fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket());
         let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
-        if is_socket && UnixStream::connect(path).is_err_and(refused) {
-            fs::remove_file(path)?;
+        if is_socket {
+            // What is found dead is what is removed.
+            let left_over = FoundFile::at(path)?;
+            if UnixStream::connect(path).is_err_and(refused) {
+                left_over.remove();
+            }
         }
         let listener = UnixListener::bind(path)?;
-        let door = Self { listener, path: Some(path.to_owned()), shards: Vec::new() };
+        unix_socket::refuse_descriptors(listener.as_fd());
+        let file = Some(SocketFile::of(path)?);
+        let door = Self { file, listener, shards: Vec::new() };
         fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
         Ok(door)
-    }
-}
-
-impl Drop for UnixDoor {
-    fn drop(&mut self) {
-        // It may be gone already, which is as well.
-        let _ = self.path.as_ref().map(fs::remove_file);
     }
 }
 

@@ -31,6 +31,8 @@ pub(crate) mod shard;
 pub(crate) mod slab;
 pub(crate) mod slots;
 pub(crate) mod socket;
+#[path = "../support/socket_file.rs"]
+mod socket_file;
 pub(crate) mod source;
 pub(crate) mod store;
 #[allow(dead_code, reason = "the other examples use the rest")]

@@ -9,7 +9,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -20,6 +20,7 @@ use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAdd
 
 use crate::end::End;
 use crate::support::address::HostPort;
+use crate::support::socket_file::{FoundFile, SocketFile};
 use crate::support::unix_socket;
 use crate::tell;
 
@@ -97,9 +98,10 @@ impl fmt::Display for Address {
 
 /// A listening socket, TCP or Unix.
 pub(crate) struct SocketListener {
+    /// Dropped first.
+    _file: Option<SocketFile>,
     listener: TcpListener,
     address: Address,
-    _path: Option<SocketPath>,
 }
 
 impl SocketListener {
@@ -107,7 +109,7 @@ impl SocketListener {
     pub(crate) fn bind_tcp(addresses: &[SocketAddr]) -> io::Result<Self> {
         let listener = std::net::TcpListener::bind(addresses)?;
         let address = Address::Tcp(HostPort::Number(listener.local_addr()?));
-        Ok(Self { listener: listen(listener.into())?, address, _path: None })
+        Ok(Self { _file: None, listener: listen(listener.into())?, address })
     }
 
     /// Only this user can connect. The socket of a dead listener is replaced. An abstract name
@@ -115,24 +117,30 @@ impl SocketListener {
     pub(crate) fn bind_unix(path: &Path) -> io::Result<Self> {
         let (kind, flags) = (SockType::Stream, SockFlag::SOCK_CLOEXEC);
         let fd = socket::socket(AddressFamily::Unix, kind, flags, None)?;
+        unix_socket::refuse_descriptors(fd.as_fd());
         let address = unix_socket::address(path)?;
         if unix_socket::abstract_name(path).is_some() {
             socket::bind(fd.as_raw_fd(), &address)?;
             let address = Address::Unix(path.to_owned());
-            return Ok(Self { listener: listen(fd)?, address, _path: None });
+            return Ok(Self { _file: None, listener: listen(fd)?, address });
         }
         if let Err(errno) = socket::bind(fd.as_raw_fd(), &address) {
-            if errno != Errno::EADDRINUSE || !is_left_over(path, &address)? {
+            if errno != Errno::EADDRINUSE {
                 return Err(errno.into());
             }
-            fs::remove_file(path)?;
+            // What is found dead is what is removed.
+            let left_over = FoundFile::at(path)?;
+            if !is_left_over(path, &address)? {
+                return Err(errno.into());
+            }
+            left_over.remove();
             socket::bind(fd.as_raw_fd(), &address)?;
         }
-        let bound = SocketPath(path.to_owned());
+        let file = SocketFile::of(path)?;
         // Before it listens nobody can connect, whatever the mode was for a moment.
         fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
         let address = Address::Unix(path.to_owned());
-        Ok(Self { listener: listen(fd)?, address, _path: Some(bound) })
+        Ok(Self { _file: Some(file), listener: listen(fd)?, address })
     }
 
     /// Where it listens, with the port that it got.
@@ -206,14 +214,4 @@ pub(crate) fn is_passing(error: &io::Error) -> bool {
                 | Errno::EPROTO
         )
     )
-}
-
-/// A Unix socket's entry in the file system.
-struct SocketPath(PathBuf);
-
-impl Drop for SocketPath {
-    fn drop(&mut self) {
-        // Somebody may have removed it, which is as well.
-        let _ = fs::remove_file(&self.0);
-    }
 }

@@ -3,6 +3,7 @@
 
 pub(crate) mod address;
 pub(crate) mod cli;
+pub(crate) mod socket_file;
 pub(crate) mod unix_socket;
 mod wakeup;
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Unix sockets by path or by abstract name: `@name` has no file, and goes with its listener.
 //!
-//! `unsafe` here: handing a socket that is connected over to glommio, which connects to paths only.
+//! `unsafe` here: handing a socket that is connected over to glommio, which connects to paths only,
+//! and a socket option that `nix` does not know.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use std::time::Duration;
 use glommio::net::UnixStream;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::libc;
 use nix::sys::socket::{
     AddressFamily, GetSockOpt, SockFlag, SockType, UnixAddr, connect as nix_connect, socket,
     sockopt,
@@ -38,6 +40,25 @@ pub(crate) fn is_same_user(socket: BorrowedFd<'_>) -> bool {
     found.is_ok_and(|peer| peer.uid() == this || peer.uid() == 0)
 }
 
+/// Has the kernel refuse descriptors that are sent to a Unix socket, or to those that it accepts,
+/// if it can (`SO_PASSRIGHTS`, Linux 6.16). Nothing here wants any, and whoever receives one closes
+/// it, for as long as its sender has made that take.
+pub(crate) fn refuse_descriptors(socket: BorrowedFd<'_>) {
+    const SO_PASSRIGHTS: libc::c_int = 83;
+    let passes: libc::c_int = 0;
+    // SAFETY: the option takes an `int`, which is read during the call. Where it is not known,
+    // nothing is changed.
+    unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PASSRIGHTS,
+            std::ptr::from_ref(&passes).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        );
+    }
+}
+
 /// Connects to a Unix socket.
 pub(crate) async fn connect(path: &Path) -> io::Result<UnixStream> {
     let fd = connect_descriptor(path).await?;
@@ -50,6 +71,7 @@ pub(crate) async fn connect_descriptor(path: &Path) -> io::Result<OwnedFd> {
     let address = address(path)?;
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    refuse_descriptors(fd.as_fd());
     // It connects at once, or says that the listener's backlog is full.
     while let Err(errno) = nix_connect(fd.as_raw_fd(), &address) {
         if errno != Errno::EAGAIN {

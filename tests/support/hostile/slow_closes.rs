@@ -28,45 +28,62 @@ use crate::support::raw::{EXCHANGE, Memory, Raw, Rig, STAGES, SYNC, Stage, at_st
 /// For how long a close of what is passed takes: for as long as any test here.
 const LINGER: i32 = 600;
 
-/// A TCP socket with unsent data that lingers, and its peer, which does not read.
+/// How many are passed at once. Some of glommio's signals end the wait for one, after a tenth of a
+/// second; all of them take longer than anybody is waited for here.
+const AT_ONCE: usize = 100;
+
+/// TCP sockets with unsent data that linger, and their peers, which do not read.
 struct Slow {
-    socket: TcpStream,
-    _peer: TcpStream,
+    sockets: Vec<TcpStream>,
+    _peers: Vec<TcpStream>,
 }
 
 impl Slow {
     fn new() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let option = linger { l_onoff: 1, l_linger: LINGER };
-        setsockopt(&socket, sockopt::Linger, &option).unwrap();
-        socket.set_nonblocking(true).unwrap();
-        while (&socket).write(&[0; 1 << 16]).is_ok() {}
-        Self { socket, _peer: listener.accept().unwrap().0 }
+        // Little takes as long as much.
+        setsockopt(&listener, sockopt::RcvBuf, &4096).unwrap();
+        let mut slow = Self { sockets: Vec::new(), _peers: Vec::new() };
+        for _ in 0..AT_ONCE {
+            let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let option = linger { l_onoff: 1, l_linger: LINGER };
+            setsockopt(&socket, sockopt::Linger, &option).unwrap();
+            setsockopt(&socket, sockopt::SndBuf, &4096).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            while (&socket).write(&[0; 1 << 12]).is_ok() {}
+            slow.sockets.push(socket);
+            slow._peers.push(listener.accept().unwrap().0);
+        }
+        slow
     }
 
-    /// Passes it on, if it can be, and keeps no reference to it, so that the other side has the
-    /// last one: it stands still meanwhile, or has not read any of it.
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.sockets.iter().map(AsFd::as_fd).collect()
+    }
+
+    /// Passes them on, if that can be, and keeps no reference to them, so that the other side has
+    /// the last ones: it stands still meanwhile, or has not read any of it.
     fn pass(self, to: &UnixStream, bytes: &[u8], flags: MsgFlags) -> Slowness {
-        let is_sent = pass(to, bytes, &[self.socket.as_fd()], flags);
+        let is_sent = pass(to, bytes, &self.fds(), flags);
         self.let_go(is_sent)
     }
 
     fn let_go(self, is_sent: bool) -> Slowness {
-        let Self { socket, _peer } = self;
-        if is_sent {
-            drop(socket);
-        } else {
-            // It is the last one, and dropping it would take long here.
-            std::mem::forget(socket);
+        let Self { sockets, _peers } = self;
+        for socket in sockets {
+            if !is_sent {
+                // It is the last one, and dropping it would take long here.
+                let at_once = linger { l_onoff: 1, l_linger: 0 };
+                setsockopt(&socket, sockopt::Linger, &at_once).unwrap();
+            }
         }
-        Slowness { _peer }
+        Slowness { _peers }
     }
 }
 
-/// What has to be kept for as long as a close is to take long.
+/// What has to be kept for as long as closes are to take long.
 struct Slowness {
-    _peer: TcpStream,
+    _peers: Vec<TcpStream>,
 }
 
 /// Whether it was sent.
@@ -116,6 +133,7 @@ fn what_a_client_passes_in_a_handshake_stops_no_core() {
                 let pass = || here.pass(&raw.socket, &bytes, flags);
                 slow.push(bed.while_it_stands_still(pass));
                 leave(&bed, &name, raw);
+                slow.clear();
             }
             // And then something that a server answers to.
             let raw = at_stage(bed.path(), stage);
@@ -126,6 +144,7 @@ fn what_a_client_passes_in_a_handshake_stops_no_core() {
                 here
             }));
             leave(&bed, "out of band first", raw);
+            slow.clear();
         }
         bed.finish();
     });
@@ -142,26 +161,28 @@ fn what_comes_in_place_of_memory_or_behind_it_stops_no_core() {
             let raw = at_stage(bed.path(), Stage::Descriptors);
             slow.push(bed.while_it_stands_still(|| {
                 let mut fds = vec![buffer.as_fd(), queue.as_fd()];
-                if place < 2 {
-                    fds[place] = here.socket.as_fd();
-                } else {
-                    fds.push(here.socket.as_fd());
-                }
+                match place {
+                    0 => fds.splice(0..1, here.fds()),
+                    1 => fds.splice(1..2, here.fds()),
+                    _ => fds.splice(2..2, here.fds()),
+                };
                 let is_sent = pass(&raw.socket, &[0], &fds, MsgFlags::empty());
                 here.let_go(is_sent)
             }));
             leave(&bed, "among the memory", raw);
+            slow.clear();
         }
         for flags in [MsgFlags::empty(), MsgFlags::MSG_OOB] {
             // Before they are received, there is time for more on any kernel.
             let raw = at_stage(bed.path(), Stage::Descriptors);
-            let here: Vec<_> = (0..3).map(|_| Slow::new()).collect();
+            let here: Vec<_> = (0..2).map(|_| Slow::new()).collect();
             slow.extend(bed.while_it_stands_still(|| {
                 honest(&raw, bed.name());
                 let pass = |here: Slow| here.pass(&raw.socket, &message(SYNC, 3, &[]), flags);
                 here.into_iter().map(pass).collect::<Vec<_>>()
             }));
             leave(&bed, "behind the memory", raw);
+            slow.clear();
         }
         bed.finish();
     });
@@ -180,13 +201,14 @@ fn what_is_passed_in_a_running_session_stops_no_core() {
                 let mut rig = session();
                 rig.echo(b"honest as yet");
                 rig.wait_for_rest();
-                let here: Vec<_> = (0..3).map(|_| Slow::new()).collect();
+                let here: Vec<_> = (0..2).map(|_| Slow::new()).collect();
                 slow.extend(bed.while_it_stands_still(|| {
                     let bytes = message(SYNC, 3, &[]);
                     let pass = |here: Slow| here.pass(&rig.raw.socket, &bytes, flags);
                     here.into_iter().map(pass).collect::<Vec<_>>()
                 }));
                 leave(&bed, "in a session", rig.raw);
+                slow.clear();
             }
         }
         bed.finish();
@@ -206,6 +228,7 @@ fn what_a_server_passes_in_a_handshake_stops_no_core() {
                 let pass = || here.pass(&raw.socket, &bytes, flags);
                 slow.push(bed.while_it_stands_still(pass));
                 leave(&bed, &format!("a server at {stage:?}"), raw);
+                slow.clear();
             }
         }
         bed.finish();
