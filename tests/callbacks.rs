@@ -139,7 +139,8 @@ fn a_panic_in_what_makes_the_task_of_a_stream_costs_that_stream_only() {
         let mut answer = [0; 5];
         second.read_exact(&mut answer).await.unwrap();
         assert_eq!(&answer, b"hello");
-        assert_eq!(first.read(&mut answer).await.unwrap(), 0, "it is closed");
+        let error = first.read(&mut answer).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{error}");
         assert!(within(LIMIT, || counted.stats().panicked_streams == 1).await);
         client.close().await.unwrap();
         drop((first, second));
