@@ -28,7 +28,7 @@ pub use resource::{IoUringProblem, ResourceError};
 pub use target::Target;
 
 pub(crate) use retry::{
-    FULL, JSON_PARSE_ERROR, NOT_ALLOWED, STOPPING, TOO_LARGE, TOTAL_LIMIT, VERSION_NOT_SUPPORTED,
+    FULL, JSON_PARSE_ERROR, NOT_ALLOWED, STOPPING, TOO_LARGE, VERSION_NOT_SUPPORTED,
 };
 
 /// Result with this crate's [`Error`].
@@ -123,8 +123,7 @@ pub enum MemoryError {
         have: u64,
     },
     /// The memory is larger than this side is willing, or able, to map.
-    #[error("{what} has {have} bytes, the limit is {limit} (`{setting}`)")]
-    #[non_exhaustive]
+    #[error("{what} has {have} bytes, the limit is {limit} ({})", setting_of(what))]
     TooLarge {
         /// Which part.
         what: &'static str,
@@ -132,9 +131,6 @@ pub enum MemoryError {
         have: u64,
         /// The limit in bytes.
         limit: u64,
-        /// Which setting of this side's [configuration](crate::ConfigBuilder) the limit is, or what
-        /// else.
-        setting: &'static str,
     },
     /// A field of a header holds what it must not.
     #[error("{what} is {value}: {problem}")]
@@ -194,6 +190,14 @@ pub enum MemoryError {
         /// Where the chain starts.
         offset: u32,
     },
+}
+
+/// What is limited in all, and not for each session.
+pub(crate) const ALL_MEMORY: &str = "the memory of all sessions of this listener";
+
+/// Which setting of this side's configuration a limit of memory is.
+fn setting_of(what: &str) -> &'static str {
+    if what == ALL_MEMORY { "`max_total_mapped_bytes`" } else { "`max_mapped_bytes` at most" }
 }
 
 /// The longest path of a Unix socket, in bytes: the kernel's field has one more, for the end.
@@ -259,7 +263,7 @@ pub enum ConfigError {
         /// How long it is, in bytes.
         len: usize,
         /// What of it was appended for a shard: `.0` for shard 0. Empty for none.
-        suffix: String,
+        suffix: Box<str>,
     },
     /// The processors that shards should run on are not there, or not for this process.
     #[error("processors: {0}")]
@@ -550,6 +554,12 @@ mod tests {
         let inner = error.get_ref().unwrap().downcast_ref::<Error>().unwrap();
         assert!(matches!(inner, Error::Memory(MemoryError::Offset { offset: 7 })));
         assert!(inner.is_peer_fault());
+    }
+
+    /// It is in the result of every receive.
+    #[test]
+    fn errors_are_not_large() {
+        assert!(size_of::<Error>() <= 56, "{}", size_of::<Error>());
     }
 
     #[test]

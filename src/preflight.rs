@@ -200,7 +200,7 @@ fn try_io_uring(release: &str) -> Result<(), ResourceError> {
     ring.submitter().register_probe(&mut probe).map_err(failed("io_uring_register"))?;
     let missing = OPERATIONS.iter().find(|(operation, _)| !probe.is_supported(*operation));
     if let Some(&(_, missing)) = missing {
-        let problem = IoUringProblem::Kernel { release: release.to_owned(), missing };
+        let problem = Box::new(IoUringProblem::Kernel { release: release.to_owned(), missing });
         let errno = Errno::EOPNOTSUPP as i32;
         return Err(ResourceError::IoUring { call: "io_uring_register", errno, problem });
     }
@@ -223,7 +223,7 @@ fn denied(call: &'static str, error: &io::Error, release: &str) -> ResourceError
     }
     let number = |path| fs::read_to_string(path).ok()?.trim().parse::<u32>().ok();
     let disabled = number("/proc/sys/kernel/io_uring_disabled").unwrap_or(0);
-    let problem = problem_of(errno, disabled, has_filter(), release);
+    let problem = Box::new(problem_of(errno, disabled, has_filter(), release));
     ResourceError::IoUring { call, errno, problem }
 }
 
@@ -276,7 +276,8 @@ fn try_threads(needed: usize) -> Result<(), ResourceError> {
 
 fn too_few_threads(needed: usize, had: usize) -> ResourceError {
     let (limit, group_limit) = (limit_of(Resource::RLIMIT_NPROC), group_limit());
-    ResourceError::Threads { needed, had, limit, group_limit }
+    let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    ResourceError::Threads { needed: number(needed), had: number(had), limit, group_limit }
 }
 
 /// The tightest `pids.max` of this process's control groups that can be seen (version 2).

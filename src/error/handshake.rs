@@ -84,17 +84,17 @@ pub enum HandshakeError {
     /// Its user is not one that may be at the other end
     /// (see [`allowed_peers`](crate::ConfigBuilder::allowed_peers)).
     #[error(
-        "the {peer} is {}, and `allowed_peers` of this {side} allows {allowed} only",
-        user(*uid)
+        "the {peer} is {}, and `allowed_peers` of this {} allows {allowed} only",
+        user(*uid),
+        side_of(peer)
     )]
     #[non_exhaustive]
     PeerNotAllowed {
         /// The user, if the kernel said.
         uid: Option<u32>,
-        /// What the peer is: `"client"` or `"server"`.
+        /// What the peer is: `"client"`, of a listener whose setting this is, or `"server"`, of a
+        /// connector whose setting it is.
         peer: &'static str,
-        /// Whose setting it is, on this side: `"listener"` or `"connector"`.
-        side: &'static str,
         /// Whom that setting allows, in words.
         allowed: String,
     },
@@ -199,6 +199,11 @@ pub enum HandshakeError {
     /// The transport cannot carry what the handshake needs.
     #[error("descriptors cannot be passed over TCP; use file memory")]
     DescriptorsOverTcp,
+}
+
+/// What has the setting that is about such a peer.
+fn side_of(peer: &str) -> &'static str {
+    if peer == "client" { "listener" } else { "connector" }
 }
 
 fn user(uid: Option<u32>) -> String {

@@ -75,9 +75,9 @@ pub enum ResourceError {
     )]
     Threads {
         /// How many are needed, beside those that run.
-        needed: usize,
+        needed: u32,
         /// How many of them there could be.
-        had: usize,
+        had: u32,
         /// The limit of processes and threads of this user, if there is one.
         limit: Option<u64>,
         /// That of a control group of this process, if there is one and it can be seen.
@@ -118,7 +118,7 @@ pub enum ResourceError {
         /// What the system said; `EOPNOTSUPP` when an operation is missing.
         errno: i32,
         /// Why, as far as can be told, and what to do.
-        problem: IoUringProblem,
+        problem: Box<IoUringProblem>,
     },
 }
 

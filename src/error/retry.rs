@@ -5,10 +5,7 @@ use std::io;
 
 use nix::errno::Errno;
 
-use super::{Error, HandshakeError, MemoryError};
-
-/// The setting that limits the memory of all sessions of a listener.
-pub(crate) const TOTAL_LIMIT: &str = "max_total_mapped_bytes";
+use super::{ALL_MEMORY, Error, HandshakeError, MemoryError};
 
 /// The codes of refusals, as they go over the wire in version 4
 /// (see [`negotiation`](crate::wire::negotiation)).
@@ -121,7 +118,7 @@ impl Error {
                 _ => None,
             },
             // What all sessions have together may be less later.
-            Self::Memory(MemoryError::TooLarge { setting: TOTAL_LIMIT, .. }) => Some(FULL),
+            Self::Memory(MemoryError::TooLarge { what: ALL_MEMORY, .. }) => Some(FULL),
             Self::Memory(MemoryError::TooLarge { .. }) => Some(TOO_LARGE),
             Self::Resource(error) if error.is_retryable() => Some(FULL),
             Self::Os { source, .. } => match source.kind() {
@@ -138,12 +135,9 @@ impl Error {
     /// What a peer is told in words that is refused with this code. Nothing about others.
     pub(crate) fn refusal_words(&self) -> String {
         match (self.refusal_code(), self) {
-            (
-                Some(TOO_LARGE),
-                Self::Memory(MemoryError::TooLarge { what, have, limit, setting }),
-            ) => {
+            (Some(TOO_LARGE), Self::Memory(MemoryError::TooLarge { what, have, limit })) => {
                 format!(
-                    "too large: {what} has {have} bytes, this server takes {limit} (`{setting}`)"
+                    "too large: {what} has {have} bytes, this server takes {limit} (`max_mapped_bytes`)"
                 )
             }
             (Some(FULL), Self::Handshake(HandshakeError::TooManySessions(most))) => {
@@ -214,8 +208,7 @@ mod tests {
     }
 
     fn not_allowed() -> HandshakeError {
-        let (peer, side, allowed) = ("server", "connector", String::new());
-        HandshakeError::PeerNotAllowed { uid: None, peer, side, allowed }
+        HandshakeError::PeerNotAllowed { uid: None, peer: "server", allowed: String::new() }
     }
 
     #[test]
@@ -230,10 +223,9 @@ mod tests {
         let io_uring = ResourceError::IoUring {
             call: "io_uring_setup",
             errno: Errno::EPERM as i32,
-            problem: IoUringProblem::Seccomp,
+            problem: Box::new(IoUringProblem::Seccomp),
         };
-        let too_long =
-            ConfigError::SocketPath { path: "/x".into(), len: 108, suffix: String::new() };
+        let too_long = ConfigError::SocketPath { path: "/x".into(), len: 108, suffix: "".into() };
         let affinity = ResourceError::Affinity { processor: 1, errno: Errno::EPERM as i32 };
         let table: &[(bool, Error)] = &[
             (true, os(Errno::ENOENT)),

@@ -21,7 +21,7 @@ use futures_lite::future::or;
 
 use super::wakers::{WakerList, WakerSlot};
 use crate::config::Limits;
-use crate::error::{Error, HandshakeError, MemoryError, TOTAL_LIMIT};
+use crate::error::{ALL_MEMORY, Error, HandshakeError, MemoryError};
 
 /// A user, if known.
 type Uid = Option<u32>;
@@ -256,7 +256,7 @@ impl Admitted {
         let have = self.admission.mapped_bytes.get().saturating_add(bytes);
         if have > limit {
             let what = "the memory of all sessions of this listener, with the books on it";
-            return Err(MemoryError::TooLarge { what, have, limit, setting: TOTAL_LIMIT });
+            return Err(MemoryError::TooLarge { what, have, limit });
         }
         self.admission.mapped_bytes.set(have);
         self.mapped_bytes.set(self.mapped_bytes.get() + bytes);

@@ -87,8 +87,7 @@ impl PeerCredentials {
         if is_allowed {
             return Ok(());
         }
-        let side = if peer == "client" { "listener" } else { "connector" };
-        Err(HandshakeError::PeerNotAllowed { uid: self.uid, peer, side, allowed: words(allowed) })
+        Err(HandshakeError::PeerNotAllowed { uid: self.uid, peer, allowed: words(allowed) })
     }
 }
 

@@ -125,7 +125,7 @@ impl Drop for Entry {
 pub(super) fn address(path: &Path, suffix: &str) -> Result<UnixAddr, Error> {
     let len = path.as_os_str().len();
     if len > MAX_SOCKET_PATH {
-        let (path, suffix) = (path.to_owned(), suffix.to_owned());
+        let (path, suffix) = (path.to_owned(), suffix.into());
         return Err(ConfigError::SocketPath { path, len, suffix }.into());
     }
     unix_address(path).map_err(|errno| Error::os_at("use the path of a Unix socket,", path, errno))

@@ -280,13 +280,7 @@ impl Region {
         }
         let have = stat.size();
         if have > limit {
-            return Err(MemoryError::TooLarge {
-                what: role,
-                have,
-                limit,
-                setting: "max_mapped_bytes",
-            }
-            .into());
+            return Err(MemoryError::TooLarge { what: role, have, limit }.into());
         }
         if have == 0 {
             return Err(MemoryError::TooSmall { what: role, needed: 1, have }.into());
@@ -295,7 +289,6 @@ impl Region {
             what: role,
             have,
             limit: usize::MAX as u64,
-            setting: "the address space",
         })?;
         Self::map(file, len)
     }

@@ -132,12 +132,7 @@ pub(super) fn map_lists<M: Memory>(memory: &M, sets: ListSets) -> Result<Lists, 
     }
     if have > u64::from(u32::MAX) {
         let limit = u64::from(u32::MAX);
-        return Err(MemoryError::TooLarge {
-            what: "buffer memory",
-            have,
-            limit,
-            setting: "the offsets of the protocol",
-        });
+        return Err(MemoryError::TooLarge { what: "buffer memory", have, limit });
     }
     // Two bytes of count, two unused.
     let first_word = memory.load_u32(MANAGER_LIST_COUNT_OFFSET, Ordering::Acquire).to_le();
