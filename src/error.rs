@@ -193,7 +193,8 @@ pub enum MemoryError {
 }
 
 /// What is limited in all, and not for each session.
-pub(crate) const ALL_MEMORY: &str = "the memory of all sessions of this listener";
+pub(crate) const ALL_MEMORY: &str =
+    "the memory of all sessions of this listener, with the books on it";
 
 /// Which setting of this side's configuration a limit of memory is.
 fn setting_of(what: &str) -> &'static str {

@@ -255,7 +255,7 @@ impl Admitted {
         let limit = self.admission.limits.total_mapped_bytes;
         let have = self.admission.mapped_bytes.get().saturating_add(bytes);
         if have > limit {
-            let what = "the memory of all sessions of this listener, with the books on it";
+            let what = ALL_MEMORY;
             return Err(MemoryError::TooLarge { what, have, limit });
         }
         self.admission.mapped_bytes.set(have);
