@@ -18,7 +18,7 @@ use super::memories::{bad_buffers, bad_lists, bad_queues};
 use crate::support::bed::{Bed, DEADLINE, Fate};
 use crate::support::older_kernel;
 use crate::support::raw::{
-    ACK, BY_FILE, BY_MEMFD, EXCHANGE, Memory, READY, Raw, STAGES, SYNC, Stage, at_stage,
+    ACK, BY_FILE, BY_MEMFD, EXCHANGE, Memory, READY, Raw, Rig, STAGES, SYNC, Stage, at_stage,
     honest_paths, memfd, message,
 };
 use crate::{bed, config};
@@ -91,6 +91,31 @@ fn a_refused_peer_has_no_files_removed() {
         assert_eq!(fs::read(&victim).unwrap(), b"somebody else's", "{name}");
         assert_eq!(directory.len(), 3, "{name}");
     }
+    bed.finish();
+}
+
+/// Memory given by path was removed by its path: a root server removed a file of anybody's.
+#[test]
+fn a_directory_that_becomes_a_link_has_no_file_elsewhere_removed() {
+    let [root, elsewhere] = ["replaced", "precious"].map(Directory::new);
+    let bed = Bed::start(config().path_prefix(root.path("own")).build().unwrap());
+    let inside = Directory(root.0.join("inside"));
+    fs::create_dir(&inside.0).unwrap();
+    let mut rig = Rig::client_with_files(bed.path(), &inside);
+    rig.echo(b"honest as yet");
+    let names: Vec<_> =
+        fs::read_dir(&inside.0).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    for name in &names {
+        fs::write(elsewhere.0.join(name), "precious").unwrap();
+    }
+    fs::rename(&inside.0, root.0.join("moved")).unwrap();
+    symlink(&elsewhere.0, &inside.0).unwrap();
+    drop(rig);
+    bed.must_see_it_gone("a client that moved its directory");
+    assert_eq!((names.len(), elsewhere.len()), (2, 2));
+    // What was mapped is removed where it is.
+    assert_eq!(fs::read_dir(root.0.join("moved")).unwrap().count(), 0);
+    fs::remove_file(&inside.0).unwrap();
     bed.finish();
 }
 
