@@ -40,11 +40,15 @@ struct Slow {
 
 impl Slow {
     fn new() -> Self {
+        Self::of(AT_ONCE)
+    }
+
+    fn of(count: usize) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         // Little takes as long as much.
         setsockopt(&listener, sockopt::RcvBuf, &4096).unwrap();
         let mut slow = Self { sockets: Vec::new(), _peers: Vec::new() };
-        for _ in 0..AT_ONCE {
+        for _ in 0..count {
             let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let option = linger { l_onoff: 1, l_linger: LINGER };
             setsockopt(&socket, sockopt::Linger, &option).unwrap();
@@ -297,7 +301,7 @@ fn the_close_of_connections_that_were_not_read_stops_no_core() {
         let mut slow = Vec::new();
         for _ in 0..3 {
             let raw = UnixStream::connect(&path).unwrap();
-            slow.push(Slow::new().pass_to_a_running_one(&raw));
+            slow.push(Slow::of(1).pass_to_a_running_one(&raw));
             assert_eq!(next(), "refused");
         }
         is_let_in.store(true, Ordering::Relaxed);
@@ -311,7 +315,7 @@ fn the_close_of_connections_that_were_not_read_stops_no_core() {
         let mut waiting = Vec::new();
         for _ in 0..4 {
             let Ok(raw) = UnixStream::connect(&path) else { break };
-            slow.push(Slow::new().pass_to_a_running_one(&raw));
+            slow.push(Slow::of(1).pass_to_a_running_one(&raw));
             waiting.push(raw);
         }
         // Some of them had their turn, perhaps.
