@@ -262,6 +262,8 @@ impl SessionInner {
         let done = over_socket && is_known && stream.inbound.borrow().socket_len() == 0;
         match stream.receiving.note_taken(occupied, over_socket, done, window) {
             Due::Not => {}
+            // It would take the event for data, whatever came over the socket.
+            _ if !is_known => {}
             Due::Soon => self.give_credit_soon(stream),
             Due::Now => self.send_credit(stream, stream.receiving.take()),
         }
