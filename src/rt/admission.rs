@@ -148,7 +148,7 @@ impl Admission {
                 // All that are late are seen to be so now, so that they go together.
                 let late_since = shaking.late_since.get().unwrap_or(now);
                 shaking.late_since.set(Some(late_since));
-                at = late_since + self.grace() / 8;
+                at = late_since + self.grace() / 2;
             }
             if at <= now {
                 shaking.must_go.set(true);
