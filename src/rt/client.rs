@@ -15,6 +15,7 @@ use futures_lite::future::or;
 use super::client_builder::{ClientBuilder, Settings};
 use super::connector::{Connector, count_shards};
 use super::kept::{Kept, SessionStatus};
+use super::poller::{Ends, Poller};
 use super::session::Session;
 use super::shard_sessions::{Ended, Picked, ShardSessions};
 use super::stream::Stream;
@@ -76,6 +77,8 @@ struct ClientInner {
     /// How many shards there are, as far as is known since the last connection.
     count: Cell<Option<usize>>,
     is_closed: Cell<bool>,
+    /// Whether it ends with its executor.
+    is_known_to_poller: Cell<bool>,
 }
 
 impl Client {
@@ -85,8 +88,9 @@ impl Client {
     }
 
     pub(super) fn new(path: Rc<Path>, connector: Connector, settings: Settings) -> Self {
-        let (shards, count, is_closed) = Default::default();
-        let inner = ClientInner { path, connector, settings, shards, count, is_closed };
+        let (shards, count, is_closed, is_known_to_poller) = Default::default();
+        let inner =
+            ClientInner { path, connector, settings, shards, count, is_closed, is_known_to_poller };
         Self { inner: Rc::new(inner) }
     }
 
@@ -272,6 +276,21 @@ impl Client {
     }
 }
 
+impl Ends for ClientInner {
+    fn end(&self) {
+        self.is_closed.set(true);
+        let shards = self.shards.take();
+        for shard in shards.values() {
+            shard.end(Ended::Closed);
+            shard.tasks.cancel_soon();
+        }
+    }
+
+    fn abandon(&self) {
+        // Its sessions are known by themselves.
+    }
+}
+
 impl ClientInner {
     fn shard_count(&self) -> Result<usize> {
         if let Some(count) = self.count.get() {
@@ -326,6 +345,10 @@ impl ClientInner {
             return Ok(Rc::clone(shard));
         }
         self.check_memory(1)?;
+        if !self.is_known_to_poller.replace(true) {
+            let ends: Rc<dyn Ends> = self.clone();
+            Poller::current().ends_with_executor(Rc::downgrade(&ends));
+        }
         let shard = Rc::new(ShardSessions::new(index, &self.settings));
         self.shards.borrow_mut().insert(index, Rc::clone(&shard));
         for kept in shard.places() {

@@ -25,7 +25,7 @@ use super::callback;
 use super::fd_disposal::{self, PeerSocket};
 use super::handshake_queue::HandshakeQueue;
 use super::peer::PeerCredentials;
-use super::poller::Poller;
+use super::poller::{Ends, Poller};
 use super::refusals::{Refusals, Stop, say_farewell};
 use super::session::Session;
 use super::socket::{ListenerSocket, Socket};
@@ -91,12 +91,24 @@ type Authorize = Rc<dyn Fn(&PeerCredentials) -> bool>;
 pub struct Listener {
     shared: Rc<Shared>,
     address: Option<SocketAddr>,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        drop(self.shared.open.take());
+    }
+}
+
+/// While a listener listens.
+#[derive(Default)]
+struct Open {
     /// Dropped first to last: no connection is accepted once the socket's path is gone.
     accepting: Option<glommio::Task<()>>,
-    _path: Option<SocketPath>,
+    path: Option<SocketPath>,
 }
 
 struct Shared {
+    open: RefCell<Open>,
     config: Rc<Config>,
     admission: Rc<Admission>,
     /// Connections that wait for a place.
@@ -245,6 +257,7 @@ impl Listener {
         };
         let queue = HandshakeQueue::new(config.limits.queued_handshakes);
         let shared = Rc::new(Shared {
+            open: RefCell::default(),
             config: Rc::new(config),
             admission,
             queue: RefCell::new(queue),
@@ -261,13 +274,16 @@ impl Listener {
             stop: Rc::default(),
         });
         // Started before the first handshake, it is ready behind it.
-        Poller::current();
+        let poller = Poller::current();
         let accepting = accept_connections(socket, Rc::downgrade(&shared));
         let beginning = begin_waiting(Rc::downgrade(&shared));
         let accepting = glommio::spawn_local(async {
             zip(accepting, beginning).await;
         });
-        Self { shared, address, accepting: Some(accepting), _path: path }
+        shared.open.replace(Open { accepting: Some(accepting), path });
+        let ends: Rc<dyn Ends> = shared.clone();
+        poller.ends_with_executor(Rc::downgrade(&ends));
+        Self { shared, address }
     }
 
     /// The address that a TCP listener got.
@@ -332,7 +348,8 @@ impl Listener {
     /// Accepts no more, and ends the handshakes that are under way. Sessions that have come to be
     /// can still be taken.
     pub(super) async fn stop_accepting(&mut self) {
-        if let Some(accepting) = self.accepting.take() {
+        let accepting = self.shared.open.borrow_mut().accepting.take();
+        if let Some(accepting) = accepting {
             accepting.cancel().await;
         }
         // Peers that can be told are told.
@@ -363,6 +380,22 @@ impl Listener {
             failed.as_ref().map_or(Poll::Pending, |error| Poll::Ready(Err(error.clone())))
         };
         shared.waiting.until(ready).await
+    }
+}
+
+impl Ends for Shared {
+    fn end(&self) {
+        drop(self.open.take());
+        self.handshakes.cancel_soon();
+        let ready = self.ready.take();
+        drop(ready);
+        self.failed.borrow_mut().get_or_insert(Error::SessionClosed);
+        self.waiting.wake_all();
+    }
+
+    fn abandon(&self) {
+        let path = self.open.borrow_mut().path.take();
+        drop(path);
     }
 }
 

@@ -28,6 +28,7 @@
 //!   a server, each [`kept`] up with a [`backoff`].
 //! - [`drain`]: how a session is brought to its end without losing what was asked of it; [`close`]:
 //!   without losing what it has sent.
+//! - [`contain`]: futures of the program's whose panics end nothing else.
 //! - [`server`]: an executor for each of its [`cores`], each with a [`shard`] of the sessions;
 //!   [`dealer`]: the thread that deals what comes in at their common door; [`serving`]: a task for
 //!   each stream; [`tasks`]: tasks that end with what they belong to; [`wakers`] and
@@ -45,6 +46,7 @@ mod client_builder;
 mod close;
 mod company;
 mod connector;
+mod contain;
 mod cores;
 mod credit;
 mod deadline;

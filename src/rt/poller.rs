@@ -21,7 +21,7 @@ use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -57,9 +57,16 @@ const LOOKED_AT_BESIDE: usize = 8;
 /// Ends what this crate runs on this executor, and waits until all of it is dropped: sessions end,
 /// their memory is unmapped and their descriptors are closed, as far as no handle is left.
 ///
-/// Worth a call at the end of an executor's life, in a program that goes on without it: glommio
+/// To be called at the end of an executor's life, in a program that goes on without it: glommio
 /// does not drop tasks that still wait when their executor ends, and so nothing that they own. The
 /// shards of a [`Server`](crate::Server) do this by themselves.
+///
+/// Sessions, listeners and clients of this executor end: what waits for them gets
+/// [`Error::SessionClosed`](crate::Error::SessionClosed), and the files of sockets are removed. The
+/// descriptor and the memory of a session go when the last handle on it is dropped; so a task that
+/// owns one and waits for something else should be cancelled first. Without this call, or after a
+/// panic, peers are still told at the end of the thread, and files removed, but descriptors and
+/// memory stay for as long as the process.
 ///
 /// ```
 /// use shmipc_glommio::{Config, Connector, Listener};
@@ -83,7 +90,42 @@ pub async fn shut_down() {
 }
 
 thread_local! {
-    static CURRENT: RefCell<Option<Rc<Poller>>> = const { RefCell::new(None) };
+    static CURRENT: Current = const { Current(RefCell::new(None)) };
+}
+
+/// The poller of this thread's executor.
+struct Current(RefCell<Option<Rc<Poller>>>);
+
+impl Current {
+    fn get() -> Option<Rc<Poller>> {
+        CURRENT.with(|current| current.0.borrow().clone())
+    }
+
+    fn set(poller: Option<Rc<Poller>>) {
+        let before = CURRENT.with(|current| current.0.replace(poller));
+        // An executor that has ended, and left what it had.
+        if let Some(before) = before {
+            before.abandon();
+        }
+    }
+}
+
+impl Drop for Current {
+    /// The thread ends, and its executor was not shut down, or ended by a panic.
+    fn drop(&mut self) {
+        if let Some(poller) = self.0.take() {
+            poller.abandon();
+        }
+    }
+}
+
+/// What ends with an executor, besides sessions: listeners and clients.
+pub(super) trait Ends {
+    /// Ends, and lets go of what it has.
+    fn end(&self);
+
+    /// The executor has ended without that. Does what can be done without it, and wakes nobody.
+    fn abandon(&self);
 }
 
 /// The poller of one executor.
@@ -101,6 +143,7 @@ pub(super) struct Poller {
     ticks: Ticks,
     rests: Rests,
     lingering: Lingering,
+    others: SweepList<Weak<dyn Ends>>,
     last_reactor_pass: Cell<Option<Instant>>,
     /// Whether tasks did more since the last pass than run once: then the time has to be looked up.
     is_clock_stale: Cell<bool>,
@@ -113,8 +156,7 @@ impl Poller {
     /// The poller of the executor that runs this task; started if need be.
     pub(super) fn current() -> Rc<Self> {
         let executor = glommio::executor().id();
-        let current = CURRENT.with_borrow(Clone::clone);
-        if let Some(poller) = current.filter(|poller| poller.executor == executor) {
+        if let Some(poller) = Current::get().filter(|poller| poller.executor == executor) {
             return poller;
         }
         let queue = glommio::executor().create_task_queue(
@@ -133,12 +175,13 @@ impl Poller {
             watch: Watch::default(),
             ticks: Ticks::default(),
             rests: Rests::default(),
+            others: SweepList::default(),
             lingering: Lingering::default(),
             last_reactor_pass: Cell::new(None),
             is_clock_stale: Cell::new(false),
             reactor_interval: Cell::new(Duration::MAX),
         });
-        CURRENT.set(Some(Rc::clone(&poller)));
+        Current::set(Some(Rc::clone(&poller)));
         poller.spawn(run(Rc::clone(&poller)));
         poller.spawn(end_lingering(Rc::clone(&poller)));
         poller
@@ -182,16 +225,43 @@ impl Poller {
     pub(super) async fn shut_down() {
         // Not a new one, if there is none.
         let executor = glommio::executor().id();
-        let current = CURRENT.with_borrow(Clone::clone);
-        if let Some(poller) = current.filter(|poller| poller.executor == executor) {
+        if let Some(poller) = Current::get().filter(|poller| poller.executor == executor) {
+            poller.others.drain(|other| {
+                if let Some(other) = other.upgrade() {
+                    other.end();
+                }
+            });
             // Each of them ends in time by itself.
             while !poller.lingering.is_empty() {
                 glommio::timer::sleep(LAST_LOOK).await;
             }
+            poller.watch.end_sessions();
+            // Tasks of the program that wait for something of these sessions end by that.
+            glommio::timer::sleep(LAST_LOOK).await;
             poller.tasks.cancel().await;
             // What was dropped with them is closed by io_uring, when it is looked at the next time.
             glommio::timer::sleep(LAST_LOOK).await;
         }
+    }
+
+    /// Has something ended with the executor, if it is still there.
+    pub(super) fn ends_with_executor(&self, other: Weak<dyn Ends>) {
+        // Now and then: those that have gone by themselves leave their place.
+        if self.others.len().is_power_of_two() {
+            self.others.sweep(|other| other.strong_count() > 0);
+        }
+        self.others.push(other);
+    }
+
+    /// The executor has ended, and tasks that waited, which glommio does not drop, own what they
+    /// owned. At least nobody elsewhere waits for them.
+    fn abandon(&self) {
+        self.watch.abandon_sessions();
+        self.others.drain(|other| {
+            if let Some(other) = other.upgrade() {
+                other.abandon();
+            }
+        });
     }
 
     /// Puts a session among the active ones.
@@ -373,13 +443,14 @@ struct Cleanup(Rc<Poller>);
 
 impl Drop for Cleanup {
     fn drop(&mut self) {
+        // Without a shut-down before, the executor has ended by a panic.
+        self.0.abandon();
         self.0.active.drain(drop);
         self.0.company.leave(&self.0.idle);
         self.0.idle.drain(drop);
-        CURRENT.with_borrow_mut(|current| {
-            if current.as_ref().is_some_and(|poller| Rc::ptr_eq(poller, &self.0)) {
-                *current = None;
-            }
+        // At the end of the thread there is none any more.
+        let _ = CURRENT.try_with(|current| {
+            current.0.borrow_mut().take_if(|poller| Rc::ptr_eq(poller, &self.0))
         });
     }
 }

@@ -191,6 +191,12 @@ impl SessionInner {
         self.poller.watching().note_end();
     }
 
+    /// Tells the peer that this side is gone, which will not run any more.
+    pub(super) fn abandon(&self) {
+        self.socket.shut_down();
+        self.ending.files.borrow_mut().clear();
+    }
+
     /// Ends the session because its memory does not hold together, and gives the error on.
     #[cold]
     pub(super) fn broken(&self, error: MemoryError) -> Error {

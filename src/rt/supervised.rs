@@ -11,11 +11,11 @@ use std::cell::{Cell, OnceCell, RefCell};
 use std::convert::Infallible;
 use std::fmt;
 use std::future::poll_fn;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::pin;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::task::Poll;
 
+use super::contain::Contained;
 use super::session::SessionInner;
 use super::shard::ServedBy;
 use super::stream::{Half, Halves, StreamInner};
@@ -145,18 +145,15 @@ pub(super) async fn supervised<T>(
     // Both do something only if this is dropped before the handler has ended: what is dropped
     // between them is the handler.
     let cut = Cut { session, of, mark: Cell::new(None) };
-    let mut handler = pin!(handler);
+    let mut handler = Contained::new(handler);
     let is_dropped = CutBegins { cut: &cut, is_armed: Cell::new(true) };
     let result = poll_fn(|context| {
         let mark = session.supervision.ends.begin();
-        let polled = catch_unwind(AssertUnwindSafe(|| handler.as_mut().poll(context)));
-        let (polled, failed) = match polled {
-            Ok(Poll::Pending) => (Poll::Pending, false),
-            Ok(Poll::Ready(result)) => {
-                let failed = has_failed(&result);
-                (Poll::Ready(Ok(result)), failed)
-            }
-            Err(panic) => (Poll::Ready(Err(panic)), true),
+        let polled = Pin::new(&mut handler).poll(context);
+        let failed = match &polled {
+            Poll::Pending => false,
+            Poll::Ready(Ok(result)) => has_failed(result),
+            Poll::Ready(Err(_)) => true,
         };
         session.settle(mark, of, failed);
         polled

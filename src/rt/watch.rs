@@ -53,6 +53,26 @@ impl Watch {
         }
     }
 
+    /// Ends all sessions.
+    pub(super) fn end_sessions(&self) {
+        self.for_each(|session| session.fail(Error::SessionClosed));
+    }
+
+    /// Lets the peers of all sessions know that this side is gone, and removes their files. Wakes
+    /// nobody: the executor is no more.
+    pub(super) fn abandon_sessions(&self) {
+        self.for_each(|session| session.abandon());
+    }
+
+    fn for_each(&self, act: impl Fn(&Rc<SessionInner>)) {
+        self.sessions.sweep(|session| {
+            if let Some(session) = session.upgrade() {
+                act(&session);
+            }
+            true
+        });
+    }
+
     /// Looks at those that are left, and after them if so much time has passed since that was done.
     fn look(&self, passed: Option<Duration>) {
         self.sessions.sweep(|session| {

@@ -33,7 +33,6 @@
 use std::cell::{Cell, RefCell};
 use std::io::IoSlice;
 use std::rc::Rc;
-use std::sync::atomic::Ordering;
 
 use super::access::{Memory, PeerTrust};
 use super::chain::{Chain, ChainState, Parcel};
@@ -44,10 +43,8 @@ pub(crate) use super::ledger::SliceId;
 pub use super::ledger::{ListOwner, SliceUsage};
 use super::list::MAX_BATCH;
 use super::region::Region;
-use super::setup::{ListSets, Lists, create_lists, map_lists};
-use crate::config::{PRIVATE_BYTES_PER_SLICE, SliceClass};
+use super::setup::Lists;
 use crate::error::MemoryError;
-use crate::wire::Extension;
 use crate::wire::layout::{FLAG_HAS_NEXT, FLAG_IN_USE, SLICE_SIZE_OFFSET};
 
 /// The most chains whose memory is kept for the chains to come.
@@ -55,13 +52,6 @@ const MAX_CHAIN_STATES: u32 = 4096;
 
 /// How many slices are looked at in one go when those are sought that the peer has.
 const SEARCHED_AT_ONCE: u32 = 1 << 14;
-
-// A line of the ledger; and for one message in each slice, what the message consists of, its place
-// in a stream that grows by doubling, and what the allocator adds.
-const _: () = assert!(
-    size_of::<Entry>() + size_of::<ChainState>() + 2 * size_of::<Box<ChainState>>() + 16
-        <= PRIVATE_BYTES_PER_SLICE as usize
-);
 
 /// The buffer memory of one session, as one side sees it.
 pub(crate) struct BufferManager<M = Region> {
@@ -86,38 +76,7 @@ pub(crate) struct BufferManager<M = Region> {
 }
 
 impl<M: Memory> BufferManager<M> {
-    /// Lays out the memory: every class gets its share of what the headers leave.
-    pub(crate) fn create(
-        memory: &Rc<M>,
-        classes: &[SliceClass],
-        sets: ListSets,
-    ) -> Result<Rc<Self>, MemoryError> {
-        Self::with_lists(memory, &create_lists(&**memory, classes, sets)?)
-    }
-
-    /// Checks a memory that the peer laid out.
-    #[cfg(any(test, fuzzing))]
-    pub(crate) fn map(memory: &Rc<M>, sets: ListSets) -> Result<Rc<Self>, MemoryError> {
-        Self::with_lists(memory, &map_lists(&**memory, sets)?)
-    }
-
-    /// Checks a memory that the peer laid out, and asks before it allocates what this side keeps
-    /// beside it.
-    ///
-    /// # Errors
-    ///
-    /// What is wrong with the memory, and what `may_keep` says about the number of bytes.
-    pub(crate) fn map_within(
-        memory: &Rc<M>,
-        sets: ListSets,
-        may_keep: impl FnOnce(u64) -> Result<(), MemoryError>,
-    ) -> Result<Rc<Self>, MemoryError> {
-        let lists = map_lists(&**memory, sets)?;
-        may_keep(lists.slices().saturating_mul(PRIVATE_BYTES_PER_SLICE))?;
-        Self::with_lists(memory, &lists)
-    }
-
-    fn with_lists(memory: &Rc<M>, lists: &Lists) -> Result<Rc<Self>, MemoryError> {
+    pub(super) fn with_lists(memory: &Rc<M>, lists: &Lists) -> Result<Rc<Self>, MemoryError> {
         let (classes, ledger) = Classes::new(&**memory, lists)?;
         Ok(Rc::new(Self {
             memory: Rc::clone(memory),
@@ -132,17 +91,6 @@ impl<M: Memory> BufferManager<M> {
             is_resting: Cell::new(false),
             is_short: Cell::new(false),
         }))
-    }
-
-    /// Says what this side does beyond the protocol. `at` is where its byte stands.
-    pub(crate) fn show_extension(&self, at: usize, extension: Extension) {
-        // Relaxed: the handshake's socket orders it, or it comes to be known a little later.
-        self.memory.store_u8(at, extension.to_byte(), Ordering::Relaxed);
-    }
-
-    /// What the peer does beyond the protocol, as far as it has said so.
-    pub(crate) fn peer_extension(&self, at: usize) -> Option<Extension> {
-        Extension::from_byte(self.memory.load_u8(at, Ordering::Relaxed))
     }
 
     /// Whether a page of the memory was not there, and it is nobody's but ours any more.
@@ -604,11 +552,13 @@ impl<M> Drop for BufferManager<M> {
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
+    use std::sync::atomic::Ordering;
 
     use proptest::prelude::*;
 
-    use super::super::setup::Side;
+    use super::super::setup::{ListSets, Side};
     use super::*;
+    use crate::config::SliceClass;
     use crate::wire::layout::{
         LIST_HEAD_OFFSET, LIST_HEADER_LEN, LIST_SIZE_OFFSET, LIST_TAIL_OFFSET, MANAGER_HEADER_LEN,
         SLICE_CAPACITY_OFFSET, SLICE_FLAGS_OFFSET, SLICE_HEADER_LEN, SLICE_NEXT_OFFSET,

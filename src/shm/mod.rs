@@ -33,6 +33,7 @@ pub(crate) mod leftovers;
 pub(crate) mod list;
 #[cfg(test)]
 mod list_stress;
+mod made;
 mod magazine;
 pub(crate) mod manager;
 #[cfg(test)]
