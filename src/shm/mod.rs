@@ -22,6 +22,7 @@
 //! checkers on memory of their own.
 
 pub(crate) mod access;
+mod adopt;
 pub(crate) mod chain;
 pub(crate) mod chain_queue;
 pub(crate) mod claims;
