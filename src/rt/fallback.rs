@@ -8,12 +8,17 @@
 //! Both are waits that a dropped future may leave behind, and that the next one does not continue.
 //! [`Alloc`](super::lending::Alloc) ends its own when it is dropped; a write has no future that could.
 
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
+use super::credit::SHORT_MESSAGE;
 use super::send_wait::{SendWait, WaitsFor};
 use super::session::SessionInner;
 use super::stream::StreamInner;
+use super::write_half::WriteHalf;
+use crate::error::{Error, Result};
+use crate::shm::chain::Chain;
+use crate::wire::EventState;
 
 /// How long a stream that uses the socket waits at first for the peer's reader to take something of
 /// what went that way, so that it can come back to shared memory when all is taken. It is doubled
@@ -120,5 +125,125 @@ impl ComingBack {
         stream.writer.register(context);
         waiting.begin(session, WaitsFor::Return(until), context);
         Poll::Pending
+    }
+}
+
+impl WriteHalf {
+    /// The pool is empty: waits as long as the configuration says, then leaves shared memory.
+    pub(super) fn poll_pool(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
+        let session = self.session.inner();
+        let now = Instant::now();
+        let (until, is_new) = self.pool_wait.until(now, session.config.pool_wait);
+        if is_new {
+            session.counters.pool_empty.add(1);
+        }
+        if now < until {
+            self.waiting.begin(session, WaitsFor::Memory(Some(until)), context);
+            ready!(self.deadline.poll(context));
+            self.pool_wait.end();
+            return Poll::Ready(Err(Error::DeadlinePassed));
+        }
+        self.pool_wait.expire();
+        self.inner.life().fall_back();
+        Poll::Ready(Ok(()))
+    }
+
+    /// Puts a message into slices that was written into private memory, now that there are some.
+    /// Gives it as it is if there are not.
+    #[cold]
+    pub(super) fn move_to_memory(&self, chain: Chain, context: &Context<'_>) -> Result<Chain> {
+        let session = self.session();
+        if !chain.is_of(&session.lanes.manager) {
+            return Err(Error::ForeignLoan);
+        }
+        session.activate();
+        if session.lanes.manager.is_short() && !self.may_use_reserve(context, chain.len()) {
+            return Ok(chain);
+        }
+        let slices = session.lanes.manager.allocate(chain.len(), false);
+        let Some(mut slices) = slices.map_err(|error| session.broken(error))? else {
+            return Ok(chain);
+        };
+        let bytes = chain.into_bytes();
+        let count = slices.write(&bytes);
+        debug_assert_eq!(count, bytes.len(), "it was allocated for that");
+        Ok(slices)
+    }
+
+    /// Leaves shared memory for a message of private memory.
+    pub(super) fn fall_back(&self) {
+        self.inner.life().fall_back();
+    }
+
+    /// Sends bytes over the socket, the first `at_most` of them.
+    pub(super) fn poll_send_fallback(
+        &mut self,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+        at_most: usize,
+    ) -> Poll<Result<usize>> {
+        let mut count = bytes.len().min(at_most);
+        if self.session().is_socket_budget_spent() {
+            count = count.min(SHORT_MESSAGE);
+        }
+        ready!(self.poll_socket_room(context, count))?;
+        self.send_over_socket(&bytes[..count]);
+        Poll::Ready(Ok(count))
+    }
+
+    /// Sends a whole message over the socket, of which there is room for the first piece: in one
+    /// piece, since it is one flush, as long as the peer takes messages that long. What is longer
+    /// goes all the same, and nothing is waited for in between: half a message is none.
+    pub(super) fn send_whole_over_socket(&self, bytes: &[u8]) {
+        let session = self.session();
+        let at_most = session.config.limits.message_len as usize - 16;
+        for piece in bytes.chunks(at_most) {
+            self.send_over_socket(piece);
+        }
+    }
+
+    fn send_over_socket(&self, piece: &[u8]) {
+        self.session().send_fallback(self.inner.id(), piece, EventState::Open);
+        self.inner.note_known_to_peer();
+        self.session().note_sent_over_socket(&self.inner, piece.len());
+    }
+
+    /// Waits until a message of this stream may go over the socket.
+    pub(super) fn poll_socket_room(
+        &mut self,
+        context: &mut Context<'_>,
+        len: usize,
+    ) -> Poll<Result<()>> {
+        self.check_open()?;
+        let session = self.session.inner();
+        if !session.has_window(&self.inner) {
+            // The credit comes by the queue.
+            session.activate();
+            if self.inner.writer.register(context) {
+                session.counters.window_full.add(1);
+            }
+            return self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed));
+        }
+        if !session.has_socket_budget(&self.inner, len) {
+            session.activate();
+            session.ask_for_credit(&self.inner);
+            self.inner.writer.register(context);
+            self.waiting.begin(session, WaitsFor::Readers, context);
+            return self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed));
+        }
+        if session.outbox().is_full() {
+            self.waiting.begin(session, WaitsFor::Socket, context);
+            return self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed));
+        }
+        match session.poll_overtaking(&mut self.overtaking, &mut self.waiting, context) {
+            Poll::Ready(result) => result?,
+            Poll::Pending => {
+                return self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed));
+            }
+        }
+        // Everything that was published before must be seen before; the peer drains its queue when
+        // the message comes.
+        session.flush_queue();
+        Poll::Ready(Ok(()))
     }
 }
