@@ -6,7 +6,8 @@
 //! more; only a peer of this crate says so.
 //!
 //! Both are waits that a dropped future may leave behind, and that the next one does not continue.
-//! [`Alloc`](super::lending::Alloc) ends its own when it is dropped; a write has no future that could.
+//! [`Alloc`](super::lending::Alloc) ends its own when it is dropped; a write has no future to do
+//! that.
 
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
