@@ -91,7 +91,7 @@ impl AllDoors {
         let Some(door) = &mut self.unix else {
             return Ok(());
         };
-        let is_abstract = door.path.is_none();
+        let is_abstract = door.file.is_none();
         let (listener, shards) = (door.listener.try_clone()?, std::mem::take(&mut door.shards));
         thread::Builder::new()
             .name("accept".into())
