@@ -72,7 +72,8 @@ fn set(limit: &str) {
         "nproc" => {
             // The superuser has no such limit.
             rlimit(Resource::RLIMIT_NPROC);
-            become_user(LONELY_USER);
+            // Of this child alone, whose threads are all that count.
+            become_user(LONELY_USER + std::process::id());
         }
         "user" => become_user(number() as u32),
         "taskset" => {
