@@ -56,6 +56,7 @@ pub(crate) async fn serve(
     let mut turns = 0;
     loop {
         let turn = connection.take_commands(&mut stream.input);
+        let unread = stream.input.unread().len();
         match connection.exchange.finish(&shard.peers, &mut stream).await {
             Err(error) if error.kind() == io::ErrorKind::QuotaExceeded => {
                 shard.complaints.tell(&origin, format_args!("{error}"));
@@ -64,6 +65,8 @@ pub(crate) async fn serve(
             finished => finished?,
         }
         match turn {
+            // More was read while replies could not be written: it comes before waiting for more.
+            Turn::Starved if stream.input.unread().len() > unread => {}
             Turn::Starved => {
                 if stream.fill(connection.parser.expected_len()).await? == 0 {
                     return Ok(());
