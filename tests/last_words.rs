@@ -326,7 +326,8 @@ fn a_server_that_stops_lets_foreign_clients_take_their_answers() {
 
 /// Says nothing to the opening of version 4, and does not close either, as shmipc-go. Serves
 /// version 3. Ends after so many sessions, and tells how many openings of version 4 there were.
-fn silent_to_version_4(listener: UnixListener, sessions: usize) -> usize {
+/// They live until that is looked at.
+fn silent_to_version_4(listener: UnixListener, sessions: usize) -> (usize, Vec<impl Sized + Send>) {
     let (mut kept, mut openings) = (Vec::new(), 0);
     while kept.len() - openings < sessions {
         let socket = accept(&listener);
@@ -347,7 +348,7 @@ fn silent_to_version_4(listener: UnixListener, sessions: usize) -> usize {
             kept.push((Some(Foreign::serve(socket, || {})), None));
         }
     }
-    openings
+    (openings, kept)
 }
 
 fn version_4() -> ConfigBuilder {
@@ -365,7 +366,7 @@ fn silence_to_version_4_means_version_3_and_is_remembered() {
             let session = connector.connect(path.as_str()).await.unwrap();
             assert_eq!(session.protocol(), ProtocolVersion::V3);
         }
-        assert_eq!(joined(server).await, 1, "openings of version 4");
+        assert_eq!(joined(server).await.0, 1, "openings of version 4");
         // Another server there is asked again.
         std::fs::remove_file(path.as_str()).unwrap();
         let listener = Listener::bind(path.as_str(), Config::default()).unwrap();
