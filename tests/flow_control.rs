@@ -268,7 +268,8 @@ async fn others_are_answered(
     let (client, server) = pair(config(), config()).await;
     let (mut old_near, mut old_far) = open(&client, &server).await;
     let sent = Rc::new(Cell::new(0));
-    let mut idle = Vec::new();
+    // Open, and nothing is done with them.
+    let (mut idle, mut idle_streams) = (Vec::new(), Vec::new());
     for _ in 0..count {
         let (near, far) = open(&client, &server).await;
         let (sending, stalled) = match sender {
@@ -293,7 +294,7 @@ async fn others_are_answered(
         for stream in sending {
             glommio::spawn_local(flood(stream, messages, Rc::clone(&sent))).detach();
         }
-        idle_streams(stalled);
+        idle_streams.extend(stalled);
     }
     loop {
         let before = sent.get();
@@ -331,17 +332,6 @@ async fn others_are_answered(
     // It may have heard already that the other side is gone.
     let _ = server.close().await;
     until(|| Rc::strong_count(&sent) == 1).await;
-}
-
-/// Keeps streams open, and does nothing with them.
-fn idle_streams(streams: Vec<Stream>) {
-    if !streams.is_empty() {
-        glommio::spawn_local(async move {
-            std::future::pending::<()>().await;
-            drop(streams);
-        })
-        .detach();
-    }
 }
 
 const BOTH_VERSIONS: [ProtocolVersion; 2] = [ProtocolVersion::V3, ProtocolVersion::V4];
