@@ -457,9 +457,9 @@ impl ConfigBuilder {
     /// 64 MiB.
     ///
     /// A peer of this crate does not let it come to that: its streams whose readers are behind have
-    /// a quarter of this together, by its own configuration, so take the same on both sides. Another
-    /// implementation has no credit to go by. Its streams wait for each other beyond this, those
-    /// that are read too; nothing of what it sent is thrown away.
+    /// a quarter of this together, by its own configuration, so take the same on both sides.
+    /// Another implementation has no credit to go by. Its streams wait for each other beyond this,
+    /// those that are read too; nothing of what it sent is thrown away.
     pub fn max_unread_fallback_bytes(mut self, bytes: usize) -> Self {
         self.config.limits.unread_fallback_bytes = bytes;
         self

@@ -137,7 +137,8 @@ impl Error {
         match (self.refusal_code(), self) {
             (Some(TOO_LARGE), Self::Memory(MemoryError::TooLarge { what, have, limit })) => {
                 format!(
-                    "too large: {what} has {have} bytes, this server takes {limit} (`max_mapped_bytes`)"
+                    "too large: {what} has {have} bytes, this server takes {limit} \
+                     (`max_mapped_bytes`)"
                 )
             }
             (Some(FULL), Self::Handshake(HandshakeError::TooManySessions(most))) => {

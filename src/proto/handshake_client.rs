@@ -3,9 +3,9 @@
 //!
 //! Invariants: see the parent module. The client opens with version 2 or 3, never more, since a
 //! shmipc-go server does not answer any other opening; or with version 4's own message, which older
-//! servers do not answer either, and then [falls back](ClientHandshake::may_fall_back). Both memories are
-//! created and initialised before they are announced, and in versions 2 and 3 before anything is
-//! said.
+//! servers do not answer either, and then [falls back](ClientHandshake::may_fall_back). Both
+//! memories are created and initialised before they are announced, and in versions 2 and 3 before
+//! anything is said.
 //!
 //! Trust: none in the server's messages.
 

@@ -7,15 +7,15 @@
 //! confused: the first is accepted, the second is given back. Numbers are compared as serial
 //! numbers, so a session may wrap around.
 //!
-//! A client may use its streams in another order than it opened them in, and never use some, so what
-//! the peer has used is everything up to the highest number, less the gaps. A client of this crate
-//! tells from time to time which streams it has dropped unused, so the gaps that it leaves are
-//! streams that are open, and a few more.
+//! A client may use its streams in another order than it opened them in, and never use some, so
+//! what the peer has used is everything up to the highest number, less the gaps. A client of this
+//! crate tells from time to time which streams it has dropped unused, so the gaps that it leaves
+//! are streams that are open, and a few more.
 //!
 //! Whom it trusts: nobody. A peer can open streams up to the limit, and can leave gaps in its
-//! numbers up to [`MAX_GAPS`]; neither costs more than a table entry. Beyond, the lowest numbers are
-//! [forgotten](StreamTable::is_forgotten): what comes for one of them is refused, and the peer is
-//! told.
+//! numbers up to [`MAX_GAPS`]; neither costs more than a table entry. Beyond, the lowest numbers
+//! are [forgotten](StreamTable::is_forgotten): what comes for one of them is refused, and the peer
+//! is told.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
@@ -27,8 +27,8 @@ pub(crate) const NO_STREAM: u32 = 0;
 /// The number of the first stream that a client of this crate opens, as shmipc-go does.
 const FIRST_STREAM: u32 = 2;
 
-/// How many ranges of numbers that were passed over are remembered. Beyond, the lowest is forgotten.
-/// So many take less than 2 MiB.
+/// How many ranges of numbers that were passed over are remembered. Beyond, the lowest is
+/// forgotten. So many take less than 2 MiB.
 const MAX_GAPS: usize = 1 << 16;
 /// How many streams can be looked up without hashing.
 const NEAR: usize = 64;

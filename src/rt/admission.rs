@@ -2,10 +2,10 @@
 //! How many peers a listener deals with at the same time, and what they may bring.
 //!
 //! There is a bounded number of places for handshakes, in all and for each user. Whoever comes
-//! while all are taken waits in a [queue](super::handshake_queue) of its user. But a peer that connects and then says nothing must not keep others
-//! out for as long as a handshake may take: while somebody waits for a place, handshakes that have
-//! taken an eighth of that time give theirs up. An honest one takes a fraction of a millisecond,
-//! or what it takes to set memory aside.
+//! while all are taken waits in a [queue](super::handshake_queue) of its user. But a peer that
+//! connects and then says nothing must not keep others out for as long as a handshake may take:
+//! while somebody waits for a place, handshakes that have taken an eighth of that time give theirs
+//! up. An honest one takes a fraction of a millisecond, or what it takes to set memory aside.
 //!
 //! A place is kept until the session is taken by the program. From then on it counts as a session,
 //! with its memory, until it is dropped.
@@ -125,8 +125,9 @@ impl Admission {
         Some(PlaceTaken { admission: Rc::clone(self), uid })
     }
 
-    /// Has those give up their places that have had them for too long, as many of them as help those
-    /// who wait: so many of each user. When the next one will have had its place for too long.
+    /// Has those give up their places that have had them for too long, as many of them as help
+    /// those who wait: so many of each user. When the next one will have had its place for too
+    /// long.
     pub(super) fn dismiss(&self, waiting: impl Iterator<Item = (Uid, usize)>) -> Option<Instant> {
         let earliest = waiting.filter_map(|(uid, count)| self.dismiss_for(uid, count));
         earliest.min()

@@ -2,8 +2,8 @@
 //! Futures of the program's, run so that their panics end nothing else.
 //!
 //! A panic in a task unwinds through its executor, with all sessions of that core. One in a
-//! destructor is worse where glommio drops a task that was cancelled: it aborts the process. So both
-//! end here, where the future is polled and where it is dropped.
+//! destructor is worse where glommio drops a task that was cancelled: it aborts the process. So
+//! both end here, where the future is polled and where it is dropped.
 
 use std::any::Any;
 use std::future::Future;

@@ -4,8 +4,8 @@
 //! Looking whether a listener lives and replacing its file are two steps. Whoever takes both holds
 //! a lock meanwhile: on a file of its own, `PATH.lock`, which only this user can open, so that
 //! nobody else can hold anybody up. A file that others can open, or that is another user's, is not
-//! taken for it, and not waited for. All doors of a server, `PATH` and `PATH.<index>`, have the same
-//! lock, by whomever they are opened.
+//! taken for it, and not waited for. All doors of a server, `PATH` and `PATH.<index>`, have the
+//! same lock, by whomever they are opened.
 //!
 //! The file goes with the lock. So who has waited for it looks whether it is still the one that
 //! others find; if not, it was a turn with nobody else in it.

@@ -23,7 +23,8 @@
 //!   [`deadline`]; [`loan`]: messages as values, borrowed and sent by [`lending`]; [`credit`]: how
 //!   far a sender may go.
 //! - [`listener`], [`connector`]: how sessions come to be; [`admission`]: how many;
-//!   [`old_servers`]: in which version not to try; [`peer`]: with whom; [`socket_path`]: the files of sockets, and [turns](door_lock) at them.
+//!   [`old_servers`]: in which version not to try; [`peer`]: with whom; [`socket_path`]: the files
+//!   of sockets, and [turns](door_lock) at them.
 //! - [`client`], made by a [`client_builder`]: a core's [sessions](shard_sessions) to the shards of
 //!   a server, each [`kept`] up with a [`backoff`].
 //! - [`drain`]: how a session is brought to its end without losing what was asked of it; [`close`]:

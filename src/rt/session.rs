@@ -7,6 +7,8 @@
 //! the session ends. Tasks and the stream table hold the inner state only, so no circle keeps a
 //! session alive.
 
+mod guard;
+
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -14,6 +16,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+pub(super) use self::guard::SessionGuard;
 use super::activity::Activity;
 use super::admission::Admitted;
 use super::credit::Credit;
@@ -261,23 +264,6 @@ impl SessionInner {
     }
 }
 
-/// Ends the session when the last handle of a user goes.
-pub(super) struct SessionGuard {
-    inner: Rc<SessionInner>,
-}
-
-impl SessionGuard {
-    pub(super) fn inner(&self) -> &Rc<SessionInner> {
-        &self.inner
-    }
-}
-
-impl Drop for SessionGuard {
-    fn drop(&mut self) {
-        self.inner.end_at_last();
-    }
-}
-
 /// A connection to one peer, over which any number of streams run.
 ///
 /// A session lives on the executor that made it. Cloning gives another handle on the same session;
@@ -378,7 +364,7 @@ impl Session {
         // Events may be there already: a client of version 2 does not wait for an answer.
         inner.activate();
         inner.show_up();
-        Self { guard: Rc::new(SessionGuard { inner }) }
+        Self { guard: SessionGuard::new(inner) }
     }
 
     pub(super) fn inner(&self) -> &Rc<SessionInner> {
@@ -484,9 +470,9 @@ impl Session {
         self.inner().agreement.single_popper_lists
     }
 
-    /// Whether the peer knows the end of one direction of a stream and a reset, as far as it has said
-    /// by now: one of this crate does. Any other learns of an end only when the whole stream is
-    /// closed, and takes a reset for a close.
+    /// Whether the peer knows the end of one direction of a stream and a reset, as far as it has
+    /// said by now: one of this crate does. Any other learns of an end only when the whole stream
+    /// is closed, and takes a reset for a close.
     ///
     /// A server that is met in [version 2](ProtocolVersion::V2) says so when it maps the memory,
     /// which the client does not wait for: for some milliseconds this may be `false` and become

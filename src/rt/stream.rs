@@ -398,11 +398,11 @@ impl Stream {
 
     /// Closes the stream as a failure: what was sent must not be taken for all there was.
     ///
-    /// The peer reads what it got before, and then [`Error::StreamReset`](crate::Error::StreamReset)
-    /// in place of the end; so it does when it writes. A peer that is not of this crate sees an
-    /// ordinary close, since it knows no other. Unread data is thrown away. After this, reads and
-    /// writes here fail as after [`close`](Self::close). Nothing happens when the stream is closed
-    /// already.
+    /// The peer reads what it got before, and then
+    /// [`Error::StreamReset`](crate::Error::StreamReset) in place of the end; so it does when it
+    /// writes. A peer that is not of this crate sees an ordinary close, since it knows no other.
+    /// Unread data is thrown away. After this, reads and writes here fail as after
+    /// [`close`](Self::close). Nothing happens when the stream is closed already.
     ///
     /// ```
     /// use futures_lite::AsyncWriteExt;

@@ -9,12 +9,12 @@
 //! Between two that know each other:
 //!
 //! - A stream may be [half-closed](super::EventState::HalfClosed).
-//! - A stream may be [reset](super::Event::is_reset): closed as a failure. A side of this crate that
-//!   does not know that yet takes it for a close.
+//! - A stream may be [reset](super::Event::is_reset): closed as a failure. A side of this crate
+//!   that does not know that yet takes it for a close.
 //! - A reader gives [credit](super::EventState::Credit) for what it has taken, and a sender does
 //!   not send more than the reader's window. A sender that had to use the socket goes back to
-//!   shared memory when the reader has taken what went that way. An event of credit for 0 bytes asks
-//!   for the credit that the other side keeps until it is worth an event.
+//!   shared memory when the reader has taken what went that way. An event of credit for 0 bytes
+//!   asks for the credit that the other side keeps until it is worth an event.
 //! - A client tells of streams that it closed and never used, so that the server need not remember
 //!   that their numbers were passed over.
 //!
