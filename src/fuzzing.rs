@@ -206,6 +206,9 @@ fn client_handshake(
 
 /// Size classes that leave room for every kind of chain in little memory.
 pub(crate) const CLASSES: [SliceClass; 2] = [SliceClass::new(44, 40), SliceClass::new(236, 55)];
+/// Sizes that this crate does not make, and takes from peers: some fields lie across two lines.
+const ODD_CLASSES: [SliceClass; 2] = [SliceClass::new(41, 40), SliceClass::new(237, 55)];
+const ODD_CAPACITIES: [u32; 4] = [1, 5, 14, 50];
 pub(crate) const BUFFER_LEN: usize = 8 << 10;
 pub(crate) const QUEUE_CAPACITY: u32 = 16;
 
@@ -217,10 +220,13 @@ pub fn memories(data: &[u8]) {
     let is_honest = first % 4 != 0;
     let sets = |side| if first & 16 == 0 { ListSets::Shared } else { ListSets::OnePerSide(side) };
     let layout = QueueLayout::for_version(ProtocolVersion::V3);
+    let is_odd = first & 32 != 0;
+    let capacity = if is_odd { ODD_CAPACITIES[usize::from(first >> 6)] } else { QUEUE_CAPACITY };
+    let classes = if is_odd { &ODD_CLASSES } else { &CLASSES };
     let buffer = Rc::new(Region::heap(BUFFER_LEN));
-    let queues = Rc::new(Region::heap(queue::queues_len(QUEUE_CAPACITY)));
-    drop(BufferManager::create(&buffer, &CLASSES, sets(Side::Client)).expect("there is room"));
-    drop(queue::create(&queues, QUEUE_CAPACITY, layout));
+    let queues = Rc::new(Region::heap(queue::queues_len(capacity)));
+    drop(BufferManager::create(&buffer, classes, sets(Side::Client)).expect("there is room"));
+    drop(queue::create(&queues, capacity, layout));
     if !is_honest {
         for _ in 0..input.byte().unwrap_or(0) {
             poke(&mut input, &*buffer, &*queues);
