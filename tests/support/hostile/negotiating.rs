@@ -495,18 +495,24 @@ fn a_connection_that_ends_without_an_answer_is_followed_by_one_of_version_3() {
     bed.finish();
 }
 
-/// One that says nothing has the time of one handshake, and not of two.
+/// One that says nothing is asked once more, in version 3, and one that has begun to answer is not;
+/// both have the time of one handshake, and not of two.
 #[test]
 fn a_server_that_does_not_answer_is_left_at_the_timeout() {
     let bed = bed();
     let config = asking(WITH_EVENT_FDS).handshake_timeout(Duration::from_millis(200));
     let server = RawServer::new(&bed, config);
-    for said in [0, 8, 20] {
+    let is_late: IsDue = due!(Handshake(HandshakeError::Timeout(_)));
+    for said in [8, 20] {
         let mut raw = asked(&server, &bed);
         raw.send(&selection(WITH_EVENT_FDS)[..said]);
-        let is_due: IsDue = due!(Handshake(HandshakeError::Timeout(_)));
-        must_give_up(&bed, &server, "silence", is_due, raw);
+        must_give_up(&bed, &server, "half an answer", is_late, raw);
     }
+    let mut silent = asked(&server, &bed);
+    let mut again = Raw::accept(server.listener());
+    assert!(silent.is_closed_by_peer());
+    assert_eq!(again.receive(8), message(EXCHANGE, 3, &[]));
+    must_give_up(&bed, &server, "silence in both versions", is_late, again);
     bed.finish();
 }
 
