@@ -55,7 +55,7 @@ pub enum HandshakeError {
     /// The descriptors of the two memories did not come as they should.
     #[error("{got} descriptors came, expected {expected}")]
     Descriptors {
-        /// How many came.
+        /// How many came. Six stands for six or more: no more are looked at.
         got: usize,
         /// How many were due.
         expected: usize,

@@ -115,6 +115,11 @@ pub(super) fn close_listener(fd: OwnedFd) {
     submit(Job { target: Target::Listener(fd), uid: None });
 }
 
+/// Closes duplicates of what a peer has passed that may take long to close.
+pub(super) fn close_foreign(fds: Vec<OwnedFd>, uid: Uid) {
+    submit(Job { target: Target::Duplicates(fds), uid });
+}
+
 /// Whether nothing is to be accepted from a user, since so many of its sockets could not be closed.
 /// Gives how many.
 pub(super) fn has_too_many_unclosed(uid: Uid) -> Option<usize> {
@@ -182,7 +187,8 @@ fn receive(socket: RawFd, to: &mut [u8]) -> nix::Result<usize> {
     }
 }
 
-fn peer(socket: BorrowedFd<'_>) -> Uid {
+/// Who is at the other end, if that is known.
+pub(super) fn peer(socket: BorrowedFd<'_>) -> Uid {
     nix::sys::socket::getsockopt(&socket, sockopt::PeerCredentials).ok().map(|found| found.uid())
 }
 
@@ -209,7 +215,7 @@ impl Drop for AllKept {
     }
 }
 
-/// A socket that a helper closes.
+/// Something that a helper closes.
 struct Job {
     target: Target,
     uid: Uid,
@@ -220,6 +226,8 @@ enum Target {
     /// Somebody else's, who closes it when this has become true.
     Lent(RawFd, Arc<AtomicBool>),
     Listener(OwnedFd),
+    /// Of descriptors whose files are open elsewhere.
+    Duplicates(Vec<OwnedFd>),
 }
 
 #[derive(Default)]
@@ -324,6 +332,7 @@ fn close_here(target: Target) {
             is_empty.store(true, Ordering::Release);
         }
         Target::Listener(fd) => refuse_waiting(fd),
+        Target::Duplicates(fds) => drop(fds),
     }
 }
 

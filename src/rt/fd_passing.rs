@@ -11,13 +11,14 @@
 //! - Where the kernel can refuse descriptors (`SO_PASSRIGHTS`, Linux 6.16), it does, except on a
 //!   server's socket between its request for the memory and the receipt.
 //! - Wherever they can come, a receive looks first ([`peek`]). That gives duplicates, while the
-//!   socket's queue keeps its own references, so the duplicates can be closed by anybody. Bytes are
-//!   taken out of the queue only when nothing came with them, or what [`identify`] knows.
+//!   socket's queue keeps its own references, so no duplicate is the last. Bytes are taken out of
+//!   the queue only when nothing came with them, or what [`FdKind`] knows.
+//! - File systems are told of each close of a descriptor, not of the last one only, and those of
+//!   FUSE and of the network are waited for. So duplicates of what is not known are closed by
+//!   [`fd_disposal`] as well. No more of them are made than tells that they are too many.
 //! - A socket whose queue still has others is emptied, and closed, by [`fd_disposal`].
 //! - A receive skips an out-of-band byte, and closes what came with it. So such bytes are kept in
 //!   line with the others (`SO_OOBINLINE`).
-//!
-//! [`fd_disposal`]: super::fd_disposal
 //!
 //! `unsafe` here: a socket option that `nix` does not know, the control messages of `recvmsg`, and
 //! taking over the descriptors that the kernel made for them.
@@ -31,15 +32,19 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::sockopt;
 
+use super::fd_disposal;
+use crate::shm::region::FdKind;
+
 /// Whether descriptors can be sent to a Unix socket (`asm-generic/socket.h`).
 const SO_PASSRIGHTS: libc::c_int = 83;
 
-/// The most descriptors that one message can carry (`SCM_MAX_FD`).
-const MAX_DESCRIPTORS: usize = 253;
+/// How many descriptors of one message are looked at: more than are ever due, and no more, since
+/// duplicates of what is foreign stay open for as long as their closes take.
+const MAX_LOOKED_AT: usize = 6;
 
-/// What the control message of that many takes, in words so that it is aligned.
+/// What the control message of that many takes, in words so that it is aligned. It is full then.
 const CONTROL_WORDS: usize = (size_of::<libc::cmsghdr>()
-    + (MAX_DESCRIPTORS * size_of::<RawFd>()).next_multiple_of(size_of::<usize>()))
+    + (MAX_LOOKED_AT * size_of::<RawFd>()).next_multiple_of(size_of::<usize>()))
     / size_of::<usize>();
 
 /// Has the kernel refuse descriptors that are sent to a Unix socket from now on. Those that came
@@ -79,13 +84,30 @@ pub(super) struct Peeked {
     pub(super) bytes: usize,
     /// Duplicates of the descriptors that came with them.
     pub(super) descriptors: Vec<OwnedFd>,
-    /// Whether there were more of them than this process has room for.
+    /// Whether there were more of them: than are looked at, or than this process has room for.
     pub(super) is_cut: bool,
+    /// The user at the other end, of whom descriptors came.
+    uid: Option<u32>,
 }
 
 impl Peeked {
     pub(super) fn has_descriptors(&self) -> bool {
         self.is_cut || !self.descriptors.is_empty()
+    }
+
+    /// The descriptors, which are all known to be harmless to close.
+    pub(super) fn into_descriptors(mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.descriptors)
+    }
+}
+
+impl Drop for Peeked {
+    fn drop(&mut self) {
+        let foreign = |fd: &OwnedFd| !FdKind::of(fd.as_fd()).is_harmless();
+        let foreign: Vec<_> = self.descriptors.drain(..).filter(foreign).collect();
+        if !foreign.is_empty() {
+            fd_disposal::close_foreign(foreign, self.uid);
+        }
     }
 }
 
@@ -119,7 +141,8 @@ pub(super) fn peek(socket: BorrowedFd<'_>, to: &mut [u8]) -> io::Result<Option<P
     let is_cut = message.msg_flags & libc::MSG_CTRUNC != 0;
     // SAFETY: the kernel has just filled it.
     let descriptors = unsafe { take_descriptors(&message) };
-    Ok(Some(Peeked { bytes, descriptors, is_cut }))
+    let uid = if descriptors.is_empty() { None } else { fd_disposal::peer(socket) };
+    Ok(Some(Peeked { bytes, descriptors, is_cut, uid }))
 }
 
 /// Every descriptor of a message's control messages, however much else is missing.
@@ -182,6 +205,7 @@ mod tests {
         let (reading, writing) = nix::unistd::pipe().unwrap();
         let writing = std::fs::File::from(writing);
         ours.write_all(b"before").unwrap();
+        send(&ours, &[reading.as_raw_fd(); MAX_LOOKED_AT], MsgFlags::empty()).unwrap();
         send(&ours, &[reading.as_raw_fd(); 253], MsgFlags::empty()).unwrap();
         ours.write_all(b"behind").unwrap();
         drop(reading);
@@ -190,14 +214,21 @@ mod tests {
             let peeked = peek(theirs.as_fd(), &mut bytes).unwrap().unwrap();
             // Up to the one with descriptors, and no further.
             assert_eq!((peeked.bytes, &bytes[..7]), (7, &b"beforex"[..]));
-            assert_eq!((peeked.descriptors.len(), peeked.is_cut), (253, false));
+            assert_eq!((peeked.descriptors.len(), peeked.is_cut), (MAX_LOOKED_AT, false));
             drop(peeked);
             assert!(is_open(&writing), "the queue still has it");
         }
         take(&theirs, 6);
         assert!(peek(theirs.as_fd(), &mut bytes).unwrap().unwrap().has_descriptors());
         take(&theirs, 1);
-        assert!(!is_open(&writing));
+        let peeked = peek(theirs.as_fd(), &mut bytes).unwrap().unwrap();
+        assert_eq!((peeked.descriptors.len(), peeked.is_cut), (MAX_LOOKED_AT, true));
+        drop(peeked);
+        take(&theirs, 1);
+        // Its duplicates are closed elsewhere.
+        while is_open(&writing) {
+            std::thread::yield_now();
+        }
         let peeked = peek(theirs.as_fd(), &mut bytes).unwrap().unwrap();
         assert_eq!((peeked.bytes, peeked.has_descriptors()), (6, false));
         take(&theirs, 6);

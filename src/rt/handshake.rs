@@ -303,7 +303,7 @@ impl Inbox {
                     // Only now: what is refused must not be closed here.
                     socket.take_byte().map_err(failed)?;
                     socket.end_passing();
-                    return Ok(peeked.descriptors);
+                    return Ok(peeked.into_descriptors());
                 }
                 Passed::Nothing => socket.readable().await?,
                 Passed::End => {
