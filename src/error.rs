@@ -495,6 +495,7 @@ impl Error {
                 HandshakeError::PeerNotAllowed { .. }
                 | HandshakeError::NotAuthorized { .. }
                 | HandshakeError::FileOwner { .. }
+                | HandshakeError::UnknownOwner
                 | HandshakeError::MemoryInUse { .. },
             ) => io::ErrorKind::PermissionDenied,
             Self::Handshake(HandshakeError::Refused { code, .. }) if code == NOT_ALLOWED => {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Who gets in, and what dead processes leave behind.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -88,6 +89,35 @@ fn over_tcp_the_owner_of_the_socket_is_asked_for() {
         assert_eq!(uid, geteuid().as_raw());
         connect(AllowedPeers::SameUser).await.unwrap();
         assert!(connect(AllowedPeers::Users(vec![uid + 1])).await.is_err());
+    });
+}
+
+/// A server of root mapped files of root's, and removed them, for a client of nobody's that had
+/// closed its socket.
+#[test]
+fn over_tcp_a_client_that_has_gone_names_no_files() {
+    run(LIMIT, || async {
+        let config = || small().memory(MemoryKind::File).allowed_peers(AllowedPeers::Any);
+        let local = "127.0.0.1:0".parse().unwrap();
+        let listener = Listener::bind_tcp(local, config().build().unwrap()).unwrap();
+        let address = listener.tcp_address().unwrap();
+        let refused = Arc::new(Mutex::new(Vec::new()));
+        let tell = Arc::clone(&refused);
+        listener.on_refused(move |error| tell.lock().unwrap().push(error.clone()));
+        // Nothing is accepted before this task waits.
+        let mut client = std::net::TcpStream::connect(address).unwrap();
+        client
+            .write_all(b"\0\0\0\x2a\x77\x58\x02\0\0\x0f/dev/shm/gone_q\0\x0f/dev/shm/gone_b")
+            .unwrap();
+        drop(client);
+        assert!(within(LIMIT, || !refused.lock().unwrap().is_empty()).await);
+        let error = refused.lock().unwrap()[0].clone();
+        let connected = Connector::new(config().build().unwrap()).connect_tcp(address).await;
+        if connected.unwrap().peer().uid.is_none() {
+            return println!("skipped: a kernel that does not tell");
+        }
+        let is_due = matches!(error, Error::Handshake(HandshakeError::UnknownOwner));
+        assert!(is_due, "{error}");
     });
 }
 

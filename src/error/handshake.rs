@@ -114,6 +114,12 @@ pub enum HandshakeError {
         /// Who named it.
         peer: u32,
     },
+    /// The peer names files, and whose they would have to be is not known: its user is none that
+    /// this process can tell, or it closed its TCP socket before it was accepted.
+    #[error(
+        "the peer names files, and since its user is unknown nothing says that they are its own"
+    )]
+    UnknownOwner,
     /// A memory that the peer brings is already that of another session of this process: its queue,
     /// or its buffer where a queue was named or the other way round. Only a buffer may be shared,
     /// as a buffer.

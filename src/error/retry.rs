@@ -106,7 +106,8 @@ impl Error {
             Self::Handshake(error) => match error {
                 HandshakeError::PeerNotAllowed { .. }
                 | HandshakeError::NotAuthorized { .. }
-                | HandshakeError::FileOwner { .. } => Some(NOT_ALLOWED),
+                | HandshakeError::FileOwner { .. }
+                | HandshakeError::UnknownOwner => Some(NOT_ALLOWED),
                 HandshakeError::TooManySessions(_)
                 | HandshakeError::TooManyQueued(_)
                 | HandshakeError::GaveWay(_) => Some(FULL),
@@ -159,6 +160,11 @@ impl Error {
             }
             (Some(NOT_ALLOWED), Self::Handshake(HandshakeError::NotAuthorized { .. })) => {
                 "not allowed: this server did not authorize this process".into()
+            }
+            (Some(NOT_ALLOWED), Self::Handshake(HandshakeError::UnknownOwner)) => {
+                "not allowed: users that this server cannot tell may pass descriptors, but not name \
+                 files"
+                    .into()
             }
             (Some(NOT_ALLOWED), Self::Handshake(HandshakeError::FileOwner { .. })) => {
                 "not allowed: the files of the memory belong to another user".into()

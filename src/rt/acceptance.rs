@@ -76,6 +76,8 @@ impl Acceptance {
                     handshake.mapped();
                 }
                 ServerStep::MapFiles(agreement, paths) => {
+                    // Before anything is opened.
+                    peer.check_may_name_files(socket.is_tcp())?;
                     let memory = map_files(paths, peer, agreement, config, admission)?;
                     let doorbell = without_descriptors(agreement);
                     mapped = Some((memory, doorbell));

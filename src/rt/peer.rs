@@ -2,10 +2,11 @@
 //! Who is at the other end of a socket.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::OnceLock;
 
+use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, GetSockOpt, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType,
     SockaddrStorage, getpeername, getsockname, sockopt,
@@ -89,6 +90,42 @@ impl PeerCredentials {
         }
         Err(HandshakeError::PeerNotAllowed { uid: self.uid, peer, allowed: words(allowed) })
     }
+}
+
+impl PeerCredentials {
+    /// Whether files that the peer names can be told to be its own, or nobody's could be.
+    pub(super) fn check_may_name_files(&self, is_tcp: bool) -> Result<(), HandshakeError> {
+        if self.uid.is_some() || (is_tcp && !tells_owners_of_tcp()) {
+            return Ok(());
+        }
+        Err(HandshakeError::UnknownOwner)
+    }
+}
+
+/// Whether this kernel tells who owns a TCP socket. Asked about a socket of this process, so that
+/// no peer has a say in it.
+fn tells_owners_of_tcp() -> bool {
+    static TELLS: OnceLock<bool> = OnceLock::new();
+    if let Some(&tells) = TELLS.get() {
+        return tells;
+    }
+    let ask = || {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        find_tcp(listener.local_addr()?, (Ipv4Addr::UNSPECIFIED, 0).into())
+    };
+    let tells = match ask() {
+        Ok(found) => found.is_some(),
+        // It may tell another time.
+        Err(error) if is_out_of_room(&error) => return true,
+        Err(_) => false,
+    };
+    *TELLS.get_or_init(|| tells)
+}
+
+/// Whether something was not made since there was no descriptor or memory for it.
+fn is_out_of_room(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS))
 }
 
 /// How many users of a list are named in an error.
@@ -304,7 +341,7 @@ fn find_tcp(local: SocketAddr, remote: SocketAddr) -> io::Result<Option<TcpSocke
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, TcpStream};
+    use std::net::TcpStream;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
