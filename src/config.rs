@@ -440,7 +440,7 @@ impl ConfigBuilder {
     }
 
     /// How long a session that ends waits until its peer has taken what was sent to it: see
-    /// [`Session::close`](crate::Session::close). Zero: not at all. Default: two seconds.
+    /// [`Session::close`](crate::Session::close). Zero: not at all. Default: five seconds.
     ///
     /// Only other implementations are waited for, and only while they have something to take, or
     /// keep the memory of what they have taken. Two sides of this crate take what was sent before

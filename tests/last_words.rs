@@ -61,8 +61,9 @@ async fn joined<T>(server: JoinHandle<T>) -> T {
     server.join().unwrap()
 }
 
-/// Takes one message, each step of it late.
-fn take_late(listener: UnixListener) -> Option<Vec<u8>> {
+/// Takes one message, each step of it late, and what else comes until the end, or no longer if it
+/// `leaves` first.
+fn take_late(listener: UnixListener, leaves: bool) -> Option<Vec<u8>> {
     let late = || std::thread::sleep(A_WHILE);
     let peer = Foreign::serve(accept(&listener), late);
     late();
@@ -70,9 +71,12 @@ fn take_late(listener: UnixListener) -> Option<Vec<u8>> {
     late();
     let words = peer.read(event)?;
     peer.free(event);
-    peer.sleep();
-    if peer.waiting() > 0 {
-        peer.take();
+    if !leaves {
+        support::foreign::wait_until("the end", || {
+            peer.sleep();
+            peer.take_all();
+            peer.is_hung_up()
+        });
     }
     Some(words)
 }
@@ -90,7 +94,7 @@ fn last_words_reach_a_server_that_handles_a_hang_up_first() {
         for (version, memory) in KINDS {
             for end in [End::CloseBoth, End::CloseSession, End::DropAll] {
                 let path = SocketPath::new();
-                let server = serve(&path, take_late);
+                let server = serve(&path, |listener| take_late(listener, false));
                 let connector = Connector::new(config(version, memory).build().unwrap());
                 let session = connector.connect(path.as_str()).await.unwrap();
                 let mut stream = session.open_stream().unwrap();
@@ -229,6 +233,58 @@ fn a_close_does_not_wait_for_slices_that_the_peer_uses_again() {
             session.close().await.unwrap();
             joined(server).await;
         }
+    });
+}
+
+/// As the asynchronous streams of shmipc-go, which hand nothing to their user once they have seen
+/// the close, also of what they had received before.
+#[test]
+fn the_close_of_a_stream_waits_until_a_foreign_peer_has_read_what_was_sent_before() {
+    // The wait is bounded, and a thread may be held up for longer than that.
+    const TRIES: usize = 50;
+    run(LIMIT, || async {
+        for (version, memory) in KINDS {
+            let mut orders = Vec::new();
+            while orders.len() < TRIES && !orders.contains(&(0, 1)) {
+                let path = SocketPath::new();
+                let server = serve(&path, |listener| {
+                    let peer = Foreign::serve(accept(&listener), || {});
+                    let words = peer.take().unwrap();
+                    // Its reader runs a little later than its event loop.
+                    std::thread::sleep(A_WHILE / 8);
+                    let closed_before_it_was_read = peer.waiting();
+                    peer.free(words);
+                    (closed_before_it_was_read, peer.take().unwrap().status)
+                });
+                let connector = Connector::new(config(version, memory).build().unwrap());
+                let session = connector.connect(path.as_str()).await.unwrap();
+                let mut stream = session.open_stream().unwrap();
+                stream.write_all(&WORDS).await.unwrap();
+                stream.flush().await.unwrap();
+                drop(stream);
+                orders.push(joined(server).await);
+            }
+            assert!(orders.contains(&(0, 1)), "{version:?} {memory:?}: {orders:?}");
+        }
+    });
+}
+
+/// One that keeps the memory of what it has read hears of the close all the same.
+#[test]
+fn the_close_of_a_stream_reaches_a_foreign_peer_that_gives_nothing_back() {
+    run(LIMIT, || async {
+        let path = SocketPath::new();
+        let server = serve(&path, |listener| {
+            let peer = Foreign::serve(accept(&listener), || {});
+            let _kept = peer.take().unwrap();
+            peer.take().unwrap().status
+        });
+        let config = config(ProtocolVersion::V3, MemoryKind::Memfd).build().unwrap();
+        let session = Connector::new(config).connect(path.as_str()).await.unwrap();
+        let mut stream = session.open_stream().unwrap();
+        stream.write_all(&WORDS).await.unwrap();
+        drop(stream);
+        assert_eq!(joined(server).await, 1);
     });
 }
 
@@ -452,7 +508,7 @@ fn a_version_2_server_that_never_maps_is_found_out() {
 fn a_version_2_server_that_maps_late_but_in_time_is_not_given_up() {
     run(LIMIT, || async {
         let path = SocketPath::new();
-        let server = serve(&path, take_late);
+        let server = serve(&path, |listener| take_late(listener, true));
         let timeout = 4 * A_WHILE;
         let config = config(ProtocolVersion::V2, MemoryKind::File).handshake_timeout(timeout);
         let session = Connector::new(config.build().unwrap()).connect(path.as_str()).await.unwrap();

@@ -78,7 +78,7 @@ impl Default for Limits {
             mapped_bytes: 1 << 30,
             total_mapped_bytes: 64 << 30,
             stall: Some(Duration::from_secs(60)),
-            close_timeout: Duration::from_secs(2),
+            close_timeout: Duration::from_secs(5),
             unread_fallback_bytes: 64 << 20,
             stream_window: None,
         }

@@ -18,16 +18,46 @@
 
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use super::doorbell::Doorbell;
 use super::send_wait::{SendWait, WaitsFor};
 use super::session::SessionInner;
+use super::stream::StreamInner;
 use crate::error::{Error, Result};
 use crate::proto::session::NO_STREAM;
+use crate::proto::stream::Path;
+use crate::shm::manager::SliceId;
 use crate::wire::{Event, EventState};
 
 /// How many closes may wait for room, beyond one for each stream that can be open.
 const SPARE_CLOSES: usize = 1 << 16;
+
+/// How long a peer that is not of this crate has to read the last of a stream, once it has taken its
+/// event, before it is told of its close. One that keeps what it has read until it hears of the
+/// close hears of it that late.
+const TIME_TO_READ: Duration = Duration::from_millis(50);
+/// How many closes may wait for that. Beyond, they are told at once.
+const MAX_UNREAD_CLOSES: usize = 1024;
+
+/// A close of which the peer is told later.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct KeptClose {
+    stream_id: u32,
+    /// What the peer is to have read before.
+    unread: Option<Unread>,
+}
+
+/// The last of a stream.
+#[derive(Debug, Clone, Copy)]
+struct Unread {
+    /// How many events there were with it. Before the peer has taken them it cannot read.
+    events: i64,
+    /// A slice of it.
+    slice: SliceId,
+    /// Until when that is waited for, once the events are taken.
+    until: Option<Instant>,
+}
 
 /// How far a stream is on its way to the socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -85,21 +115,68 @@ impl SessionInner {
         }
         // Not before those that wait already.
         if waiting > 0 || matches!(self.send_event(closed(stream_id)), Ok(false)) {
-            self.lanes.kept_closes.borrow_mut().push_back(stream_id);
-            self.activate();
+            self.keep_close(KeptClose { stream_id, unread: None });
         }
     }
 
-    /// Sends the closes that found the queue full, as far as there is room now.
-    pub(super) fn send_kept_closes(self: &Rc<Self>) {
-        loop {
-            let Some(&stream_id) = self.lanes.kept_closes.borrow().front() else { return };
-            // An error has ended the session.
-            if !matches!(self.send_event(closed(stream_id)), Ok(true)) {
-                return;
-            }
-            self.lanes.kept_closes.borrow_mut().pop_front();
+    fn keep_close(self: &Rc<Self>, close: KeptClose) {
+        self.lanes.kept_closes.borrow_mut().push_back(close);
+        self.activate();
+    }
+
+    /// Tells a peer of a close, behind what was sent on this path. One that is not of this crate is
+    /// told when it has read the last of it, or has had its time for that: an asynchronous stream of
+    /// shmipc-go hands nothing to its user any more once it has seen the close, also of what it had
+    /// received before.
+    pub(super) fn tell_closed_when_read(self: &Rc<Self>, stream: &StreamInner, path: Path) {
+        let stream_id = stream.id();
+        if path == Path::SharedMemory
+            && !self.credit.is_known()
+            && self.lanes.kept_closes.borrow().len() < MAX_UNREAD_CLOSES
+            && let Some(slice) = self.lanes.manager.sent_at(stream.last_sent.get())
+        {
+            let events = self.lanes.producer.borrow().pushed();
+            let unread = Some(Unread { events, slice, until: None });
+            return self.keep_close(KeptClose { stream_id, unread });
         }
+        self.tell_closed(stream_id, path);
+    }
+
+    /// Sends the closes that were kept, as far as there is room now and they have been waited for.
+    pub(super) fn send_kept_closes(self: &Rc<Self>) {
+        if self.has_kept_closes() {
+            self.send_due_closes();
+        }
+    }
+
+    #[inline(never)]
+    fn send_due_closes(self: &Rc<Self>) {
+        let now = Instant::now();
+        let in_flight = self.lanes.producer.borrow_mut().in_flight();
+        // What is wrong with the queue is found, and named, when it is used.
+        let taken = in_flight.map_or(i64::MAX, |(head, _)| head);
+        // Those that are told again find the list empty, and their place behind the others.
+        let mut kept = std::mem::take(&mut *self.lanes.kept_closes.borrow_mut());
+        let mut is_full = false;
+        kept.retain_mut(|KeptClose { stream_id, unread }| match unread {
+            Some(unread) if taken < unread.events => true,
+            Some(unread) => {
+                let until = *unread.until.get_or_insert(now + TIME_TO_READ);
+                let is_waited_for = now < until && self.lanes.manager.is_with_peer(unread.slice);
+                if !is_waited_for {
+                    self.tell_closed(*stream_id, Path::SharedMemory);
+                }
+                is_waited_for
+            }
+            None => {
+                // An error has ended the session.
+                is_full = is_full || !matches!(self.send_event(closed(*stream_id)), Ok(true));
+                is_full
+            }
+        });
+        let mut again = self.lanes.kept_closes.borrow_mut();
+        kept.append(&mut again);
+        *again = kept;
     }
 
     pub(super) fn has_kept_closes(&self) -> bool {

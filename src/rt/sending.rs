@@ -130,7 +130,7 @@ impl SessionInner {
     /// This side closes a stream: strikes it out, gives back what it has not read, and tells the
     /// peer. Never waits.
     pub(super) fn close_stream(self: &Rc<Self>, stream: &StreamInner) {
-        self.end_stream(stream, |path| self.tell_closed(stream.id(), path));
+        self.end_stream(stream, |path| self.tell_closed_when_read(stream, path));
     }
 
     /// As [`close_stream`](Self::close_stream), and what was sent must not be taken for all there

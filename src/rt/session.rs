@@ -23,6 +23,7 @@ use super::credit::Credit;
 use super::doorbell::Doorbell;
 use super::handshake::{Established, SessionMemory};
 use super::outbox::Outbox;
+use super::overtaking::KeptClose;
 use super::own_core::counting_foreign_wakes;
 use super::peer::PeerCredentials;
 use super::poller::Poller;
@@ -78,8 +79,8 @@ pub(super) struct Lanes {
     pub(super) queue_waiting: WakerList,
     /// Tasks that wait for free slices.
     pub(super) pool_waiting: WakerList,
-    /// Streams whose close waits for room in the send queue.
-    pub(super) kept_closes: RefCell<VecDeque<u32>>,
+    /// Streams whose close waits for room in the send queue, or until the peer has read.
+    pub(super) kept_closes: RefCell<VecDeque<KeptClose>>,
     /// Streams that were dropped unused, and that the peer is not told of yet.
     pub(super) unused: RefCell<Vec<u32>>,
     /// Whether something was published since the peer's working flag was last looked at.

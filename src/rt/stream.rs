@@ -40,6 +40,8 @@ pub(super) struct StreamInner {
     pub(super) has_waiting_credit: Cell<bool>,
     /// Whether this side's direction has ended and the peer is not known to understand that.
     pub(super) owes_end: Cell<bool>,
+    /// The first slice of what was last sent through shared memory, by its offset; 0: nothing was.
+    pub(super) last_sent: Cell<u32>,
     /// Whether something of it came over the socket.
     has_come_by_socket: Cell<bool>,
     /// Whether the peer has heard of the stream, and so must hear of its end.
@@ -78,6 +80,7 @@ impl StreamInner {
             owes_credit: Cell::new(false),
             has_waiting_credit: Cell::new(false),
             owes_end: Cell::new(false),
+            last_sent: Cell::new(0),
             has_come_by_socket: Cell::new(false),
             is_known_to_peer: Cell::new(false),
             has_received: Cell::new(false),

@@ -405,6 +405,7 @@ impl WriteHalf {
         let sent = session.send_event(event)?;
         debug_assert!(sent, "there was room a moment ago");
         self.inner.note_known_to_peer();
+        self.inner.last_sent.set(parcel.offset);
         self.inner.sending.note_sent(parcel.occupies);
         session.counters.bytes_sent.add(parcel.len as u64);
         session.activity.note_sent(parcel.len);

@@ -408,6 +408,11 @@ impl<M: Memory> BufferManager<M> {
         (end < len).then_some(end)
     }
 
+    /// The slice at this offset, if this side has sent it and the peer has not given it back yet.
+    pub(crate) fn sent_at(&self, offset: u32) -> Option<SliceId> {
+        self.classes.locate(offset).filter(|&id| self.is_with_peer(id))
+    }
+
     /// Whether this side has sent the slice, and the peer has not given it back yet.
     ///
     /// Private memory knows which slices were sent and have not come back to this side: their
