@@ -33,8 +33,8 @@ use crate::wire::{Event, EventState};
 /// How many closes may wait for room, beyond one for each stream that can be open.
 const SPARE_CLOSES: usize = 1 << 16;
 
-/// How long a peer that is not of this crate has to read the last of a stream, once it has taken its
-/// event, before it is told of its close. One that keeps what it has read until it hears of the
+/// How long a peer that is not of this crate has to read the last of a stream, once it has taken
+/// its event, before it is told of its close. One that keeps what it has read until it hears of the
 /// close hears of it that late.
 const TIME_TO_READ: Duration = Duration::from_millis(50);
 /// How many closes may wait for that. Beyond, they are told at once.
@@ -125,9 +125,9 @@ impl SessionInner {
     }
 
     /// Tells a peer of a close, behind what was sent on this path. One that is not of this crate is
-    /// told when it has read the last of it, or has had its time for that: an asynchronous stream of
-    /// shmipc-go hands nothing to its user any more once it has seen the close, also of what it had
-    /// received before.
+    /// told when it has read the last of it, or has had its time for that: an asynchronous stream
+    /// of shmipc-go hands nothing to its user any more once it has seen the close, also of what it
+    /// had received before.
     pub(super) fn tell_closed_when_read(self: &Rc<Self>, stream: &StreamInner, path: Path) {
         let stream_id = stream.id();
         if path == Path::SharedMemory

@@ -111,6 +111,20 @@ impl Region {
         self.odd_pointer(at)
     }
 
+    #[cold]
+    #[inline(never)]
+    fn load_odd_words<const N: usize>(&self, at: usize) -> [u32; N] {
+        std::array::from_fn(|index| odd::load(self.odd_pointer(at + 4 * index)))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn store_odd_words<const N: usize>(&self, at: usize, words: [u32; N]) {
+        for (index, word) in words.into_iter().enumerate() {
+            odd::store(self.odd_pointer(at + 4 * index), word, Ordering::Relaxed);
+        }
+    }
+
     #[inline(always)]
     fn u32(&self, at: usize) -> &AtomicU32 {
         assert!(at.is_multiple_of(4), "misaligned 32-bit field at {at}");
@@ -290,7 +304,7 @@ impl Memory for Region {
     #[inline(always)]
     fn load_words<const N: usize>(&self, at: usize) -> [u32; N] {
         if !at.is_multiple_of(4) {
-            return std::array::from_fn(|index| odd::load(self.odd_pointer(at + 4 * index)));
+            return self.load_odd_words(at);
         }
         self.words(at).each_ref().map(|word| word.load(Ordering::Relaxed))
     }
@@ -298,10 +312,7 @@ impl Memory for Region {
     #[inline(always)]
     fn store_words<const N: usize>(&self, at: usize, words: [u32; N]) {
         if !at.is_multiple_of(4) {
-            for (index, word) in words.into_iter().enumerate() {
-                odd::store(self.odd_pointer(at + 4 * index), word, Ordering::Relaxed);
-            }
-            return;
+            return self.store_odd_words(at, words);
         }
         for (field, word) in self.words::<N>(at).iter().zip(words) {
             field.store(word, Ordering::Relaxed);

@@ -252,18 +252,23 @@ impl<M: Memory> Producer<M> {
     }
 
     /// Whether there is no room for one more event, by the peer's head of this moment.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn is_full(&mut self) -> Result<bool, MemoryError> {
-        let capacity = i64::from(self.ring.capacity);
-        if self.tail - self.known_head < capacity {
-            return Ok(false);
-        }
+        if self.has_room() { Ok(false) } else { self.look_for_room() }
+    }
+
+    #[inline(always)]
+    fn has_room(&self) -> bool {
+        self.tail - self.known_head < i64::from(self.ring.capacity)
+    }
+
+    #[inline(never)]
+    fn look_for_room(&mut self) -> Result<bool, MemoryError> {
         // Acquire, pairs with the release store of the head in the peer's `Consumer::publish`: the
         // peer has read the slots that it gives up.
         let head = self.ring.memory.load_i64(self.ring.head);
-        let head = self.ring.checked("head", head, self.known_head, self.published)?;
-        self.known_head = head;
-        Ok(self.tail - head >= capacity)
+        self.known_head = self.ring.checked("head", head, self.known_head, self.published)?;
+        Ok(!self.has_room())
     }
 
     /// How many events there are that the peer cannot see yet.
@@ -372,7 +377,7 @@ impl<M: Memory> Consumer<M> {
     }
 
     /// How many events there are, by the peer's tail of this moment if none are known.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn available(&mut self) -> Result<u32, MemoryError> {
         // At most the capacity, by the check in `look`.
         Ok(if self.has_events()? { (self.known_tail - self.head) as u32 } else { 0 })
