@@ -360,7 +360,8 @@ struct Proxy {
     back: Back,
     carrier: Carrier,
     is_stopping: Cell<bool>,
-    open: RefCell<HashMap<u64, JoinHandle<()>>>,
+    /// With the task of each, as soon as it has gone as far as it can at first.
+    open: RefCell<HashMap<u64, Option<JoinHandle<()>>>>,
     connections: Cell<u64>,
     /// Of these: all that did not end in an ordinary way.
     failed: Cell<u64>,
@@ -389,8 +390,12 @@ impl Proxy {
         let number = self.connections.get() + 1;
         self.connections.set(number);
         let connection = Connection { proxy: Rc::clone(self), number, has_ended_well: false };
+        self.open.borrow_mut().insert(number, None);
+        // It goes as far as it can before it is handed back, and that may be to its end.
         let serving = glommio::spawn_local(connection.serve(near)).detach();
-        self.open.borrow_mut().insert(number, serving);
+        if let Some(open) = self.open.borrow_mut().get_mut(&number) {
+            *open = Some(serving);
+        }
     }
 
     /// Gives the open connections time to end, and then ends those that have not.
@@ -398,7 +403,7 @@ impl Proxy {
         self.is_stopping.set(true);
         self.settle(grace).await;
         self.cut_at_stop.set(self.open.borrow().len() as u64);
-        for serving in self.open.borrow().values() {
+        for serving in self.open.borrow().values().flatten() {
             serving.cancel();
         }
         self.settle(LAST_WORDS).await;

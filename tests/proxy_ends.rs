@@ -299,6 +299,19 @@ fn a_server_that_cannot_be_reached_is_no_clean_end() {
 }
 
 #[test]
+fn a_connection_that_ends_at_once_does_not_hold_up_the_stop() {
+    let [door, nobody] = [SocketPath::new(), SocketPath::new()];
+    let places = [format!("unix:{}", door.as_str()), format!("unix:{}", nobody.as_str())];
+    let proxy = Proxy::start(&places[0], &places[1], &["--grace", "100"]);
+    for _ in 0..3 {
+        read_to_any_end(UnixStream::connect(door.as_str()).unwrap());
+    }
+    let totals = proxy.stop();
+    let found = ["connections", "failed", "unreachable", "cut_at_stop"].map(|name| &totals[name]);
+    assert_eq!(found, [3, 3, 3, 0], "{totals}");
+}
+
+#[test]
 fn unix_sockets_are_reset_as_far_as_they_can_say_so() {
     // A server on a Unix socket resets when something is unread.
     let path = SocketPath::new();
