@@ -23,7 +23,7 @@ use futures_lite::future::{or, try_zip};
 use futures_lite::io::{ReadHalf, WriteHalf, split};
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use serde_json::{Value, json};
-use shmipc_glommio::{Config, Connector, MemoryKind, Session, Stream};
+use shmipc_glommio::{Config, Connector, Cores, MemoryKind, Session, Stream, preflight};
 use support::address;
 use support::cli;
 use support::{Address, Place};
@@ -52,8 +52,13 @@ fn main() -> ExitCode {
         Err(status) => return status,
     };
     let done = Rc::new(Cell::new(0));
-    watch(options.timeout + WATCHDOG_GRACE);
-    let place = options.address.resolve().map_err(|error| error.to_string());
+    let place = options.address.resolve().and_then(|place| {
+        // Before the thread that this needs besides: it says best what there is too little of.
+        preflight(&Cores::Unpinned(1))?;
+        watch(options.timeout + WATCHDOG_GRACE)?;
+        Ok(place)
+    });
+    let place = place.map_err(|error| error.to_string());
     match place.and_then(|place| support::run(echo(&options, &place, &done))) {
         Ok(report) => cli::end(cli::print(format_args!("{report}"))),
         Err(error) => {
@@ -66,13 +71,14 @@ fn main() -> ExitCode {
 }
 
 /// Ends the process from outside of the executor, should a task keep that from looking at a clock.
-fn watch(limit: Duration) {
-    thread::spawn(move || {
+fn watch(limit: Duration) -> io::Result<()> {
+    let watching = thread::Builder::new().spawn(move || {
         thread::sleep(limit);
         let report = json!({"ok": false, "error": "the executor hangs"});
         let _ = cli::print(format_args!("{report}"));
         std::process::exit(1);
     });
+    watching.map(drop)
 }
 
 fn parse() -> Result<Options, ExitCode> {

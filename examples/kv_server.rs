@@ -201,6 +201,19 @@ fn serve(options: &Options) -> io::Result<()> {
     let server = start(&settings, &mut doors, options)?;
     doors.start()?;
 
+    let stopper = server.stopper();
+    let stopping = thread::Builder::new().spawn(move || {
+        if let Err(errno) = signals.wait() {
+            tell(format_args!("cannot wait for signals: {errno}"));
+        }
+        stopper.stop(GRACE);
+    });
+    stopping.map_err(|error| {
+        let what = "start the thread that waits for signals";
+        let remedy = "raise the limit of processes with `ulimit -u`, or what limits threads here";
+        io::Error::new(error.kind(), format!("{what}: {error}; {remedy}"))
+    })?;
+
     if let Some(address) = doors.tcp_address() {
         tell(format_args!("listening on tcp {address}"));
     }
@@ -211,13 +224,6 @@ fn serve(options: &Options) -> io::Result<()> {
         tell(format_args!("listening on shm {} ({} shards)", path.display(), options.shards));
     }
     tell(format_args!("ready"));
-    let stopper = server.stopper();
-    thread::spawn(move || {
-        if let Err(errno) = signals.wait() {
-            tell(format_args!("cannot wait for signals: {errno}"));
-        }
-        stopper.stop(GRACE);
-    });
     Ok(server.join()?)
 }
 

@@ -8,6 +8,7 @@ use std::io::{Read, Write};
 use std::net::ToSocketAddrs;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
 
 use nix::sys::signal::Signal;
@@ -35,6 +36,48 @@ fn run(example: &str, arguments: &[&str], stdout: Stdio) -> Output {
     let mut command = Command::new(example_path(example));
     command.args(arguments).stdin(Stdio::null()).stdout(stdout).stderr(Stdio::piped());
     command.spawn().unwrap().wait_with_output().unwrap()
+}
+
+#[test]
+fn limits_that_are_too_low_are_a_line_and_no_panic() {
+    // The limit of processes counts those of a user, and the superuser has none.
+    let user = 70_000 + std::process::id();
+    let can_be_user = |example: &str| {
+        let mut help = Command::new(example_path(example));
+        nix::unistd::geteuid().is_root()
+            && help.arg("-h").uid(user).output().is_ok_and(|output| output.status.success())
+    };
+    let cases = [
+        ("ping_pong", "ulimit -f 1024", "ulimit -f"),
+        ("ping_pong", "ulimit -n 20", "ulimit -n"),
+        ("ping_pong", "ulimit -u 3", "ulimit -u"),
+        ("echo_client", "ulimit -u 1", "ulimit -u"),
+        ("echo_client", "ulimit -u 2", "ulimit -u"),
+        ("echo_client", "ulimit -u 3", "ulimit -u"),
+    ];
+    for (example, limit, remedy) in cases {
+        let of_user = limit.contains("-u");
+        if of_user && !can_be_user(example) {
+            eprintln!("skipped, for want of a user of its own: {example} at {limit}");
+            continue;
+        }
+        // Some shells have another letter for processes.
+        let other = limit.replace("-u", "-p");
+        let script = format!("{limit} 2>&- || {other} && exec \"$0\" \"$@\"");
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &script]).arg(example_path(example));
+        if example == "echo_client" {
+            shell.args(["--socket", "/nowhere/echo"]);
+        }
+        if of_user {
+            shell.uid(user);
+        }
+        let output = shell.stdin(Stdio::null()).output().unwrap();
+        let said = text(&output.stdout) + &text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{example} at {limit}: {said}");
+        assert_eq!(said.lines().count(), 1, "{example} at {limit}: {said}");
+        assert!(said.contains(remedy), "{example} at {limit}: {said}");
+    }
 }
 
 /// A standard output whose reader has gone.

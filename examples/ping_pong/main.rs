@@ -176,12 +176,11 @@ fn main() -> ExitCode {
         Ok(options) => options,
         Err(status) => return status,
     };
+    if let Err(error) = ours::preflight() {
+        return cli::end(Err(error));
+    }
     if let Some(sessions) = options.idle {
         return cli::end(report_idle(sessions));
-    }
-    // This process has one executor at a time, and so has its peer.
-    if let Err(error) = shmipc_glommio::preflight(&shmipc_glommio::Cores::Unpinned(1)) {
-        return cli::end(Err(error));
     }
     let points = options.points();
     let mut outcomes: Vec<Vec<Outcome>> = vec![Vec::new(); points.len()];

@@ -1,6 +1,7 @@
 //! This crate: a session between two executors, one per process.
 
 use std::cell::RefCell;
+use std::io;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -8,11 +9,19 @@ use std::time::{Duration, Instant};
 use futures_lite::AsyncWriteExt;
 use glommio::{LocalExecutorBuilder, Placement};
 use shmipc_glommio::{
-    Config, Connector, Error, Listener, PeerTrust, ProtocolVersion, Result, Spin, Stream, Wakeup,
+    Config, Connector, Cores, Error, Listener, PeerTrust, ProtocolVersion, Result, Spin, Stream,
+    Wakeup,
 };
 
 use super::payload;
 use super::point::{Ours, Point, Slice, Stopwatch, batch_for};
+
+/// Looks at what both processes take together, at most: an executor each at a time, and the largest
+/// memory that is measured.
+pub(crate) fn preflight() -> io::Result<()> {
+    shmipc_glommio::preflight(&Cores::Unpinned(2))?;
+    Ok(config(Ours::V4TwiceTheMemory).footprint(1, 1, 1).check()?)
+}
 
 fn config(ours: Ours) -> Config {
     let builder = Config::builder();
