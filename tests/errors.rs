@@ -95,7 +95,8 @@ fn a_client_s_mistakes_name_the_path_and_what_to_do() {
 
         let file = directory.at("file");
         fs::write(&file, "").unwrap();
-        says(connect(&file, plain()).await, &["/file", "refused"]);
+        says(connect(&file, plain()).await, &["/file", "refused", "no socket"]);
+        says(connect(&directory.at(""), plain()).await, &["refused", "no socket"]);
         says(connect(&file.join("below"), plain()).await, &["/file/below", "Not a directory"]);
         let error = Connector::shard_count(&file).unwrap_err();
         says(error, &["/file", "no socket"]);
@@ -109,6 +110,21 @@ fn a_client_s_mistakes_name_the_path_and_what_to_do() {
             panic!("{error}");
         };
         says(error, &[long.to_str().unwrap(), "holds 107 bytes", "has 108"]);
+        says(Connector::shard_count(&long).unwrap_err(), &["holds 107 bytes", "has 108"]);
+
+        let nobody = format!("@errors-{}", std::process::id());
+        for error in [
+            connect(Path::new(&nobody), plain()).await,
+            Connector::shard_count(&nobody).unwrap_err(),
+        ] {
+            says(error, &[&nobody, "no server listens under that abstract name"]);
+        }
+
+        // A link leads to a server as it does for the kernel.
+        let (server, link) = (directory.at("server.sock"), directory.at("link.sock"));
+        let _listening = UnixListener::bind(&server).unwrap();
+        std::os::unix::fs::symlink(&server, &link).unwrap();
+        assert_eq!(Connector::shard_count(&link).unwrap(), 1);
 
         let address = "127.0.0.1:1".parse().unwrap();
         let files = small().memory(MemoryKind::File).build().unwrap();

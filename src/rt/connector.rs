@@ -16,7 +16,9 @@ use super::old_servers::{self, Address};
 use super::poller::Poller;
 use super::session::Session;
 use super::socket::Socket;
-use super::socket_path::{address, connect_error, is_socket, shard_path, socket_identity};
+use super::socket_path::{
+    address, connect_error, is_socket, leads_to_socket, shard_path, socket_identity,
+};
 use super::task_waker::relayed;
 use crate::config::{Config, ProtocolVersion};
 use crate::error::{Error, HandshakeError, Result};
@@ -206,7 +208,9 @@ pub(super) fn count_shards(path: &Path) -> Result<usize> {
             break;
         }
     }
-    if doors == 0 && !is_socket(path) {
+    if doors == 0 && !is_socket(path) && !leads_to_socket(path) {
+        // Of a path that no socket can have, it would say no more than that nothing is there.
+        address(path, "")?;
         // Who may not search the directory does not know what is there.
         let errno = match fs::symlink_metadata(path) {
             Err(error) => error.raw_os_error().map_or(Errno::ENOENT, Errno::from_raw),

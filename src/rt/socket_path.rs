@@ -135,10 +135,11 @@ pub(super) fn address(path: &Path, suffix: &str) -> Result<UnixAddr, Error> {
 pub(super) fn connect_error(path: &Path, errno: Errno) -> Error {
     let error = Error::os_at("connect to the Unix socket", path, errno);
     match errno {
-        Errno::ENOENT => error.advise("no server has a socket there"),
-        Errno::ECONNREFUSED if is_abstract(path) => {
+        Errno::ENOENT | Errno::ECONNREFUSED if is_abstract(path) => {
             error.advise("no server listens under that abstract name")
         }
+        Errno::ENOENT => error.advise("no server has a socket there"),
+        Errno::ECONNREFUSED if !leads_to_socket(path) => error.advise("what is there is no socket"),
         Errno::ECONNREFUSED => error.advise("the server that had its socket there is gone"),
         Errno::EACCES | Errno::EPERM => error.advise(who_may_connect(path)),
         _ => error,
@@ -256,6 +257,11 @@ pub(super) fn is_socket(path: &Path) -> bool {
         return socket_identity(path).is_some();
     }
     fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
+}
+
+/// The same for those who connect, whom the kernel takes to where a symbolic link leads.
+pub(super) fn leads_to_socket(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
 /// What tells a socket's file from another one at the same path, if one is there.
