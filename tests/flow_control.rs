@@ -369,6 +369,71 @@ fn many_stalled_readers_of_loans_hold_up_only_themselves() {
     }
 }
 
+/// Sends one way on half of the streams and the other way on the others, to readers that stay away,
+/// until nothing moves any more. Then requests are written as a whole before the answer is read,
+/// and sent back piece by piece.
+async fn long_requests_are_answered(count: usize, messages: Flood, answers: Flood) {
+    let (client, server) = pair(Config::builder(), Config::builder()).await;
+    let sent = Rc::new(Cell::new(0));
+    let mut idle = Vec::new();
+    for number in 0..count {
+        let (mut sending, mut stalled) = open(&client, &server).await;
+        if number % 2 == 1 {
+            std::mem::swap(&mut sending, &mut stalled);
+        }
+        glommio::spawn_local(flood(sending, messages, Rc::clone(&sent))).detach();
+        idle.push(stalled);
+    }
+    loop {
+        let before = sent.get();
+        glommio::timer::sleep(Duration::from_millis(200)).await;
+        if sent.get() == before {
+            break;
+        }
+    }
+    for number in 0..10 {
+        let message = pattern(number, 60_000);
+        let mut near = client.open_stream().unwrap();
+        let echo = async {
+            let mut far = server.accept().await.unwrap();
+            while let Some(piece) = recv(&mut far).await {
+                match answers {
+                    Flood::Bytes => far.write_all(&piece).await.unwrap(),
+                    Flood::Loans(_) => send(&mut far, &piece).await.unwrap(),
+                }
+            }
+        };
+        let request = async {
+            match answers {
+                Flood::Bytes => near.write_all(&message).await.unwrap(),
+                Flood::Loans(_) => send(&mut near, &message).await.unwrap(),
+            }
+            let mut answer = vec![0; message.len()];
+            near.read_exact(&mut answer).await.unwrap();
+            assert!(answer == message, "{number}");
+            near.close().await.unwrap();
+        };
+        zip(echo, request).await;
+    }
+    client.close().await.unwrap();
+    let _ = server.close().await;
+    until(|| Rc::strong_count(&sent) == 1).await;
+}
+
+#[test]
+fn a_request_that_is_written_before_its_answer_is_read_passes_many_stalled_readers() {
+    for (count, messages) in [(48, Flood::Bytes), (100, Flood::Loans(65_536))] {
+        run(LIMIT, move || long_requests_are_answered(count, messages, Flood::Bytes));
+    }
+}
+
+#[test]
+fn a_long_loan_passes_many_stalled_readers_of_long_loans() {
+    let messages = Flood::Loans(65_536);
+    // More than a half of the budget has room for, in each direction.
+    run(LIMIT, move || long_requests_are_answered(640, messages, messages));
+}
+
 /// As soon as `count` polls of it, and what happens between them, are over, the future is dropped.
 async fn poll_and_drop<F: Future>(future: F, count: usize) -> Option<F::Output> {
     let mut future = pin!(future);

@@ -65,6 +65,13 @@ impl SendWindow {
         self.socket_until.get() > 0
     }
 
+    /// What the peer's reader has not taken, as far as it has said so, and what that costs the peer
+    /// where it went over the socket.
+    pub(crate) fn held(&self) -> u64 {
+        let unread = self.sent.get() - self.credited.get();
+        unread.saturating_sub(self.socket_bytes.get()) + self.socket_cost.get()
+    }
+
     /// Whether the peer's reader has taken everything, and said so.
     pub(crate) fn is_all_taken(&self) -> bool {
         self.credited.get() == self.sent.get()

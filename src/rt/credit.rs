@@ -54,8 +54,13 @@ pub(super) struct Credit {
 }
 
 /// A part in so many of what may wait unread in a session is for streams whose readers are behind,
-/// and another for long messages of those whose readers are not. The rest is for short ones.
+/// and two more are for long messages of those whose readers are not. The rest is for short ones.
 const BUDGET_SHARE: u64 = 4;
+/// In the second part a stream whose reader is behind may still have a part in so many of what is
+/// left of its first half: who sends a request before it reads the answer may be one.
+const BEHIND_SHARE: u64 = 16;
+/// In the third part a message may be as long as a part in so many of what is left of it.
+const LONG_SHARE: u64 = 4;
 /// How long a short message is at most.
 pub(super) const SHORT_MESSAGE: usize = 4096;
 
@@ -184,9 +189,19 @@ impl SessionInner {
     /// Whether a message may go over the socket without holding up others: the peer stops reading
     /// the socket when too much of all streams together waits unread, whoever is behind.
     pub(super) fn has_socket_budget(&self, stream: &StreamInner, len: usize) -> bool {
-        let is_spent = self.is_socket_budget_spent();
-        let is_current = stream.sending.is_all_taken();
-        !is_spent || is_current && (len <= SHORT_MESSAGE || !self.has_spent_budgets(2))
+        if !self.is_socket_budget_spent() {
+            return true;
+        }
+        let share = self.config.limits.unread_fallback_bytes as u64 / BUDGET_SHARE;
+        let left_until = |end: u64| end.saturating_sub(self.credit.socket_unread.get());
+        let cost = (len + SOCKET_MESSAGE_COST) as u64;
+        // Shares of what is left, so that something is left for the next, however many there are.
+        if stream.sending.is_all_taken() {
+            let is_short = len <= SHORT_MESSAGE || cost <= left_until(3 * share) / LONG_SHARE;
+            is_short || !self.has_spent_budgets(2)
+        } else {
+            stream.sending.held() + cost <= left_until(share + share / 2) / BEHIND_SHARE
+        }
     }
 
     /// Whether streams whose readers are behind have to wait.
@@ -211,7 +226,7 @@ impl SessionInner {
         if cost > 0 {
             let unread = self.credit.socket_unread.get().saturating_sub(cost);
             self.credit.socket_unread.set(unread);
-            if !self.has_spent_budgets(2) {
+            if !self.has_spent_budgets(3) {
                 self.credit.budget_waiting.wake_all();
             }
         }
