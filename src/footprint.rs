@@ -118,12 +118,13 @@ impl Footprint {
     ///
     /// [`Error::Resource`], with what there is too little of.
     pub fn check(&self) -> Result<(), Error> {
-        let executors = usize::try_from(self.executors).unwrap_or(usize::MAX);
-        preflight::check(Wanted { executors, more_threads: 0, sessions: self.sessions })?;
+        // First: so many sessions that their memory is nowhere to be had exceed other limits too.
+        self.check_shared_memory()?;
         if self.sessions > 0 {
             preflight::check_file_size("the memory of a session", self.largest_file)?;
         }
-        self.check_shared_memory()
+        let executors = usize::try_from(self.executors).unwrap_or(usize::MAX);
+        Ok(preflight::check(Wanted { executors, more_threads: 0, sessions: self.sessions })?)
     }
 
     /// The part of [`check`](Self::check) that is about the sessions.

@@ -162,8 +162,8 @@ impl Error {
                 "not allowed: this server did not authorize this process".into()
             }
             (Some(NOT_ALLOWED), Self::Handshake(HandshakeError::UnknownOwner)) => {
-                "not allowed: users that this server cannot tell may pass descriptors, but not name \
-                 files"
+                "not allowed: users that this server cannot tell may pass descriptors, but not \
+                 name files"
                     .into()
             }
             (Some(NOT_ALLOWED), Self::Handshake(HandshakeError::FileOwner { .. })) => {

@@ -422,10 +422,10 @@ impl Session {
     /// Waits until the socket has taken what was sent over it. A peer that is not of this crate
     /// drops what it has not read when the connection ends; so it is waited for until it has taken
     /// every event, and has given back every buffer slice, that was sent to it before the call.
-    /// What is sent meanwhile is not waited for. Nothing tells when such a peer's reader has read what
-    /// went over the socket: it gets a tenth of a second for it, and what it has not read then is
-    /// lost without an error. A server that keeps the memory of a message while
-    /// its stream is open is helped by closing the streams first.
+    /// What is sent meanwhile is not waited for. Nothing tells when such a peer's reader has read
+    /// what went over the socket: it gets a tenth of a second for it, and what it has not read then
+    /// is lost without an error. A server that keeps the memory of a message while its stream is
+    /// open is helped by closing the streams first.
     ///
     /// Streams end with [`Error::SessionClosed`]. Dropping every handle ends the session in the
     /// same way, in the background, as long as the executor runs: a program whose executor ends
