@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Handlers that fail: what the peer sees, what is counted, and what is logged.
 
-use std::fmt::{self, Write as _};
 use std::io;
-use std::sync::{Mutex, Once};
 use std::time::Duration;
 
 use futures_lite::AsyncWriteExt;
@@ -13,10 +11,12 @@ use shmipc_glommio::{
 };
 
 use support::executor::{SocketPath, run, within};
+use support::log::{logged, watch_the_log};
 
 mod support {
     #[allow(dead_code, reason = "other tests use the rest")]
     pub(crate) mod executor;
+    pub(crate) mod log;
 }
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -247,51 +247,4 @@ fn handlers_that_a_stop_cuts_short_do_not_look_done() {
         });
         server.join().unwrap();
     }
-}
-
-/// Keeps what is logged as a warning, or worse.
-struct Log;
-
-static LINES: Mutex<Vec<String>> = Mutex::new(Vec::new());
-
-fn watch_the_log() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| tracing::subscriber::set_global_default(Log).unwrap());
-}
-
-/// Every line so far that has this in it.
-fn logged(part: &str) -> Vec<String> {
-    LINES.lock().unwrap().iter().filter(|line| line.contains(part)).cloned().collect()
-}
-
-struct Line(String);
-
-impl tracing::field::Visit for Line {
-    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn fmt::Debug) {
-        write!(self.0, "{field}={value:?} ").unwrap();
-    }
-}
-
-impl tracing::Subscriber for Log {
-    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
-        *metadata.level() <= tracing::Level::WARN
-    }
-
-    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
-        tracing::span::Id::from_u64(1)
-    }
-
-    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
-
-    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
-
-    fn event(&self, event: &tracing::Event<'_>) {
-        let mut line = Line(String::new());
-        event.record(&mut line);
-        LINES.lock().unwrap().push(line.0);
-    }
-
-    fn enter(&self, _: &tracing::span::Id) {}
-
-    fn exit(&self, _: &tracing::span::Id) {}
 }

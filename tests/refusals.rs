@@ -2,12 +2,10 @@
 //! Peers that are refused: what they are told, what the log has, and who tries again.
 
 use std::cell::Cell;
-use std::fmt::{self, Write as _};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::{Mutex, Once};
 use std::time::{Duration, Instant};
 
 use shmipc_glommio::wire::negotiation::{
@@ -22,10 +20,12 @@ use shmipc_glommio::{
 };
 
 use support::executor::{SocketPath, run, within};
+use support::log::{logged, watch_the_log};
 
 mod support {
     #[allow(dead_code, reason = "other tests use the rest")]
     pub(crate) mod executor;
+    pub(crate) mod log;
 }
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -223,53 +223,6 @@ fn those_who_are_refused_and_say_nothing_hold_up_nobody() {
         };
         assert!(within(LIMIT, || silent.iter().all(is_closed)).await);
     });
-}
-
-/// Keeps what is logged as a warning, or worse.
-struct Log;
-
-static LINES: Mutex<Vec<String>> = Mutex::new(Vec::new());
-
-fn watch_the_log() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| tracing::subscriber::set_global_default(Log).unwrap());
-}
-
-/// Every line so far that has this in it.
-fn logged(part: &str) -> Vec<String> {
-    LINES.lock().unwrap().iter().filter(|line| line.contains(part)).cloned().collect()
-}
-
-struct Line(String);
-
-impl tracing::field::Visit for Line {
-    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn fmt::Debug) {
-        write!(self.0, "{field}={value:?} ").unwrap();
-    }
-}
-
-impl tracing::Subscriber for Log {
-    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
-        *metadata.level() <= tracing::Level::WARN
-    }
-
-    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
-        tracing::span::Id::from_u64(1)
-    }
-
-    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
-
-    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
-
-    fn event(&self, event: &tracing::Event<'_>) {
-        let mut line = Line(String::new());
-        event.record(&mut line);
-        LINES.lock().unwrap().push(line.0);
-    }
-
-    fn enter(&self, _: &tracing::span::Id) {}
-
-    fn exit(&self, _: &tracing::span::Id) {}
 }
 
 #[test]

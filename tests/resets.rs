@@ -6,41 +6,23 @@ use std::time::Duration;
 
 use futures_lite::future::{FutureExt, poll_once, zip};
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
-use shmipc_glommio::{
-    Config, ConfigBuilder, Connector, Error, Listener, MemoryKind, ProtocolVersion, Session,
-    Stream, Wakeup,
-};
+use shmipc_glommio::{ConfigBuilder, Error, MemoryKind, ProtocolVersion, Session, Stream, Wakeup};
 
-use support::executor::{SocketPath, run};
+use support::executor::run;
+use support::session_pair::{self, open, small};
 
 mod support {
     #[allow(dead_code, reason = "other tests use the rest")]
     pub(crate) mod executor;
+    #[allow(dead_code, reason = "other tests use the rest")]
+    pub(crate) mod session_pair;
 }
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-fn small() -> ConfigBuilder {
-    Config::builder().buffer_size(1 << 20).queue_capacity(64)
-}
-
-/// Two ends of a session on this executor.
+/// Two ends of a session on this executor, both with this configuration.
 async fn pair(config: ConfigBuilder) -> (Session, Session) {
-    let path = SocketPath::new();
-    let config = config.build().unwrap();
-    let listener = Listener::bind(path.as_str(), config.clone()).unwrap();
-    let connector = Connector::new(config);
-    let (client, server) = zip(connector.connect(path.as_str()), listener.accept()).await;
-    (client.unwrap(), server.unwrap())
-}
-
-/// A stream's two ends. The client has sent one byte on it, and the server has read that.
-async fn open(client: &Session, server: &Session) -> (Stream, Stream) {
-    let mut near = client.open_stream().unwrap();
-    near.write_all(&[0]).await.unwrap();
-    let mut far = server.accept().await.unwrap();
-    far.read_exact(&mut [0]).await.unwrap();
-    (near, far)
+    session_pair::pair(config.clone(), config).await
 }
 
 /// Reads to the end, which must be a reset. Gives how much came before.
