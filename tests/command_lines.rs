@@ -64,7 +64,7 @@ fn limits_that_are_too_low_are_a_line_and_no_panic() {
         // Some shells have another letter for processes.
         let other = limit.replace("-u", "-p");
         let script = format!("{limit} 2>&- || {other} && exec \"$0\" \"$@\"");
-        let mut shell = Command::new("sh");
+        let mut shell = Command::new("/bin/sh");
         shell.args(["-c", &script]).arg(example_path(example));
         if example == "echo_client" {
             shell.args(["--socket", "/nowhere/echo"]);
