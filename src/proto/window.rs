@@ -85,7 +85,7 @@ impl SendWindow {
         self.socket_cost.set(self.socket_cost.get() + cost);
     }
 
-    /// The peer's reader has taken so much. Gives how much of what it cost on the socket that is.
+    /// The peer's reader has taken so much. Returns how much of what it cost on the socket that is.
     pub(crate) fn credit(&self, size: u64) -> u64 {
         let unread = self.sent.get() - self.credited.get();
         self.credited.set(self.credited.get() + size.min(unread));
@@ -101,7 +101,7 @@ impl SendWindow {
         cost - left_cost
     }
 
-    /// The stream is over. Gives what it still cost on the socket.
+    /// The stream is over. Returns what it still cost on the socket.
     pub(crate) fn take_socket_cost(&self) -> u64 {
         self.socket_bytes.set(0);
         self.socket_cost.take()

@@ -13,7 +13,7 @@ use std::task::{Context, Poll};
 
 use super::shard::panic_text;
 
-/// Gives what the future gives, or what its panic said.
+/// Returns what the future returns, or what its panic said.
 pub(super) struct Contained<F: Future> {
     /// Until it has ended.
     future: Option<Pin<Box<F>>>,

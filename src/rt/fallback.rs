@@ -150,7 +150,7 @@ impl WriteHalf {
     }
 
     /// Puts a message into slices that was written into private memory, now that there are some.
-    /// Gives it as it is if there are not.
+    /// Returns it as it is if there are not.
     #[cold]
     pub(super) fn move_to_memory(&self, chain: Chain, context: &Context<'_>) -> Result<Chain> {
         let session = self.session();

@@ -121,7 +121,7 @@ pub(super) fn close_foreign(fds: Vec<OwnedFd>, uid: Uid) {
 }
 
 /// Whether nothing is to be accepted from a user, since so many of its sockets could not be closed.
-/// Gives how many.
+/// Returns how many.
 pub(super) fn has_too_many_unclosed(uid: Uid) -> Option<usize> {
     if UNCLOSED.load(Ordering::Relaxed) < MAX_UNCLOSED_PER_USER {
         return None;

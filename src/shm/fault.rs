@@ -163,8 +163,8 @@ impl Drop for Guarded {
 /// Call this before anything else when the program has a handler that deals with it, or when all
 /// memory is known to stay: sealed memfd memory of this crate does.
 ///
-/// Gives `false` when it is too late: a session has been made, and the handler stays, for sessions
-/// to come as well.
+/// Returns `false` when it is too late: a session has been made, and the handler stays, for
+/// sessions to come as well.
 ///
 /// # Threads that block signals
 ///
