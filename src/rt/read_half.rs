@@ -177,11 +177,9 @@ impl ReadHalf {
         if inner.life().here() == Side::Closed {
             return Poll::Ready(Err(Error::StreamClosed));
         }
-        if inner.life().peer() == Side::Reset {
-            return Poll::Ready(Err(Error::StreamReset));
-        }
         if !inner.life().can_receive() {
-            return Poll::Ready(Ok(None));
+            let is_reset = inner.life().peer() == Side::Reset;
+            return Poll::Ready(if is_reset { Err(Error::StreamReset) } else { Ok(None) });
         }
         if session.is_over() {
             return Poll::Ready(Err(session.end_error()));

@@ -184,11 +184,17 @@ impl SessionInner {
     }
 
     /// Notes that bytes which came over the socket were read, or thrown away.
+    #[inline]
     pub(super) fn note_unread(&self, read: usize) {
         if read > 0 {
-            self.inbox.unread_bytes.set(self.inbox.unread_bytes.get().saturating_sub(read));
-            self.inbox.paused.wake_all();
+            self.note_some_unread(read);
         }
+    }
+
+    #[cold]
+    fn note_some_unread(&self, read: usize) {
+        self.inbox.unread_bytes.set(self.inbox.unread_bytes.get().saturating_sub(read));
+        self.inbox.paused.wake_all();
     }
 
     pub(super) fn has_too_much_unread(&self) -> bool {

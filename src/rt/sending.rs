@@ -55,15 +55,19 @@ impl SessionInner {
     }
 
     /// Shows the peer every event so far, and wakes it if it sleeps.
+    #[inline]
     pub(super) fn flush_queue(self: &Rc<Self>) {
-        if !self.lanes.must_look.replace(false) || self.is_over() {
-            return;
+        if self.lanes.must_look.replace(false) && !self.is_over() {
+            self.publish_and_ring();
         }
+    }
+
+    #[inline(never)]
+    fn publish_and_ring(self: &Rc<Self>) {
         self.activity.note_flushed();
         let must_ring = {
             let mut producer = self.lanes.producer.borrow_mut();
-            producer.publish();
-            if producer.unpublished() > 0 {
+            if !producer.publish() {
                 // It waits for the peer to sleep. The next turn tries again.
                 self.lanes.must_look.set(true);
             }

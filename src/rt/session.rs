@@ -239,6 +239,7 @@ impl SessionInner {
     }
 
     /// [`flushed`](Self::flushed), for those that are no future.
+    #[inline]
     pub(super) fn poll_flushed(
         &self,
         wait: &mut SendWait,
@@ -251,6 +252,7 @@ impl SessionInner {
         flushed
     }
 
+    #[inline]
     fn is_flushed(&self) -> Poll<Result<()>> {
         if self.outbox.is_cut() {
             return Poll::Ready(Err(self.end_error()));

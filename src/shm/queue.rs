@@ -277,18 +277,19 @@ impl<M: Memory> Producer<M> {
         self.tail - self.published
     }
 
-    /// Shows the peer every event so far.
+    /// Shows the peer every event so far. `false` when they have to wait for it to sleep.
     #[inline]
-    pub(crate) fn publish(&mut self) {
+    pub(crate) fn publish(&mut self) -> bool {
         if self.unpublished() > 0 {
             if self.tail >= self.carry && !self.may_carry() {
-                return;
+                return false;
             }
             // Release, pairs with the acquire load of the tail in the peer's `Consumer::pop`: the
             // events, and the slices they name, are written before.
             self.ring.memory.store_i64(self.ring.tail, self.tail);
             self.published = self.tail;
         }
+        true
     }
 
     /// Whether a tail whose halves are in two cache lines may carry into the upper one: only while
