@@ -262,7 +262,9 @@ pub fn memories(data: &[u8]) {
                 match chains.pop_front().and_then(Chain::into_parcel) {
                     Some(parcel) => {
                         let event = Event { stream_id: 2, offset: parcel.offset, status: 0 };
-                        producer.push(event).map(|_| drop(producer.publish()))
+                        producer.push(event).map(|_| {
+                            producer.publish();
+                        })
                     }
                     None => Ok(()),
                 }
