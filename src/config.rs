@@ -2,8 +2,9 @@
 //! What a caller can choose, checked once.
 //!
 //! A [`Config`] is immutable and always valid: [`ConfigBuilder::build`] is the only way to make one
-//! that is not the default. The defaults are those of the peers in the field (WIRE chapter 4), so a
-//! session between this crate and another implementation looks to the other like one of its own.
+//! that is not the default. The defaults of the memories are those of the peers in the field
+//! (`docs/protocol.md#list-header`), so a session between this crate and another implementation
+//! looks to the other like one of its own.
 
 mod checks;
 mod choices;
@@ -160,7 +161,7 @@ impl Config {
     pub(crate) fn offers_single_popper_lists(&self) -> bool {
         let overhead = MANAGER_OVERHEAD + 2 * LIST_OVERHEAD * self.slice_classes.len() as u64;
         let room = u64::from(self.buffer_size).saturating_sub(overhead);
-        // The last slice of a list is never handed out (WIRE chapter 4).
+        // The last slice of a list is never handed out (`docs/protocol.md#taking-slices`).
         let suffices = |class: &SliceClass| {
             let stride = u64::from(class.capacity) + SLICE_OVERHEAD;
             room * u64::from(class.percent) / 100 / 2 / stride >= 2

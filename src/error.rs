@@ -34,7 +34,8 @@ pub(crate) use retry::{
 /// Result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// The peer sent bytes on the socket that are not a message (WIRE chapter 1; spec 3.1).
+/// The peer sent bytes on the socket that are not a message (spec 3.1;
+/// `docs/protocol.md#messages`).
 ///
 /// ```
 /// use shmipc_glommio::WireError;
@@ -88,7 +89,8 @@ pub enum WireError {
     Negotiation(String),
 }
 
-/// Shared memory that does not hold together (WIRE chapters 3 and 4; spec chapters 5 and 6.2).
+/// Shared memory that does not hold together (spec chapters 5 and 6.2;
+/// `docs/protocol.md#io-queues`, `docs/protocol.md#buffer-memory`).
 ///
 /// After one of these the session is over: its memory cannot be trusted any more.
 ///
@@ -135,7 +137,7 @@ pub enum MemoryError {
     /// A field of a header holds what it must not.
     #[error("{what} is {value}: {problem}")]
     Field {
-        /// The field, by its name in WIRE.md.
+        /// The field, in words.
         what: &'static str,
         /// What it holds.
         value: u64,
@@ -226,7 +228,7 @@ pub enum ConfigError {
     /// The queue capacity is not a multiple of 16 in the range that the protocol can hold.
     ///
     /// The multiple keeps the indices of both queues inside one cache line each, without which they
-    /// could not be read in one go (WIRE chapter 3).
+    /// could not be read in one go (`docs/protocol.md#head-and-tail`).
     #[error("queue capacity {0} is not a multiple of 16 from 16 to 16777216")]
     QueueCapacity(u32),
     /// The slice classes cannot be laid out.

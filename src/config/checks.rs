@@ -48,7 +48,8 @@ pub(super) fn check_prefix(prefix: &Path) -> Result<(), ConfigError> {
 }
 
 /// Checks that every class gets a slice. One is too few to be of use, since the last slice of a
-/// list is never handed out (WIRE chapter 4), but the defaults give no more to 1 MiB of memory.
+/// list is never handed out (`docs/protocol.md#taking-slices`), but the defaults give no more to
+/// 1 MiB of memory.
 pub(super) fn check_buffers(size: u64, classes: &[SliceClass]) -> Result<u32, ConfigError> {
     let wrong = |text: String| ConfigError::SliceClasses(text);
     if classes.is_empty() || classes.len() > 32 {

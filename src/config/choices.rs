@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-/// The versions of the protocol that a session can speak (WIRE chapter 2).
+/// The versions of the protocol that a session can speak (`docs/protocol.md#handshakes`).
 ///
 /// ```
 /// use shmipc_glommio::{Config, MemoryKind, ProtocolVersion};

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use super::WireError;
 
-/// The peer sent a message that has no place where it stands (WIRE chapter 2; spec chapter 4).
+/// The peer sent a message that has no place where it stands (spec chapter 4;
+/// `docs/protocol.md#handshakes`).
 ///
 /// ```
 /// use std::os::unix::net::UnixListener;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The client's side of the handshakes of versions 2 to 4 (WIRE chapter 2; spec chapter 4).
+//! The client's side of the handshakes of versions 2 to 4 (spec chapter 4;
+//! `docs/protocol.md#handshakes`).
 //!
 //! Invariants: see the parent module. The client opens with version 2 or 3, never more, since a
 //! shmipc-go server does not answer any other opening; or with version 4's own message, which older

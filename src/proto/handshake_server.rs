@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The server's side of the handshakes of versions 2 to 4 (WIRE chapter 2; spec chapter 4).
+//! The server's side of the handshakes of versions 2 to 4 (spec chapter 4;
+//! `docs/protocol.md#handshakes`).
 //!
 //! Invariants: see the parent module. The client's first message decides between the versions, as
 //! it does in shmipc-go and in the crate `shmipc`. An acknowledgement goes out only after both

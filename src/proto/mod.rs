@@ -2,7 +2,7 @@
 //! The state machines of the protocol, without socket, clock or runtime.
 //!
 //! - [`handshake_client`] and [`handshake_server`]: from a fresh connection to an agreed version
-//!   and shared memory (WIRE chapter 2; spec chapter 4).
+//!   and shared memory (spec chapter 4; `docs/protocol.md#handshakes`).
 //! - [`session`]: which streams there are and were. - [`stream`]: what a stream may do next.
 //!
 //! They are pulled: the driver asks for the next step, carries it out, and says so. Time is the

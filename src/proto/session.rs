@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Which streams a session has, and which it has had (WIRE chapter 5).
+//! Which streams a session has, and which it has had (`docs/protocol.md#stream-ids`).
 //!
 //! Streams are numbered by the client, upwards from 2; the server learns of one with the first
 //! event that names it. An event for a number that is not in the table is therefore either a new

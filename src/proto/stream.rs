@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The state of one stream (WIRE chapter 5; spec 5.1, status of an event).
+//! The state of one stream (spec 6.2; `docs/protocol.md#closing-a-stream`).
 //!
-//! Each side ends its own direction, or the whole stream. The spec has a number for the first
-//! ("half-closed"), which no other implementation sends or understands; whether the peer does is
-//! for the caller to know.
+//! Each side ends its own direction, or the whole stream. Others have a number for the first
+//! ("half-closed"), but none of them sends it or understands it; whether the peer does is for the
+//! caller to know.
 
 use std::cell::Cell;
 

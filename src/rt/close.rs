@@ -3,9 +3,9 @@
 //!
 //! A peer of this crate that sees the connection end takes what was sent before. Others do not:
 //! shmipc-go looks at the hang-up first and drops its queue, and what its streams had received and
-//! nobody had read (WIRE chapter 5). So towards a peer that is not known to be of this crate the
-//! connection stays up, for [`close_timeout`](crate::ConfigBuilder::close_timeout) at the most,
-//! until the peer
+//! nobody had read (`docs/protocol.md#ending-a-session`). So towards a peer that is not known to be
+//! of this crate the connection stays up, for
+//! [`close_timeout`](crate::ConfigBuilder::close_timeout) at the most, until the peer
 //!
 //! - has read the socket,
 //! - has taken every event that was in the queue when the close began, and

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! How a session's peer is woken, and how this side hears that it is to wake up, apart from the
-//! socket: eventfds, and looking at the queue from time to time (version 4, WIRE chapter 2).
+//! socket: eventfds, and looking at the queue from time to time (version 4;
+//! `docs/protocol.md#wake-ups`).
 //!
 //! # An eventfd whose other owner is not to be trusted
 //!

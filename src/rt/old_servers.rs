@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Servers that have met the opening of version 4 with silence.
 //!
-//! shmipc-go neither answers that opening nor closes the connection (WIRE chapter 2), so each
-//! attempt costs a wait. An address where version 3 succeeded behind such a silence is remembered
-//! by its core for a minute, and version 3 is used there at once. No longer, and not beyond the
-//! socket file that was there, since the server may have been slow that once, or may be replaced by
-//! one that knows version 4. A refusal and a closed connection cost nothing and are not remembered.
+//! shmipc-go neither answers that opening nor closes the connection
+//! (`docs/protocol.md#falling-back-to-version-3`), so each attempt costs a wait. An address where
+//! version 3 succeeded behind such a silence is remembered by its core for a minute, and version 3
+//! is used there at once. No longer, and not beyond the socket file that was there, since the
+//! server may have been slow that once, or may be replaced by one that knows version 4. A refusal
+//! and a closed connection cost nothing and are not remembered.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;

@@ -346,7 +346,7 @@ impl SessionInner {
             }
             Message::HotRestart { epoch } | Message::HotRestartAck { epoch } => {
                 // A server that restarts and is not answered goes on serving after two seconds
-                // (WIRE chapter 7).
+                // (`docs/protocol.md#hot-restart`).
                 tracing::debug!(epoch, "hot restart is not taken part in");
             }
             _ => {

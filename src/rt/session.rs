@@ -376,7 +376,7 @@ impl Session {
 
     /// Opens a stream. The peer learns of it with the first bytes that are sent on it.
     ///
-    /// Only the client of a session can open streams (spec 6.2).
+    /// Only the client of a session can open streams (`docs/protocol.md#stream-ids`).
     ///
     /// # Errors
     ///

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A stream's handle, and what it shares with its session (WIRE chapter 5).
+//! A stream's handle, and what it shares with its session (`docs/protocol.md#streams`).
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -251,7 +251,8 @@ impl Stream {
         let is_whole = inner.life().here() == Side::Open && inner.life().peer() == Side::Open;
         let session = self.writer.session();
         // A peer that does not know the extension never returns to memory on a stream whose data
-        // went over the socket, whichever side began with that (WIRE chapter 5), nor can this side.
+        // went over the socket, whichever side began with that, nor can this side
+        // (`docs/protocol.md#fallback`).
         let may_use_memory = session.credit.is_known() || !inner.has_used_socket();
         is_whole && may_use_memory && self.unread() == 0 && !session.is_over()
     }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A list of free buffer slices of one size, shared by two processes (WIRE chapter 4; spec 5.2).
+//! A list of free buffer slices of one size, shared by two processes (spec 5.2;
+//! `docs/protocol.md#list-header`, `docs/protocol.md#taking-slices`).
 //!
 //! Both sides take from the head and give to the tail of the same list, without locks. The last
 //! slice is never handed out, so takers and givers touch different slices. Here both work in

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! All free lists of one buffer memory, and the private ledger of what this side holds
-//! (WIRE chapter 4; spec chapter 5).
+//! (spec chapter 5; `docs/protocol.md#buffer-memory`).
 //!
 //! # The ledger
 //!
@@ -379,8 +379,9 @@ impl<M: Memory> BufferManager<M> {
         offset
     }
 
-    /// Moves what a partly read slice still holds to its front: shmipc-go takes no notice of the
-    /// start of a slice that it receives.
+    /// Moves what a partly read slice still holds to its front: shmipc-go, when it answers in the
+    /// slice that it has read, announces the start that the slice came with and writes to the front
+    /// (`docs/protocol.md#slice-header`).
     #[cold]
     fn move_to_front(&self, entry: &Entry) {
         let from = entry.data();
@@ -417,10 +418,11 @@ impl<M: Memory> BufferManager<M> {
     ///
     /// Private memory knows which slices were sent and have not come back to this side: their
     /// entries have a length and no offset. Of these, the shared header says which are still in
-    /// use. Whoever frees a slice clears the mark and the size (WIRE chapter 4), and whoever takes
-    /// it next marks it again, with a size of zero until it is sent. So it counts as free unless
-    /// both are as this side wrote them. One that was freed, taken and sent with the very same size
-    /// is taken for one that was not freed until its event is handled, which errs towards waiting.
+    /// use. Whoever frees a slice clears the mark and the size
+    /// (`docs/protocol.md#giving-slices-back`), and whoever takes it next marks it again, with a
+    /// size of zero until it is sent. So it counts as free unless both are as this side wrote them.
+    /// One that was freed, taken and sent with the very same size is taken for one that was not
+    /// freed until its event is handled, which errs towards waiting.
     pub(crate) fn is_with_peer(&self, id: SliceId) -> bool {
         let entry = self.entry(id);
         let len = entry.len.get();

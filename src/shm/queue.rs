@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The two IO queues of a session (WIRE chapter 3; spec 6.2 to 6.4).
+//! The two IO queues of a session (spec 6.2 to 6.4; `docs/protocol.md#io-queues`).
 //!
 //! Each queue is a single-producer, single-consumer ring. The side that moves an index keeps its
 //! true value in private memory and never reads it back from shared memory; of the other side's

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Laying out a buffer memory, and checking one that a peer laid out (WIRE chapter 4).
+//! Laying out a buffer memory, and checking one that a peer laid out
+//! (`docs/protocol.md#buffer-memory`).
 
 use std::sync::atomic::Ordering;
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The elements of an IO queue (WIRE chapter 3; spec 5.1).
+//! The elements of an IO queue (spec 6.2; `docs/protocol.md#events`).
 //!
 //! `stream id u32` · `offset u32` · `status u32`, in the byte order of the host.
 //!
@@ -28,10 +28,10 @@ pub enum EventState {
     Closed,
     /// The stream is closed in one direction: the sender sends nothing more.
     HalfClosed,
-    /// Not in the spec: the sender's reader has taken as many bytes of the stream as the offset
-    /// says. Only between two sides that have the [extension](super::Extension).
+    /// Of this crate: the sender's reader has taken as many bytes of the stream as the offset says.
+    /// Only between two sides that have the [extension](super::Extension).
     Credit,
-    /// None that the spec has.
+    /// None that is known.
     Unknown(u8),
 }
 
@@ -61,8 +61,8 @@ impl EventState {
 }
 
 /// The status of a stream that its sender ends as a failure: closed, and a mark among the bits that
-/// the spec leaves undefined. Not in the spec: only between two sides that have the
-/// [extension](super::Extension); for all others it is a close.
+/// are undefined elsewhere. Only between two sides that have the [extension](super::Extension); for
+/// all others it is a close.
 pub const RESET_STATUS: u32 = EventState::Closed.to_status() | RESET_MARK;
 
 /// The lowest of the undefined bits.

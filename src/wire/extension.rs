@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What two sides of this crate do beyond versions 2 and 3 of the protocol.
+//! What two sides of this crate do beyond versions 2 and 3 of the protocol
+//! (`docs/protocol.md#extension-of-this-crate`).
 //!
-//! Those versions negotiate nothing. Two bytes of the buffer memory's header are unused
-//! (WIRE chapter 4) and zero with every other implementation; here the client puts one byte there
-//! when it lays the memory out, and the server the other when it maps it. A side that finds a zero
+//! Those versions negotiate nothing. Two bytes of the buffer memory's header are unused, and zero
+//! with every other implementation; here the client puts one byte there when it lays the memory
+//! out, and the server the other when it maps it. A side that finds a zero
 //! speaks the protocol as it is, and so does one that finds something it does not know.
 //!
 //! Between two that know each other:

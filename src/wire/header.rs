@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The eight bytes before every message on the socket (WIRE chapter 1; spec 3.1).
+//! The eight bytes before every message on the socket (spec 3.1;
+//! `docs/protocol.md#message-header`).
 //!
 //! `length u32` (header included) · `magic u16` · `version u8` · `type u8`, big-endian.
 //!
@@ -283,7 +284,7 @@ mod tests {
 
     #[test]
     fn a_length_that_the_type_cannot_have_is_refused() {
-        // Type, shortest, longest, straight from WIRE chapter 1.
+        // Type, shortest, longest: the table in `docs/protocol.md#message-types`.
         let table: [(u8, u32, u32); 11] = [
             (0, 12, 8204),
             (1, 8, 8),

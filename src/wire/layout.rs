@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Where things stand in the shared memory (WIRE chapters 3 and 4; spec 5.1 and 6.2).
+//! Where things stand in the shared memory (spec 5.1 and 6.2; `docs/protocol.md#io-queues` and
+//! `docs/protocol.md#buffer-memory`).
 //!
 //! Constants and pure functions only: nothing here touches shared memory. The header types are for
 //! snapshots, bytes that nobody writes any more, as tests and tools have them; live memory is read
@@ -21,7 +22,7 @@ pub const QUEUE_HEADER_LEN: usize = 24;
 pub const MANAGER_HEADER_LEN: usize = 8;
 /// Where the buffer manager's header has the number of lists, a `u16`.
 pub const MANAGER_LIST_COUNT_OFFSET: usize = 0;
-/// Where the client's [extension](super::Extension) stands, a `u8` that the spec leaves unused.
+/// Where the client's [extension](super::Extension) stands, a `u8` that is 0 in others.
 pub const MANAGER_CLIENT_EXTENSION_OFFSET: usize = 2;
 /// Where the server's stands.
 pub const MANAGER_SERVER_EXTENSION_OFFSET: usize = 3;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The messages on the socket (WIRE chapter 1; spec 3.1 and 3.2).
+//! The messages on the socket (spec 3.1 and 3.2; `docs/protocol.md#messages`).
 //!
 //! Invariants: what [`Message::encode`] writes, [`Message::decode`] reads back as the same value;
 //! a message that either refuses leaves no trace. Data of a FallbackData message is handed on

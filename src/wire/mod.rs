@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Bytes to types and back: everything of the protocol that needs no state (WIRE chapters 1, 3, 4).
+//! Bytes to types and back: everything of the protocol that needs no state. What stands where, and
+//! what other implementations make of it, is in `docs/protocol.md`.
 //!
 //! - [`header`]: the eight bytes before every message on the socket, and the protocol versions.
 //! - [`message`]: the messages themselves.

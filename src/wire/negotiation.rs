@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What two sides of version 4 tell each other before anything else, in JSON (WIRE chapter 2).
+//! What two sides of version 4 tell each other before anything else, in JSON
+//! (`docs/protocol.md#negotiation`).
 //!
 //! The client offers versions and features, the server selects among them or refuses. Names that a
 //! side does not know, it passes over: that is how features are added. So is a setting of another
