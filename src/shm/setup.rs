@@ -40,7 +40,7 @@ impl ListSets {
     /// A magazine holds at most one part in so many of a list, so that it does not starve the peer.
     ///
     /// More where each side has lists for itself: only what was received is the peer's, and a reply
-    /// of several MiB then lies where the request lay (`benches/README.md`).
+    /// of several MiB then lies where the request lay (`docs/performance.md`).
     pub(super) const fn share_of_magazine(self) -> usize {
         match self {
             Self::Shared => 8,
