@@ -443,9 +443,9 @@ impl ConfigBuilder {
     /// How long a session that ends waits until its peer has taken what was sent to it: see
     /// [`Session::close`](crate::Session::close). Zero: not at all. Default: five seconds.
     ///
-    /// Only other implementations are waited for, and only while they have something to take, or
-    /// keep the memory of what they have taken. Two sides of this crate take what was sent before
-    /// the end in any case.
+    /// Only other implementations are waited for, and only while they have something to take, keep
+    /// the memory of what they have taken, or have not answered what went over the socket. Two
+    /// sides of this crate take what was sent before the end in any case.
     pub fn close_timeout(mut self, timeout: Duration) -> Self {
         self.config.limits.close_timeout = timeout;
         self

@@ -368,21 +368,27 @@ pub enum Error {
     /// (see [`stall_limit`](crate::ConfigBuilder::stall_limit)).
     #[error("the peer has not moved for {0:?} (`stall_limit`)")]
     PeerStalled(Duration),
-    /// The session was closed here, and the peer had not taken all that was sent to it when the
-    /// time for that was over (see [`close_timeout`](crate::ConfigBuilder::close_timeout)).
+    /// The session was closed here, and the peer was not known to have taken all that was sent to
+    /// it when the time for that was over
+    /// (see [`close_timeout`](crate::ConfigBuilder::close_timeout)).
     #[error(
-        "closed while the peer had not taken everything within {after:?} (`close_timeout`): \
-         {events} events, {slices} slices, {socket_bytes} bytes of the socket are left"
+        "closed while the peer was not known to have taken everything within {after:?} \
+         (`close_timeout`): {events} events, {slices} slices, {socket_bytes} bytes of the socket \
+         are left, and nothing shows whether {unconfirmed} bytes that went over it were read"
     )]
     NotTaken {
         /// How long the peer had.
         after: Duration,
         /// Events of the IO queue that it has not taken.
         events: u32,
-        /// Buffer slices that it has not given back.
+        /// Buffer slices that it has not given back. shmipc-go keeps the last one of an open stream
+        /// that was read in pieces of just its length, until more comes or the stream is closed.
         slices: usize,
         /// About how many bytes of the socket it has not read.
         socket_bytes: usize,
+        /// Bytes that went over the socket and were not answered by data on the same stream or by
+        /// its close. They may have been read: only a peer of this crate says so.
+        unconfirmed: u64,
     },
     /// The session was closed on this side.
     #[error("the session was closed here")]

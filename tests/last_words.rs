@@ -10,9 +10,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
+use shmipc_glommio::wire::Event;
 use shmipc_glommio::{
     Client, Config, ConfigBuilder, Connector, Cores, Error, HandshakeError, Listener, MemoryKind,
-    ProtocolVersion, Server, Session,
+    ProtocolVersion, Server, Session, Stream,
 };
 
 use support::executor::{SocketPath, run, within};
@@ -124,50 +125,178 @@ fn tiny(version: ProtocolVersion, memory: MemoryKind) -> ConfigBuilder {
         .pool_wait(Duration::ZERO)
 }
 
+/// More than there is of that.
+const LONG: usize = 1 << 17;
+
+/// What a reader does when it has read everything.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Then {
+    ClosesStream,
+    Answers,
+    IsSilent,
+}
+
+/// Takes what comes of a stream until there is so much of it, unless the other side hangs up. The
+/// stream's number.
+fn take_long(peer: &mut Foreign) -> Option<u32> {
+    let (mut got, mut stream_id) = (0, 0);
+    while got < LONG {
+        if peer.waiting() > 0 {
+            let event = peer.take()?;
+            got += peer.read(event)?.len();
+            peer.free(event);
+            continue;
+        }
+        peer.sleep();
+        // A hang-up is seen before what is there to read.
+        if peer.is_hung_up() {
+            return None;
+        }
+        if let (_, FALLBACK, payload) = receive(&mut peer.socket) {
+            stream_id = u32::from_be_bytes(payload[..4].try_into().unwrap());
+            got += payload.len() - 8;
+        }
+    }
+    Some(stream_id)
+}
+
+fn closed(stream_id: u32) -> Event {
+    Event { stream_id, offset: 0, status: 1 }
+}
+
+/// A session with such a server, and a stream on which that much was sent.
+async fn send_long(path: &SocketPath, config: ConfigBuilder) -> (Session, Stream) {
+    let connector = Connector::new(config.build().unwrap());
+    let session = connector.connect(path.as_str()).await.unwrap();
+    let mut stream = session.open_stream().unwrap();
+    stream.write_all(&vec![7; LONG]).await.unwrap();
+    stream.flush().await.unwrap();
+    assert!(session.stats().fallback_sent > 0);
+    (session, stream)
+}
+
+/// Takes what comes, and gives it to a reader that is late. Whether that comes before a hang-up.
+fn read_long_late(listener: UnixListener, late: Duration, then: Then) -> bool {
+    let mut peer = Foreign::serve(accept(&listener), || {});
+    let Some(stream_id) = take_long(&mut peer) else { return false };
+    // The event loop goes on meanwhile.
+    let start = std::time::Instant::now();
+    let mut is_read = false;
+    loop {
+        peer.sleep();
+        if peer.is_hung_up() {
+            return is_read;
+        }
+        if peer.hears() {
+            peer.take_all();
+        }
+        if !is_read && start.elapsed() >= late {
+            is_read = true;
+            match then {
+                Then::ClosesStream => peer.put(closed(stream_id)),
+                Then::Answers => peer.fall_back(stream_id, b"answer"),
+                Then::IsSilent => {}
+            }
+        }
+        std::thread::sleep(A_WHILE / 8);
+    }
+}
+
+/// Nothing tells when data that went over the socket was read, but what its reader does then.
 #[test]
 fn last_words_that_went_over_the_socket_are_read_before_the_hang_up() {
-    const LEN: usize = 1 << 17;
+    run(LIMIT, || async {
+        for then in [Then::ClosesStream, Then::Answers, Then::IsSilent] {
+            for (version, memory) in KINDS {
+                let path = SocketPath::new();
+                let server =
+                    serve(&path, move |listener| read_long_late(listener, 8 * A_WHILE, then));
+                let mut config = tiny(version, memory);
+                if then == Then::IsSilent {
+                    config = config.close_timeout(20 * A_WHILE);
+                }
+                let (session, _stream) = send_long(&path, config).await;
+                let closed = session.close().await;
+                assert!(joined(server).await, "{version:?} {memory:?} {then:?}");
+                match closed {
+                    Ok(()) => assert_ne!(then, Then::IsSilent, "{version:?}: it cannot know"),
+                    Err(Error::NotTaken {
+                        events: 0,
+                        slices: 0,
+                        socket_bytes: 0,
+                        unconfirmed,
+                        ..
+                    }) => {
+                        assert_eq!(then, Then::IsSilent, "{version:?}: it has been told");
+                        assert!((1..LONG as u64).contains(&unconfirmed), "{unconfirmed}");
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        }
+    });
+}
+
+/// One that went away may not have read it.
+#[test]
+fn a_peer_that_leaves_has_not_confirmed_what_went_over_the_socket() {
+    run(LIMIT, || async {
+        for closes_stream in [true, false] {
+            let path = SocketPath::new();
+            let (done, is_done) = mpsc::channel::<()>();
+            let server = serve(&path, move |listener| {
+                let mut peer = Foreign::serve(accept(&listener), || {});
+                let stream_id = take_long(&mut peer).unwrap();
+                if closes_stream {
+                    peer.put(closed(stream_id));
+                }
+                is_done.recv().unwrap_err();
+                while peer.hears() {}
+            });
+            let config = tiny(ProtocolVersion::V3, MemoryKind::Memfd);
+            let (session, _stream) = send_long(&path, config).await;
+            drop(done);
+            joined(server).await;
+            session.closed().await;
+            let closed = session.close().await;
+            let is_as_expected = if closes_stream {
+                closed.is_ok()
+            } else {
+                matches!(closed, Err(Error::PeerClosed))
+            };
+            assert!(is_as_expected, "{closes_stream} {closed:?}");
+        }
+    });
+}
+
+/// Also when it went over the socket: see
+/// [`the_close_of_a_stream_waits_until_a_foreign_peer_has_read_what_was_sent_before`].
+#[test]
+fn the_close_of_a_stream_gives_readers_of_the_socket_their_time() {
+    const TRIES: usize = 50;
     run(LIMIT, || async {
         for (version, memory) in KINDS {
-            let path = SocketPath::new();
-            let server = serve(&path, |listener| {
-                let mut peer = Foreign::serve(accept(&listener), || {});
-                let mut got = 0;
-                while got < LEN {
+            let mut ends = Vec::new();
+            while ends.len() < TRIES && !ends.contains(&(false, true)) {
+                let path = SocketPath::new();
+                let server = serve(&path, |listener| {
+                    let mut peer = Foreign::serve(accept(&listener), || {});
+                    let stream_id = take_long(&mut peer).unwrap();
+                    // Its reader runs a little later than its event loop.
                     std::thread::sleep(A_WHILE / 8);
-                    if peer.waiting() > 0 {
-                        let Some(event) = peer.take() else { return got };
-                        let Some(words) = peer.read(event) else { return got };
-                        got += words.len();
-                        peer.free(event);
-                        continue;
-                    }
-                    peer.sleep();
-                    // A hang-up is seen before what is there to read.
-                    if peer.is_hung_up() {
-                        return got;
-                    }
-                    if let (_, FALLBACK, payload) = receive(&mut peer.socket) {
-                        got += payload.len() - 8;
-                    }
-                }
-                while !peer.is_hung_up() {
-                    peer.sleep();
-                    // Whoever takes a barrier was woken for it.
-                    if peer.hears() {
-                        peer.take_all();
-                    }
-                }
-                got
-            });
-            let connector = Connector::new(tiny(version, memory).build().unwrap());
-            let session = connector.connect(path.as_str()).await.unwrap();
-            let mut stream = session.open_stream().unwrap();
-            stream.write_all(&vec![7; LEN]).await.unwrap();
-            stream.flush().await.unwrap();
-            assert!(session.stats().fallback_sent > 0);
-            session.close().await.unwrap();
-            assert_eq!(joined(server).await, LEN, "{version:?} {memory:?}");
+                    let is_told_too_soon = peer.hears() || peer.waiting() > 0;
+                    peer.put(closed(stream_id));
+                    support::foreign::wait_until("the end", || peer.is_hung_up());
+                    is_told_too_soon
+                });
+                let config = tiny(version, memory).close_timeout(8 * A_WHILE);
+                let (session, stream) = send_long(&path, config).await;
+                drop(stream);
+                // The peer closes the stream too, before it hears of its close here.
+                let closed = session.close().await;
+                ends.push((joined(server).await, closed.is_ok()));
+            }
+            assert!(ends.contains(&(false, true)), "{version:?} {memory:?}: {ends:?}");
         }
     });
 }

@@ -13,8 +13,13 @@
 //!   event is popped, long before a reader has seen the data. How many slices a list counts says
 //!   nothing, since several sessions can share one memory.
 //!
-//! Data that went over the socket leaves no such mark. A [barrier](super::overtaking) behind it
-//! tells when the peer's event loop has handled it; after that its reader gets a short while.
+//! Data that went over the socket leaves no such mark, and no message of the protocol says that it
+//! was read. What shows it is what the peer's user does next: it answers on the stream, or closes
+//! it. (Not after this side has closed it: then the peer's own close is not told.) So as long as
+//! neither comes, the connection stays up for the whole time, which is what a slow reader needs,
+//! and the close does not say that all was taken. Data of which the time has passed already gets
+//! a short while behind a [barrier](super::overtaking), which tells when the event loop of the peer
+//! has handled it.
 //!
 //! A version 2 client does not know whether the server is there at all. That it has taken the first
 //! event shows it; a server of this crate, which takes the rest by itself, says so when it maps.
@@ -41,8 +46,8 @@ use crate::shm::manager::SliceId;
 const FIRST_PAUSE: Duration = Duration::from_micros(100);
 const LONGEST_PAUSE: Duration = Duration::from_millis(5);
 
-/// How long a reader gets for what its event loop has handed to it, of which nothing tells when it
-/// was read: data that came over the socket.
+/// How long a reader gets at least for what its event loop has handed to it, of which nothing tells
+/// when it was read: data that came over the socket.
 const TIME_TO_READ: Duration = Duration::from_millis(100);
 
 /// For how long a peer may be awake before the barrier is left out. It cannot be put in order with
@@ -64,9 +69,9 @@ enum Barrier {
     Due(Instant),
     /// The event of this number.
     At(i64),
-    /// The peer's readers have until then.
+    /// The peer's readers have until then, if nothing shows before that they have read it.
     Passed(Instant),
-    /// Nothing went over the socket, or all of it was read.
+    /// Nothing went over the socket of which it is not known that it was read.
     Nothing,
 }
 
@@ -84,10 +89,14 @@ impl SessionInner {
             relayed(glommio::timer::sleep(limit)).await;
             Err(self.not_taken(limit, left.borrow().as_ref()))
         };
-        or(self.wait_until_taken(&left), too_late).await
+        or(self.wait_until_taken(limit, &left), too_late).await
     }
 
-    async fn wait_until_taken(self: &Rc<Self>, left: &RefCell<Option<Outstanding>>) -> Result<()> {
+    async fn wait_until_taken(
+        self: &Rc<Self>,
+        limit: Duration,
+        left: &RefCell<Option<Outstanding>>,
+    ) -> Result<()> {
         self.flush_queue();
         self.flushed().await?;
         if !self.is_waited_for() {
@@ -106,7 +115,7 @@ impl SessionInner {
             self.check_end()?;
             // It may be one of this crate that has mapped only now.
             self.look_for_extension();
-            if !self.is_waited_for() || self.look_at_outstanding(left)? {
+            if !self.is_waited_for() || self.look_at_outstanding(limit, left)? {
                 return Ok(());
             }
             self.pause(&mut pause).await;
@@ -131,11 +140,18 @@ impl SessionInner {
 
     /// What the peer has not taken yet.
     async fn outstanding(&self, began: Instant) -> Outstanding {
-        let went_over_the_socket = self.counters.fallback_sent.get() > 0;
         let events = self.lanes.producer.borrow().pushed();
         let slices = self.slices_with_peer().await;
-        let barrier = if went_over_the_socket { Barrier::Due(began) } else { Barrier::Nothing };
+        let is_confirmed = self.unconfirmed() == 0;
+        let barrier = if is_confirmed { Barrier::Nothing } else { Barrier::Due(began) };
         Outstanding { events, slices, barrier }
+    }
+
+    /// How many bytes went over the socket of which nothing shows that they were read.
+    fn unconfirmed(&self) -> u64 {
+        let streams = self.streams.borrow().all();
+        let of_open = streams.iter().map(|stream| stream.unconfirmed());
+        of_open.fold(self.credit.unconfirmed.get(), u64::saturating_add)
     }
 
     async fn slices_with_peer(&self) -> Vec<SliceId> {
@@ -150,12 +166,23 @@ impl SessionInner {
     }
 
     /// Whether the peer has taken all of it by now.
-    fn look_at_outstanding(self: &Rc<Self>, left: &RefCell<Option<Outstanding>>) -> Result<bool> {
+    fn look_at_outstanding(
+        self: &Rc<Self>,
+        limit: Duration,
+        left: &RefCell<Option<Outstanding>>,
+    ) -> Result<bool> {
         let mut left = left.borrow_mut();
         let Some(left) = left.as_mut() else { return Ok(true) };
         left.slices.retain(|&id| self.lanes.manager.is_with_peer(id));
         let is_quiet = self.taken()? >= left.events && left.slices.is_empty();
-        Ok(is_quiet && self.look_at_barrier(&mut left.barrier)?)
+        if !is_quiet || !self.look_at_barrier(limit, &mut left.barrier)? {
+            return Ok(false);
+        }
+        // What is sent meanwhile is not waited for.
+        if !matches!(left.barrier, Barrier::Nothing) && self.unconfirmed() > 0 {
+            return Err(self.not_taken(limit, Some(left)));
+        }
+        Ok(true)
     }
 
     /// The peer has ended the session. Whether it had taken everything by then, as far as can be
@@ -165,7 +192,8 @@ impl SessionInner {
         if self.outbox().is_cut() || self.has_kept_closes() || !matches!(in_flight, Ok((_, 0))) {
             return false;
         }
-        self.credit.is_known() || self.slices_with_peer().await.is_empty()
+        self.credit.is_known()
+            || self.unconfirmed() == 0 && self.slices_with_peer().await.is_empty()
     }
 
     /// How many events the peer has taken, of all that there were.
@@ -178,8 +206,12 @@ impl SessionInner {
         Ok(head)
     }
 
-    /// Whether data that went over the socket has been handled, and its readers had their time.
-    fn look_at_barrier(self: &Rc<Self>, barrier: &mut Barrier) -> Result<bool> {
+    /// Whether data that went over the socket has been read, or handled and its readers had their
+    /// time.
+    fn look_at_barrier(self: &Rc<Self>, limit: Duration, barrier: &mut Barrier) -> Result<bool> {
+        if self.unconfirmed() == 0 {
+            return Ok(true);
+        }
         let is_needed = !matches!(barrier, Barrier::Nothing | Barrier::Passed(_));
         if is_needed && (!self.outbox().is_empty() || self.socket().unread_by_peer() > 0) {
             return Ok(false);
@@ -206,7 +238,10 @@ impl SessionInner {
                 }
             }
         }
-        *barrier = Barrier::Passed(Instant::now() + TIME_TO_READ);
+        let now = Instant::now();
+        // They had as much time as they get, if it went that long ago.
+        let sent = self.credit.last_over_socket.get().unwrap_or(now);
+        *barrier = Barrier::Passed((now + TIME_TO_READ).max(sent + limit));
         Ok(false)
     }
 
@@ -220,7 +255,8 @@ impl SessionInner {
         });
         let slices = left.map_or(0, |left| left.slices.len());
         let socket_bytes = self.outbox().len() + self.socket().unread_by_peer();
-        Error::NotTaken { after, events, slices, socket_bytes }
+        let unconfirmed = self.unconfirmed();
+        Error::NotTaken { after, events, slices, socket_bytes, unconfirmed }
     }
 
     /// The last handle of a user is gone. Ends the session, at once or when the peer has taken what

@@ -47,6 +47,10 @@ pub(super) struct Credit {
     /// What this side has sent over the socket and the peer's readers have not taken, of all
     /// streams, as the peer counts it.
     socket_unread: Cell<u64>,
+    /// What of it nothing shows to have been read, of streams that were closed here.
+    pub(super) unconfirmed: Cell<u64>,
+    /// When something last went over the socket.
+    pub(super) last_over_socket: Cell<Option<Instant>>,
     /// Tasks that wait until that is less.
     pub(super) budget_waiting: WakerList,
     /// Tasks that wait until a time whether their streams can leave the socket.
@@ -94,6 +98,8 @@ impl Credit {
             kept: RefCell::default(),
             waiting: RefCell::default(),
             socket_unread: Cell::new(0),
+            unconfirmed: Cell::new(0),
+            last_over_socket: Cell::new(None),
             returning: WakerList::default(),
             budget_waiting: WakerList::default(),
         };
@@ -218,6 +224,8 @@ impl SessionInner {
     pub(super) fn note_sent_over_socket(&self, stream: &StreamInner, len: usize) {
         let cost = (len + SOCKET_MESSAGE_COST) as u64;
         stream.sending.note_sent_over_socket(len as u64, cost);
+        stream.note_unanswered(len as u64);
+        self.credit.last_over_socket.set(Some(Instant::now()));
         self.credit.socket_unread.set(self.credit.socket_unread.get() + cost);
     }
 

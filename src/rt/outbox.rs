@@ -34,6 +34,8 @@ pub(super) struct Outbox {
     /// Whether the task that waits for the socket runs.
     has_task: Cell<bool>,
     waiting: WakerList,
+    /// How many bytes came here until now.
+    taken_in: Cell<u64>,
     /// Whether something was thrown away, since the session ended first.
     is_cut: Cell<bool>,
 }
@@ -102,6 +104,7 @@ impl Outbox {
     /// Sends a message, or keeps it behind those that were kept. Gives whether a task must be
     /// started to send the rest.
     pub(super) fn send(&self, socket: &Socket, message: &[u8]) -> io::Result<bool> {
+        self.taken_in.set(self.taken_in.get() + message.len() as u64);
         let sent = if self.is_empty() { socket.try_send(message)? } else { 0 };
         if sent < message.len() {
             let has_payload = message.len() > FALLBACK_HEADER_LEN;
@@ -118,6 +121,11 @@ impl Outbox {
     /// How many bytes the socket has not taken.
     pub(super) fn len(&self) -> usize {
         self.kept.borrow().unsent
+    }
+
+    /// How many bytes came here until now.
+    pub(super) fn taken_in(&self) -> u64 {
+        self.taken_in.get()
     }
 
     /// Whether payload should wait.

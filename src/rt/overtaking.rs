@@ -16,6 +16,7 @@
 //! To be sure that there is a next one, the stream puts a barrier behind its last: a close of [a
 //! stream that there never is](NO_STREAM), which means nothing to anybody.
 
+use std::cell::LazyCell;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -34,8 +35,9 @@ use crate::wire::{Event, EventState};
 const SPARE_CLOSES: usize = 1 << 16;
 
 /// How long a peer that is not of this crate has to read the last of a stream, once it has taken
-/// its event, before it is told of its close. One that keeps what it has read until it hears of the
-/// close hears of it that late.
+/// its event, or read its socket, before it is told of its close. One that keeps what it has read
+/// until it hears of the close hears of it that late; so does one to which the last went over the
+/// socket, since nothing tells when that was read.
 const TIME_TO_READ: Duration = Duration::from_millis(50);
 /// How many closes may wait for that. Beyond, they are told at once.
 const MAX_UNREAD_CLOSES: usize = 1024;
@@ -48,15 +50,22 @@ pub(super) struct KeptClose {
     unread: Option<Unread>,
 }
 
-/// The last of a stream.
 #[derive(Debug, Clone, Copy)]
 struct Unread {
-    /// How many events there were with it. Before the peer has taken them it cannot read.
-    events: i64,
-    /// A slice of it.
-    slice: SliceId,
-    /// Until when that is waited for, once the events are taken.
+    last: Last,
+    /// Until when that is waited for, once it has come to the peer.
     until: Option<Instant>,
+}
+
+/// The last of a stream.
+#[derive(Debug, Clone, Copy)]
+enum Last {
+    /// A slice of it, and how many events there were with it. Before the peer has taken them it
+    /// cannot read.
+    Slice(SliceId, i64),
+    /// It went over the socket: so many bytes of which nothing shows that they were read, and how
+    /// many had gone that way in all.
+    Socket { unconfirmed: u64, until: u64 },
 }
 
 /// How far a stream is on its way to the socket.
@@ -130,16 +139,46 @@ impl SessionInner {
     /// had received before.
     pub(super) fn tell_closed_when_read(self: &Rc<Self>, stream: &StreamInner, path: Path) {
         let stream_id = stream.id();
-        if path == Path::SharedMemory
-            && !self.credit.is_known()
-            && self.lanes.kept_closes.borrow().len() < MAX_UNREAD_CLOSES
-            && let Some(slice) = self.lanes.manager.sent_at(stream.last_sent.get())
-        {
-            let events = self.lanes.producer.borrow().pushed();
-            let unread = Some(Unread { events, slice, until: None });
-            return self.keep_close(KeptClose { stream_id, unread });
+        if !self.credit.is_known() {
+            let unconfirmed = stream.unconfirmed();
+            let in_all = &self.credit.unconfirmed;
+            in_all.set(in_all.get().saturating_add(unconfirmed));
+            let last = match path {
+                Path::Socket if unconfirmed == 0 => None,
+                Path::Socket => Some(Last::Socket { unconfirmed, until: self.outbox().taken_in() }),
+                Path::SharedMemory => {
+                    let slice = self.lanes.manager.sent_at(stream.last_sent.get());
+                    slice.map(|slice| Last::Slice(slice, self.lanes.producer.borrow().pushed()))
+                }
+            };
+            let is_room = self.lanes.kept_closes.borrow().len() < MAX_UNREAD_CLOSES;
+            if let Some(last) = last.filter(|_| is_room) {
+                let unread = Some(Unread { last, until: None });
+                return self.keep_close(KeptClose { stream_id, unread });
+            }
         }
         self.tell_closed(stream_id, path);
+    }
+
+    /// The peer has closed a stream that this side has closed too. It needs not be told any more,
+    /// and has read what it wanted to.
+    pub(super) fn note_closed_by_both(&self, id: u32) {
+        self.lanes.kept_closes.borrow_mut().retain(|close| match close.unread {
+            Some(Unread { last: Last::Socket { unconfirmed, .. }, .. })
+                if close.stream_id == id =>
+            {
+                let in_all = &self.credit.unconfirmed;
+                in_all.set(in_all.get().saturating_sub(unconfirmed));
+                false
+            }
+            _ => true,
+        });
+    }
+
+    /// How many bytes of what went over the socket the peer has read from it, at least.
+    fn read_from_socket(&self) -> u64 {
+        let left = self.outbox().len() + self.socket().unread_by_peer();
+        self.outbox().taken_in().saturating_sub(left as u64)
     }
 
     /// Sends the closes that were kept, as far as there is room now and they have been waited for.
@@ -155,16 +194,27 @@ impl SessionInner {
         let in_flight = self.lanes.producer.borrow_mut().in_flight();
         // What is wrong with the queue is found, and named, when it is used.
         let taken = in_flight.map_or(i64::MAX, |(head, _)| head);
+        let read = LazyCell::new(|| self.read_from_socket());
+        let has_come = |last| match last {
+            Last::Slice(_, events) => taken >= events,
+            Last::Socket { until, .. } => *read >= until,
+        };
         // Those that are told again find the list empty, and their place behind the others.
         let mut kept = std::mem::take(&mut *self.lanes.kept_closes.borrow_mut());
         let mut is_full = false;
         kept.retain_mut(|KeptClose { stream_id, unread }| match unread {
-            Some(unread) if taken < unread.events => true,
+            Some(unread) if !has_come(unread.last) => true,
             Some(unread) => {
                 let until = *unread.until.get_or_insert(now + TIME_TO_READ);
-                let is_waited_for = now < until && self.lanes.manager.is_with_peer(unread.slice);
+                let (is_unread, path) = match unread.last {
+                    Last::Slice(slice, _) => {
+                        (self.lanes.manager.is_with_peer(slice), Path::SharedMemory)
+                    }
+                    Last::Socket { .. } => (true, Path::Socket),
+                };
+                let is_waited_for = now < until && is_unread;
                 if !is_waited_for {
-                    self.tell_closed(*stream_id, Path::SharedMemory);
+                    self.tell_closed(*stream_id, path);
                 }
                 is_waited_for
             }

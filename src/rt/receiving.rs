@@ -171,6 +171,7 @@ impl SessionInner {
         self.note_come(stream, &data);
         if !stream.has_reader() {
             stream.note_known_to_peer();
+            stream.note_answered();
             return self.note_taken(stream, &data);
         }
         stream.receive(data);
@@ -237,7 +238,10 @@ impl SessionInner {
                 self.wake_reader(&stream);
                 stream.writer.wake();
             }
-            None => self.streams.borrow_mut().note_closed(id, self.credit.is_known()),
+            None => {
+                self.note_closed_by_both(id);
+                self.streams.borrow_mut().note_closed(id, self.credit.is_known());
+            }
         }
     }
 

@@ -424,10 +424,11 @@ impl Session {
     /// Waits until the socket has taken what was sent over it. A peer that is not of this crate
     /// drops what it has not read when the connection ends; so it is waited for until it has taken
     /// every event, and has given back every buffer slice, that was sent to it before the call.
-    /// What is sent meanwhile is not waited for. Nothing tells when such a peer's reader has read
-    /// what went over the socket: it gets a tenth of a second for it, and what it has not read then
-    /// is lost without an error. A server that keeps the memory of a message while its stream is
-    /// open is helped by closing the streams first.
+    /// What is sent meanwhile is not waited for. Of what went over the socket only that shows that
+    /// such a peer has read it: it answers on the stream, or closes it before this side does. So
+    /// wait for that before closing; what has neither is waited for as long as it may be, and makes
+    /// the result an error, though it may have been read. A server that keeps the memory of a
+    /// message while its stream is open is helped by closing the streams first.
     ///
     /// Streams end with [`Error::SessionClosed`]. Dropping every handle ends the session in the
     /// same way, in the background, as long as the executor runs: a program whose executor ends
@@ -436,7 +437,7 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// [`Error::NotTaken`], when the peer has not taken everything within the
+    /// [`Error::NotTaken`], when the peer is not known to have taken everything within the
     /// [configured time](crate::ConfigBuilder::close_timeout). Why the session had ended before, if
     /// it was not closed on this side; but a peer that went away after it had taken everything is
     /// no error. The session is over in any case.

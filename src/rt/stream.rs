@@ -42,6 +42,8 @@ pub(super) struct StreamInner {
     pub(super) owes_end: Cell<bool>,
     /// The first slice of what was last sent through shared memory, by its offset; 0: nothing was.
     pub(super) last_sent: Cell<u32>,
+    /// Bytes that went over the socket since the peer last sent something.
+    unanswered: Cell<u64>,
     /// Whether something of it came over the socket.
     has_come_by_socket: Cell<bool>,
     /// Whether the peer has heard of the stream, and so must hear of its end.
@@ -81,6 +83,7 @@ impl StreamInner {
             has_waiting_credit: Cell::new(false),
             owes_end: Cell::new(false),
             last_sent: Cell::new(0),
+            unanswered: Cell::new(0),
             has_come_by_socket: Cell::new(false),
             is_known_to_peer: Cell::new(false),
             has_received: Cell::new(false),
@@ -114,10 +117,30 @@ impl StreamInner {
         matches!(self.halves.get(), Halves::Both | Halves::Only(Half::Read))
     }
 
+    /// How many bytes went over the socket of which nothing shows that the peer has read them: it
+    /// has neither sent anything since, nor closed the stream. Only a peer of this crate says what
+    /// it has read.
+    pub(super) fn unconfirmed(&self) -> u64 {
+        match self.life.peer() {
+            Side::Open | Side::HalfClosed => self.unanswered.get(),
+            Side::Closed | Side::Reset => 0,
+        }
+    }
+
+    pub(super) fn note_unanswered(&self, len: u64) {
+        self.unanswered.set(self.unanswered.get().saturating_add(len));
+    }
+
+    #[inline]
+    pub(super) fn note_answered(&self) {
+        self.unanswered.set(0);
+    }
+
     /// Notes that something of it came.
     #[inline]
     pub(super) fn note_received(&self) {
         self.note_known_to_peer();
+        self.note_answered();
         self.has_received.set(true);
     }
 
