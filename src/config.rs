@@ -457,8 +457,15 @@ impl ConfigBuilder {
     /// [`max_message_len`](Self::max_message_len) that has come in part is not counted. Default:
     /// 64 MiB.
     ///
-    /// A peer of this crate does not let it come to that: its streams whose readers are behind have
-    /// a quarter of this together, by its own configuration, so take the same on both sides.
+    /// A peer of this crate does not let it come to that. By its own configuration, so take the
+    /// same on both sides, its streams send freely up to three sixteenths of this, and then each up
+    /// to 80 KiB that its reader has not taken, as long as seven eighths are not spent. So a
+    /// request of up to 64 KiB can be written before its answer is read while fewer than 560
+    /// streams (one for each 116 KiB of this) are stopped with as much unread; more needs a larger
+    /// limit, or a reader that reads meanwhile. Beyond, only streams whose readers have taken
+    /// everything send: short messages, the shorter the less is left, and any message to a reader
+    /// that waits.
+    ///
     /// Another implementation has no credit to go by. Its streams wait for each other beyond this,
     /// those that are read too; nothing of what it sent is thrown away.
     pub fn max_unread_fallback_bytes(mut self, bytes: usize) -> Self {

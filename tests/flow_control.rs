@@ -8,9 +8,11 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use futures_lite::future::{poll_once, yield_now, zip};
+use futures_lite::future::{or, poll_once, yield_now, zip};
 use futures_lite::{AsyncReadExt, AsyncWriteExt};
-use shmipc_glommio::{Config, Error, Loan, ProtocolVersion, Session, Stream};
+use shmipc_glommio::{
+    Config, ConfigBuilder, Error, Loan, ProtocolVersion, ReadHalf, Session, Stream, WriteHalf,
+};
 
 use support::executor::run;
 use support::session_pair::{open, pair, pattern, recv, send, small, until};
@@ -195,20 +197,6 @@ enum Sender {
     Both,
 }
 
-/// Sends until nobody takes any more.
-async fn flood(mut stream: Stream, messages: Flood, sent: Rc<Cell<u64>>) {
-    loop {
-        let result = match messages {
-            Flood::Bytes => stream.write_all(&[7; 100_000]).await.map_err(drop),
-            Flood::Loans(len) => send(&mut stream, &vec![7; len]).await.map_err(drop),
-        };
-        if result.is_err() {
-            return;
-        }
-        sent.set(sent.get() + 1);
-    }
-}
-
 #[derive(Debug, Clone, Copy)]
 enum Flood {
     Bytes,
@@ -228,40 +216,7 @@ async fn others_are_answered(
     let (mut old_near, mut old_far) = open(&client, &server).await;
     let sent = Rc::new(Cell::new(0));
     // Open, and nothing is done with them.
-    let (mut idle, mut idle_streams) = (Vec::new(), Vec::new());
-    for _ in 0..count {
-        let (near, far) = open(&client, &server).await;
-        let (sending, stalled) = match sender {
-            Sender::Client => (vec![near], vec![far]),
-            Sender::Server => (vec![far], vec![near]),
-            Sender::Both => {
-                let (near_reader, near_writer) = near.split();
-                let (far_reader, far_writer) = far.split();
-                for mut writer in [near_writer, far_writer] {
-                    let sent = Rc::clone(&sent);
-                    glommio::spawn_local(async move {
-                        while writer.write_all(&[7; 100_000]).await.is_ok() {
-                            sent.set(sent.get() + 1);
-                        }
-                    })
-                    .detach();
-                }
-                idle.push((near_reader, far_reader));
-                (vec![], vec![])
-            }
-        };
-        for stream in sending {
-            glommio::spawn_local(flood(stream, messages, Rc::clone(&sent))).detach();
-        }
-        idle_streams.extend(stalled);
-    }
-    loop {
-        let before = sent.get();
-        glommio::timer::sleep(Duration::from_millis(200)).await;
-        if sent.get() == before {
-            break;
-        }
-    }
+    let _idle = stall((&client, &server), count, sender, messages, &sent).await;
     for number in 0..50 {
         send(&mut old_near, &[1; 10]).await.unwrap();
         assert_eq!(recv(&mut old_far).await.unwrap(), [1; 10], "{number}");
@@ -328,69 +283,285 @@ fn many_stalled_readers_of_loans_hold_up_only_themselves() {
     }
 }
 
-/// Sends one way on half of the streams and the other way on the others, to readers that stay away,
-/// until nothing moves any more. Then requests are written as a whole before the answer is read,
-/// and sent back piece by piece.
-async fn long_requests_are_answered(count: usize, messages: Flood, answers: Flood) {
-    let (client, server) = pair(Config::builder(), Config::builder()).await;
-    let sent = Rc::new(Cell::new(0));
-    let mut idle = Vec::new();
-    for number in 0..count {
-        let (mut sending, mut stalled) = open(&client, &server).await;
-        if number % 2 == 1 {
-            std::mem::swap(&mut sending, &mut stalled);
+/// Opens `count` streams, sends on them to readers that stay away until nothing moves any more, and
+/// returns what keeps them open.
+async fn stall(
+    (client, server): (&Session, &Session),
+    count: usize,
+    sender: Sender,
+    messages: Flood,
+    sent: &Rc<Cell<u64>>,
+) -> (Vec<ReadHalf>, Vec<WriteHalf>) {
+    let (mut idle, mut unused) = (Vec::new(), Vec::new());
+    for _ in 0..count {
+        let (near, far) = open(client, server).await;
+        let ((near_reader, near_writer), (far_reader, far_writer)) = (near.split(), far.split());
+        let mut writers = vec![near_writer, far_writer];
+        match sender {
+            Sender::Client => unused.extend(writers.pop()),
+            Sender::Server => unused.push(writers.remove(0)),
+            Sender::Both => {}
         }
-        glommio::spawn_local(flood(sending, messages, Rc::clone(&sent))).detach();
-        idle.push(stalled);
+        for mut writer in writers {
+            let sent = Rc::clone(sent);
+            glommio::spawn_local(async move {
+                loop {
+                    let result = match messages {
+                        Flood::Bytes => writer.write_all(&[7; 100_000]).await.map_err(drop),
+                        Flood::Loans(len) => {
+                            send_on(&mut writer, &vec![7; len]).await.map_err(drop)
+                        }
+                    };
+                    if result.is_err() {
+                        return;
+                    }
+                    sent.set(sent.get() + 1);
+                }
+            })
+            .detach();
+        }
+        idle.extend([near_reader, far_reader]);
     }
     loop {
         let before = sent.get();
         glommio::timer::sleep(Duration::from_millis(200)).await;
         if sent.get() == before {
-            break;
+            return (idle, unused);
         }
     }
+}
+
+async fn send_on(writer: &mut WriteHalf, bytes: &[u8]) -> Result<(), Error> {
+    let mut loan = writer.alloc(bytes.len()).await?;
+    assert_eq!(loan.write(bytes), bytes.len());
+    writer.send(loan).await
+}
+
+#[test]
+fn stalled_readers_of_a_short_message_each_hold_up_only_themselves() {
+    for version in BOTH_VERSIONS {
+        run(LIMIT, move || async move {
+            let config = small().protocol(version).queue_capacity(1024).stream_window(4096);
+            let config = config.max_unread_fallback_bytes(4 << 20);
+            let (client, server) = pair(config.clone(), config).await;
+            let (mut near, mut far) = open(&client, &server).await;
+            let sent = Rc::new(Cell::new(0));
+            // More than there is room for, if each takes one.
+            let messages = Flood::Loans(4000);
+            let _idle = stall((&client, &server), 1200, Sender::Server, messages, &sent).await;
+            for number in 0..20 {
+                let (near, far) = match number % 2 == 0 {
+                    true => (&mut near, &mut far),
+                    false => (&mut far, &mut near),
+                };
+                let (received, sent) = zip(recv(near), send(far, &[number; 10])).await;
+                sent.unwrap();
+                assert_eq!(received.unwrap(), [number; 10]);
+            }
+            client.close().await.unwrap();
+            let _ = server.close().await;
+            until(|| Rc::strong_count(&sent) == 1).await;
+        });
+    }
+}
+
+/// How requests are sent, and answered piece by piece.
+#[derive(Debug, Clone, Copy)]
+enum Requests {
+    /// Written as a whole before the answer is read.
+    WrittenFirst,
+    /// Sent as one loan before the answer is read.
+    LentFirst,
+    /// Written while the answer is read.
+    WrittenMeanwhile,
+}
+
+/// Sends requests of 60 000 bytes and has them echoed while the readers of other streams stay away:
+/// on a new stream each, and on one that was open before. Whether each came back in time.
+async fn long_requests_are_answered(
+    config: ConfigBuilder,
+    (count, sender, messages): (usize, Sender, Flood),
+    requests: Requests,
+    patience: Duration,
+) -> bool {
+    println!("{count} {sender:?} {messages:?} {requests:?}");
+    let (client, server) = pair(config.clone(), config).await;
+    let (mut old_near, mut old_far) = open(&client, &server).await;
+    let sent = Rc::new(Cell::new(0));
+    let idle = stall((&client, &server), count, sender, messages, &sent).await;
+    let mut are_answered = true;
     for number in 0..10 {
         let message = pattern(number, 60_000);
-        let mut near = client.open_stream().unwrap();
+        let is_new = number % 2 == 0;
+        let mut new_near = None;
+        let near = match is_new {
+            true => new_near.insert(client.open_stream().unwrap()),
+            false => &mut old_near,
+        };
+        let (server, old_far, len) = (&server, &mut old_far, message.len());
         let echo = async {
-            let mut far = server.accept().await.unwrap();
-            while let Some(piece) = recv(&mut far).await {
-                match answers {
-                    Flood::Bytes => far.write_all(&piece).await.unwrap(),
-                    Flood::Loans(_) => send(&mut far, &piece).await.unwrap(),
+            let mut new_far = None;
+            let far = match is_new {
+                true => new_far.insert(server.accept().await.unwrap()),
+                false => old_far,
+            };
+            let mut left = len;
+            while left > 0 {
+                let piece = recv(far).await.unwrap();
+                left -= piece.len();
+                match requests {
+                    Requests::LentFirst => send(far, &piece).await.unwrap(),
+                    _ => far.write_all(&piece).await.unwrap(),
                 }
             }
         };
         let request = async {
-            match answers {
-                Flood::Bytes => near.write_all(&message).await.unwrap(),
-                Flood::Loans(_) => send(&mut near, &message).await.unwrap(),
+            let mut answer = vec![0; len];
+            match requests {
+                Requests::WrittenFirst => near.write_all(&message).await.unwrap(),
+                Requests::LentFirst => send(near, &message).await.unwrap(),
+                Requests::WrittenMeanwhile => {
+                    let (mut reader, mut writer) = futures_lite::io::split(&mut *near);
+                    let writing = async { writer.write_all(&message).await.unwrap() };
+                    let reading = async { reader.read_exact(&mut answer).await.unwrap() };
+                    zip(writing, reading).await;
+                    assert!(answer == message, "{number}");
+                    return;
+                }
             }
-            let mut answer = vec![0; message.len()];
             near.read_exact(&mut answer).await.unwrap();
             assert!(answer == message, "{number}");
-            near.close().await.unwrap();
         };
-        zip(echo, request).await;
+        let in_time = async {
+            zip(echo, request).await;
+            true
+        };
+        let too_late = async {
+            glommio::timer::sleep(patience).await;
+            false
+        };
+        are_answered &= or(in_time, too_late).await;
+        if !are_answered {
+            break;
+        }
     }
+    drop(idle);
     client.close().await.unwrap();
     let _ = server.close().await;
     until(|| Rc::strong_count(&sent) == 1).await;
+    are_answered
 }
 
 #[test]
 fn a_request_that_is_written_before_its_answer_is_read_passes_many_stalled_readers() {
-    for (count, messages) in [(48, Flood::Bytes), (100, Flood::Loans(65_536))] {
-        run(LIMIT, move || long_requests_are_answered(count, messages, Flood::Bytes));
+    for version in BOTH_VERSIONS {
+        for stalled in [
+            (48, Sender::Both, Flood::Bytes),
+            (100, Sender::Both, Flood::Loans(65_536)),
+            (500, Sender::Both, Flood::Loans(200)),
+            (500, Sender::Client, Flood::Loans(200)),
+            (480, Sender::Both, Flood::Loans(60_000)),
+        ] {
+            run(LIMIT, move || async move {
+                let config = Config::builder().protocol(version);
+                let requests = Requests::WrittenFirst;
+                assert!(long_requests_are_answered(config, stalled, requests, LIMIT).await);
+            });
+        }
     }
 }
 
 #[test]
-fn a_long_loan_passes_many_stalled_readers_of_long_loans() {
+fn a_long_loan_passes_however_many_readers_of_long_loans_stay_away() {
     let messages = Flood::Loans(65_536);
-    // More than a half of the budget has room for, in each direction.
-    run(LIMIT, move || long_requests_are_answered(640, messages, messages));
+    for version in BOTH_VERSIONS {
+        for stalled in [
+            (640, Sender::Both, messages),
+            (1000, Sender::Client, messages),
+            (2500, Sender::Server, messages),
+        ] {
+            run(LIMIT, move || async move {
+                let config = Config::builder().protocol(version);
+                let requests = Requests::LentFirst;
+                assert!(long_requests_are_answered(config, stalled, requests, LIMIT).await);
+            });
+        }
+    }
+}
+
+/// What is written before its answer is read waits in the memory that stalled streams have their
+/// share of too: 80 KiB each, of eleven sixteenths of `max_unread_fallback_bytes`.
+#[test]
+fn a_request_that_is_written_before_its_answer_is_read_passes_as_many_as_there_are_shares_for() {
+    let stalled = (150, Sender::Both, Flood::Loans(60_000));
+    for (limit, requests, passes) in [
+        // 70 shares.
+        (8 << 20, Requests::WrittenFirst, false),
+        // Who reads meanwhile needs none.
+        (8 << 20, Requests::WrittenMeanwhile, true),
+        // 280 shares.
+        (32 << 20, Requests::WrittenFirst, true),
+    ] {
+        run(LIMIT, move || async move {
+            let config = Config::builder().buffer_size(4 << 20).stream_window(2 << 20);
+            let config = config.max_unread_fallback_bytes(limit);
+            let patience = if passes { LIMIT } else { Duration::from_secs(2) };
+            let answered = long_requests_are_answered(config, stalled, requests, patience).await;
+            assert_eq!(answered, passes);
+        });
+    }
+}
+
+/// Another implementation sends whatever is unread. All its streams wait once that is
+/// `max_unread_fallback_bytes`, and nothing is lost.
+#[test]
+fn a_sender_without_credit_stops_its_session_at_the_limit_of_unread_bytes() {
+    for (limit, passes) in [(4 << 20, false), (64 << 20, true)] {
+        run(LIMIT, move || async move {
+            // Does not bound by itself what it has sent and is unread.
+            let client = small().max_unread_fallback_bytes(1 << 40).stream_window(2 << 20);
+            let server = small().max_unread_fallback_bytes(limit).stream_window(2 << 20);
+            let (client, server) = pair(client, server).await;
+            let (mut other_near, mut other_far) = open(&client, &server).await;
+            let sent = Rc::new(Cell::new(0));
+            let (mut near, mut far) = (Vec::new(), Vec::new());
+            for _ in 0..12 {
+                let (stream, stalled) = open(&client, &server).await;
+                near.push(stream);
+                far.push(stalled);
+            }
+            for mut stream in near {
+                let sent = Rc::clone(&sent);
+                glommio::spawn_local(async move {
+                    for number in 0..10 {
+                        send(&mut stream, &pattern(number, 60_000)).await.unwrap();
+                        sent.set(sent.get() + 1);
+                    }
+                    stream.finish().await.unwrap();
+                })
+                .detach();
+            }
+            glommio::timer::sleep(Duration::from_millis(500)).await;
+            other_near.write_all(b"another").await.unwrap();
+            let wait = Duration::from_millis(500);
+            other_far.set_read_deadline(Some(Instant::now() + wait));
+            match other_far.recv().await {
+                Ok(Some(message)) => assert!(passes && *message.into_bytes() == *b"another"),
+                Err(Error::DeadlinePassed) => assert!(!passes),
+                other => panic!("{other:?}"),
+            }
+            other_far.set_read_deadline(None);
+            for mut stalled in far {
+                let mut bytes = Vec::new();
+                stalled.read_to_end(&mut bytes).await.unwrap();
+                let expected: Vec<u8> = (0..10).flat_map(|n| pattern(n, 60_000)).collect();
+                assert!(bytes == expected, "{} bytes", bytes.len());
+            }
+            if !passes {
+                assert_eq!(recv(&mut other_far).await.unwrap(), b"another");
+            }
+        });
+    }
 }
 
 /// As soon as `count` polls of it, and what happens between them, are over, the future is dropped.

@@ -33,8 +33,10 @@ pub(crate) struct SendWindow {
     /// Bytes that went over the socket and were not taken, and what they cost there.
     socket_bytes: Cell<u64>,
     socket_cost: Cell<u64>,
-    /// For how much credit the peer was asked for more.
-    asked_at: Cell<Option<u64>>,
+    /// How much had been credited and sent when the peer was asked for more.
+    asked_at: Cell<Option<(u64, u64)>>,
+    /// How much had been sent when the peer said that its reader waits for more.
+    wanted_at: Cell<Option<u64>>,
 }
 
 impl SendWindow {
@@ -107,13 +109,27 @@ impl SendWindow {
         self.socket_cost.take()
     }
 
-    /// Whether the peer has not been asked yet for more credit than it has given by now.
+    /// Whether the peer has not been asked yet for more credit than it has given by now, or whether
+    /// its reader waits for more than was sent by now.
     pub(crate) fn may_ask(&self) -> bool {
-        self.asked_at.get() != Some(self.credited.get())
+        self.asked_at.get() != Some((self.credited.get(), self.sent.get()))
     }
 
     pub(crate) fn note_asked(&self) {
-        self.asked_at.set(Some(self.credited.get()));
+        self.asked_at.set(Some((self.credited.get(), self.sent.get())));
+    }
+
+    /// The peer says that its reader waits. It counts for the next message only, and not at all
+    /// while something is on its way that the peer did not know of.
+    pub(crate) fn note_wanted(&self) {
+        if self.is_all_taken() {
+            self.wanted_at.set(Some(self.sent.get()));
+        }
+    }
+
+    /// Whether the peer's reader waits for the next message.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.wanted_at.get() == Some(self.sent.get())
     }
 
     /// Whether the peer's reader has taken everything that went over the socket.
@@ -131,6 +147,8 @@ pub(crate) struct ReceiveWindow {
     uncredited: Cell<u64>,
     /// Whether the peer waits for credit sooner than it would otherwise be told.
     hurry: Cell<Hurry>,
+    /// Whether the peer wants to know when a reader waits.
+    wants_reader: Cell<bool>,
 }
 
 /// Why a peer waits for credit.
@@ -184,6 +202,16 @@ impl ReceiveWindow {
     /// The peer asks for credit: now, or when the reader takes the next message.
     pub(crate) fn note_asked(&self) {
         self.hurry.set(Hurry::Asked);
+    }
+
+    /// Whether the peer wants to know when a reader waits.
+    #[inline]
+    pub(crate) fn wants_reader(&self) -> bool {
+        self.wants_reader.get()
+    }
+
+    pub(crate) fn set_wants_reader(&self, wants: bool) {
+        self.wants_reader.set(wants);
     }
 
     /// A message came.
@@ -251,6 +279,23 @@ mod tests {
         assert!(!window.is_socket_done());
         window.credit(1);
         assert!(window.is_socket_done());
+    }
+
+    #[test]
+    fn a_reader_waits_for_one_message_and_for_none_while_some_are_on_their_way() {
+        let window = SendWindow::default();
+        assert!(!window.is_wanted() && window.may_ask());
+        window.note_asked();
+        assert!(!window.may_ask());
+        window.note_wanted();
+        assert!(window.is_wanted());
+        window.note_sent_over_socket(5, 133);
+        assert!(!window.is_wanted() && window.may_ask());
+        window.note_wanted();
+        assert!(!window.is_wanted(), "the peer has not said that it has the last one");
+        window.credit(5);
+        window.note_wanted();
+        assert!(window.is_wanted());
     }
 
     #[test]

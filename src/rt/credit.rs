@@ -17,7 +17,7 @@ use crate::proto::window::Due;
 use crate::shm::chain::{Chain, SOCKET_MESSAGE_COST};
 use crate::shm::manager::BufferManager;
 use crate::wire::layout::{MANAGER_CLIENT_EXTENSION_OFFSET, MANAGER_SERVER_EXTENSION_OFFSET};
-use crate::wire::{Event, EventState, Extension};
+use crate::wire::{Deframer, Event, EventState, Extension, READER_WAITS_STATUS};
 
 /// Without a word from the peer, everything has room.
 const UNBOUNDED: u64 = u64::MAX;
@@ -51,20 +51,27 @@ pub(super) struct Credit {
     pub(super) unconfirmed: Cell<u64>,
     /// When something last went over the socket.
     pub(super) last_over_socket: Cell<Option<Instant>>,
-    /// Tasks that wait until that is less.
+    /// Tasks that wait until less is unread of that, and how little it must be for the first.
     pub(super) budget_waiting: WakerList,
+    budget_mark: Cell<u64>,
     /// Tasks that wait until a time whether their streams can leave the socket.
     pub(super) returning: WakerList,
 }
 
-/// A part in so many of what may wait unread in a session is for streams whose readers are behind,
-/// and two more are for long messages of those whose readers are not. The rest is for short ones.
-const BUDGET_SHARE: u64 = 4;
-/// In the second part a stream whose reader is behind may still have a part in so many of what is
-/// left of its first half: who sends a request before it reads the answer may be one.
-const BEHIND_SHARE: u64 = 16;
-/// In the third part a message may be as long as a part in so many of what is left of it.
-const LONG_SHARE: u64 = 4;
+/// Parts of what may wait unread in a session, in sixteenths. Up to the first mark every stream may
+/// send. Up to [`FAIR`] each may have a share of its own unread. Beyond, one may send a short
+/// message whose reader has taken everything, and any message whose reader is known to wait. So
+/// however many streams stop being read, whatever they were sent before leaves room for those.
+const PARTS: u64 = 16;
+const FREE: u64 = 3;
+const FAIR: u64 = 14;
+/// How short such a message is: a part in so many of what is left, so that there is always room for
+/// a shorter one.
+const SHORT_SHARE: u64 = 1024;
+/// What each stream may have unread up to [`FAIR`]: enough for a request of 64 KiB that is written
+/// as a whole before its answer is read, in pieces of a kilobyte or more, and for that answer. With
+/// the default of 64 MiB there is room for 560 streams that have that, whatever others had before.
+const FAIR_BYTES: u64 = 80 << 10;
 /// How long a short message is at most.
 pub(super) const SHORT_MESSAGE: usize = 4096;
 
@@ -74,6 +81,12 @@ const fn places(role: Role) -> (usize, usize) {
         Role::Client => (MANAGER_CLIENT_EXTENSION_OFFSET, MANAGER_SERVER_EXTENSION_OFFSET),
         Role::Server => (MANAGER_SERVER_EXTENSION_OFFSET, MANAGER_CLIENT_EXTENSION_OFFSET),
     }
+}
+
+/// What a message costs the peer until it is taken, when it goes over the socket, as the peer
+/// counts it.
+fn cost_of(len: usize) -> u64 {
+    (Deframer::held_by(len) + SOCKET_MESSAGE_COST) as u64
 }
 
 fn extension(manager: &BufferManager, config: &Config) -> Extension {
@@ -102,6 +115,7 @@ impl Credit {
             last_over_socket: Cell::new(None),
             returning: WakerList::default(),
             budget_waiting: WakerList::default(),
+            budget_mark: Cell::new(0),
         };
         credit.look(manager, role);
         credit
@@ -195,34 +209,38 @@ impl SessionInner {
     /// Whether a message may go over the socket without holding up others: the peer stops reading
     /// the socket when too much of all streams together waits unread, whoever is behind.
     pub(super) fn has_socket_budget(&self, stream: &StreamInner, len: usize) -> bool {
-        if !self.is_socket_budget_spent() {
-            return true;
-        }
-        let share = self.config.limits.unread_fallback_bytes as u64 / BUDGET_SHARE;
-        let left_until = |end: u64| end.saturating_sub(self.credit.socket_unread.get());
-        let cost = (len + SOCKET_MESSAGE_COST) as u64;
-        // Shares of what is left, so that something is left for the next, however many there are.
-        if stream.sending.is_all_taken() {
-            let is_short = len <= SHORT_MESSAGE || cost <= left_until(3 * share) / LONG_SHARE;
-            is_short || !self.has_spent_budgets(2)
-        } else {
-            stream.sending.held() + cost <= left_until(share + share / 2) / BEHIND_SHARE
-        }
+        let is_spent = self.is_socket_budget_spent() && !stream.sending.is_wanted();
+        !is_spent || self.credit.socket_unread.get() < self.goes_below(stream, len)
     }
 
-    /// Whether streams whose readers are behind have to wait.
-    pub(super) fn is_socket_budget_spent(&self) -> bool {
-        self.credit.is_known() && self.has_spent_budgets(1)
-    }
-
-    fn has_spent_budgets(&self, count: u64) -> bool {
+    /// The message may go when less than this is unread of what went over the socket, even if
+    /// nothing is heard of its reader.
+    fn goes_below(&self, stream: &StreamInner, len: usize) -> u64 {
         let limit = self.config.limits.unread_fallback_bytes as u64;
-        self.credit.socket_unread.get() >= count * limit / BUDGET_SHARE
+        let part = |parts: u64| parts * limit / PARTS;
+        let cost = cost_of(len);
+        let held = stream.sending.held() + cost;
+        let fair = if held <= FAIR_BYTES.min(part(1)) { part(FAIR) } else { part(FREE) };
+        let is_current = stream.sending.is_all_taken();
+        let short = if is_current { cost.saturating_mul(SHORT_SHARE) } else { limit };
+        fair.max(limit.saturating_sub(short))
+    }
+
+    /// Has the task woken that finds no budget for a message.
+    pub(super) fn note_waits_for_budget(&self, stream: &StreamInner, len: usize) {
+        let mark = &self.credit.budget_mark;
+        mark.set(mark.get().max(self.goes_below(stream, len)));
+    }
+
+    /// Whether streams have to look for what is left for them.
+    pub(super) fn is_socket_budget_spent(&self) -> bool {
+        let limit = self.config.limits.unread_fallback_bytes as u64;
+        self.credit.is_known() && self.credit.socket_unread.get() >= FREE * limit / PARTS
     }
 
     /// Counts a message of a stream that went over the socket.
     pub(super) fn note_sent_over_socket(&self, stream: &StreamInner, len: usize) {
-        let cost = (len + SOCKET_MESSAGE_COST) as u64;
+        let cost = cost_of(len);
         stream.sending.note_sent_over_socket(len as u64, cost);
         stream.note_unanswered(len as u64);
         self.credit.last_over_socket.set(Some(Instant::now()));
@@ -234,21 +252,25 @@ impl SessionInner {
         if cost > 0 {
             let unread = self.credit.socket_unread.get().saturating_sub(cost);
             self.credit.socket_unread.set(unread);
-            if !self.has_spent_budgets(3) {
+            if unread < self.credit.budget_mark.get() {
+                self.credit.budget_mark.set(0);
                 self.credit.budget_waiting.wake_all();
             }
         }
     }
 
     /// Asks the peer for the credit that it keeps until it is worth an event, when memory is short
-    /// and a stream needs to know whether its reader is behind. An event of credit for nothing.
+    /// and a stream needs to know whether its reader is behind, and to be told when its reader
+    /// waits. An event of credit for nothing.
     pub(super) fn ask_for_credit(self: &Rc<Self>, stream: &StreamInner) {
-        if stream.sending.is_all_taken() || !stream.sending.may_ask() || self.is_over() {
+        if !stream.sending.may_ask() || self.is_over() {
             return;
         }
         let status = EventState::Credit.to_status();
         let event = Event { stream_id: stream.id(), offset: 0, status };
         if matches!(self.put_event(event), Ok(true)) {
+            // It opens the stream, if nothing has.
+            stream.note_known_to_peer();
             stream.sending.note_asked();
         }
     }
@@ -256,12 +278,19 @@ impl SessionInner {
     /// The peer asks for credit.
     #[cold]
     fn answer_for_credit(self: &Rc<Self>, stream: &StreamInner) {
+        stream.receiving.set_wants_reader(true);
         let credit = stream.receiving.take();
-        if credit > 0 {
+        if credit > 0 || stream.is_waited_for() {
             self.send_credit(stream, credit);
         } else {
             stream.receiving.note_asked();
         }
+    }
+
+    /// Tells the peer, which wants to know it, that a reader waits now.
+    #[cold]
+    pub(super) fn tell_reader_waits(self: &Rc<Self>, stream: &StreamInner) {
+        self.send_credit(stream, stream.receiving.take());
     }
 
     /// A reader took a message.
@@ -341,13 +370,21 @@ impl SessionInner {
 
     #[inline(never)]
     fn send_credit(self: &Rc<Self>, stream: &StreamInner, credit: u32) {
-        if self.is_over() {
+        let says_reader_waits = stream.receiving.wants_reader() && stream.is_waited_for();
+        // Credit for nothing would ask for some.
+        if self.is_over() || (credit == 0 && !says_reader_waits) {
             return;
         }
-        let status = EventState::Credit.to_status();
+        let credit_status = EventState::Credit.to_status();
+        let status = if says_reader_waits { READER_WAITS_STATUS } else { credit_status };
         let event = Event { stream_id: stream.id(), offset: credit, status };
         match self.put_event(event) {
-            Ok(true) => self.counters.credits_sent.add(1),
+            Ok(true) => {
+                if says_reader_waits {
+                    stream.receiving.set_wants_reader(false);
+                }
+                self.counters.credits_sent.add(1);
+            }
             Ok(false) => {
                 stream.receiving.put_back(credit);
                 if !stream.owes_credit.replace(true) {
@@ -374,16 +411,22 @@ impl SessionInner {
         }
     }
 
-    /// The peer's reader has taken so much of a stream.
-    pub(super) fn take_credit(self: &Rc<Self>, stream_id: u32, credit: u32) {
-        let stream = self.streams.borrow().get(stream_id).cloned();
+    /// The peer's reader has taken so much of a stream, or waits, or the peer wants to know that.
+    pub(super) fn take_credit(self: &Rc<Self>, event: Event) {
+        let says_reader_waits = event.says_reader_waits();
+        let asks = event.offset == 0 && !says_reader_waits;
+        let stream = self.streams.borrow().get(event.stream_id).cloned();
         match stream {
-            Some(stream) if credit == 0 => self.answer_for_credit(&stream),
+            Some(stream) if asks => self.answer_for_credit(&stream),
             Some(stream) => {
-                let taken = stream.sending.credit(u64::from(credit));
+                let taken = stream.sending.credit(u64::from(event.offset));
+                if says_reader_waits {
+                    stream.sending.note_wanted();
+                }
                 self.note_socket_taken(taken);
                 stream.writer.wake();
             }
+            None if asks => self.open_by_asking(event.stream_id),
             None => {}
         }
     }

@@ -184,7 +184,7 @@ impl WriteHalf {
         at_most: usize,
     ) -> Poll<Result<usize>> {
         let mut count = bytes.len().min(at_most);
-        if self.session().is_socket_budget_spent() {
+        if self.session().is_socket_budget_spent() && !self.inner.sending.is_wanted() {
             count = count.min(SHORT_MESSAGE);
         }
         ready!(self.poll_socket_room(context, count))?;
@@ -229,6 +229,7 @@ impl WriteHalf {
             session.activate();
             session.ask_for_credit(&self.inner);
             self.inner.writer.register(context);
+            session.note_waits_for_budget(&self.inner, len);
             self.waiting.begin(session, WaitsFor::Readers, context);
             return self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed));
         }

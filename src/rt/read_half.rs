@@ -190,6 +190,9 @@ impl ReadHalf {
         if inner.reader.register(context) {
             let waiting = &session.activity.waiting_readers;
             waiting.set(waiting.get() + 1);
+            if inner.receiving.wants_reader() {
+                session.tell_reader_waits(inner);
+            }
         }
         Poll::Pending
     }

@@ -72,7 +72,7 @@ impl SessionInner {
                         problem: "the peer has not said that it knows of credit",
                     });
                 }
-                self.take_credit(event.stream_id, event.offset);
+                self.take_credit(event);
             }
             EventState::Unknown(state) => {
                 return Err(MemoryError::Field {
@@ -141,6 +141,17 @@ impl SessionInner {
         let stream = Rc::new(StreamInner::new(id, &self.lanes.manager));
         self.streams.borrow_mut().insert(id, Rc::clone(&stream));
         Some(stream)
+    }
+
+    /// The peer asks whether a reader waits on a stream that is not in the table, and may open it
+    /// this way: it has no message yet that it can send without a reader.
+    #[cold]
+    pub(super) fn open_by_asking(self: &Rc<Self>, id: u32) {
+        if let Some(stream) = self.open_for_peer(id) {
+            stream.note_known_to_peer();
+            stream.receiving.set_wants_reader(true);
+            self.put_before_acceptors(stream);
+        }
     }
 
     /// The peer may wait for an answer on a stream that it has used so late that it cannot be told

@@ -252,6 +252,9 @@ impl SessionInner {
             (_, Half::Read) => {
                 self.wake_reader(stream);
                 self.discard_unread(stream);
+                if stream.receiving.wants_reader() {
+                    self.tell_reader_waits(stream);
+                }
             }
         }
     }

@@ -136,6 +136,11 @@ impl StreamInner {
         self.unanswered.set(0);
     }
 
+    /// Whether what comes next will be taken, or thrown away, at once.
+    pub(super) fn is_waited_for(&self) -> bool {
+        !self.has_reader() || self.reader.is_waiting() && self.inbound.borrow().is_empty()
+    }
+
     /// Notes that something of it came.
     #[inline]
     pub(super) fn note_received(&self) {

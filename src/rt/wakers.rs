@@ -35,6 +35,11 @@ impl WakerSlot {
         !self.is_waiting.replace(true)
     }
 
+    /// Whether a task waits.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.is_waiting.get()
+    }
+
     /// Wakes the task, if one waits. Whether one did.
     #[inline]
     pub(super) fn wake(&self) -> bool {

@@ -74,6 +74,14 @@ pub const fn is_reset(status: u32) -> bool {
     matches!(EventState::from_status(status), EventState::Closed) && status & RESET_MARK != 0
 }
 
+/// The status of [credit](EventState::Credit) that also says that a reader waits on the stream and
+/// has taken everything that came, so that a message will be taken at once. The answer to an event
+/// of credit for nothing. Not in the spec, and no more than credit for a side of this crate that
+/// does not know it.
+pub const READER_WAITS_STATUS: u32 = EventState::Credit.to_status() | READER_WAITS_MARK;
+
+const READER_WAITS_MARK: u32 = 1 << 8;
+
 /// An element of an IO queue.
 ///
 /// ```
@@ -103,6 +111,12 @@ impl Event {
     /// Whether the [status](Self::status) says that the stream is [reset](is_reset).
     pub const fn is_reset(&self) -> bool {
         is_reset(self.status)
+    }
+
+    /// Whether it is [credit](EventState::Credit) that says that a reader
+    /// [waits](READER_WAITS_STATUS).
+    pub const fn says_reader_waits(&self) -> bool {
+        matches!(self.state(), EventState::Credit) && self.status & READER_WAITS_MARK != 0
     }
 
     /// The event as the three words that stand in the queue.
@@ -167,6 +181,16 @@ mod tests {
         assert!(is_reset(RESET_STATUS) && is_reset(0xffff_ff01));
         for status in [0, 1, 2, 3, 0x100, 0x102, 0x201, 0xffff_fe01] {
             assert!(!is_reset(status), "{status:#x}");
+        }
+    }
+
+    #[test]
+    fn a_reader_that_waits_is_credit_with_a_mark() {
+        let says = |status| Event { stream_id: 2, offset: 0, status }.says_reader_waits();
+        assert_eq!(EventState::from_status(READER_WAITS_STATUS), EventState::Credit);
+        assert!(says(READER_WAITS_STATUS) && says(0xffff_ff03));
+        for status in [0, 1, 2, 3, 0x100, 0x101, 0x102, 0x203, RESET_STATUS] {
+            assert!(!says(status), "{status:#x}");
         }
     }
 

@@ -15,7 +15,10 @@
 //! - A reader gives [credit](super::EventState::Credit) for what it has taken, and a sender does
 //!   not send more than the reader's window. A sender that had to use the socket goes back to
 //!   shared memory when the reader has taken what went that way. An event of credit for 0 bytes
-//!   asks for the credit that the other side keeps until it is worth an event.
+//!   asks for the credit that the other side keeps until it is worth an event, and opens a stream
+//!   that nothing was sent on. It is [answered](super::READER_WAITS_STATUS) when a reader waits on
+//!   the stream. A side of this crate that does not know that yet never answers so, and does not
+//!   open the stream.
 //! - A client tells of streams that it closed and never used, so that the server need not remember
 //!   that their numbers were passed over.
 //!

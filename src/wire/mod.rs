@@ -24,7 +24,7 @@ pub mod message;
 pub mod negotiation;
 
 pub use deframe::Deframer;
-pub use event::{EVENT_LEN, Event, EventState, RESET_STATUS, is_reset};
+pub use event::{EVENT_LEN, Event, EventState, READER_WAITS_STATUS, RESET_STATUS, is_reset};
 pub use extension::Extension;
 pub(crate) use header::FALLBACK_HEADER_LEN;
 pub use header::{HEADER_LEN, Header, MAGIC, MAX_NEGOTIATION_LEN, MessageType};
