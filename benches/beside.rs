@@ -1,11 +1,11 @@
 //! What a busy session does to everything else on its core.
 //!
-//! `cargo bench --bench beside`. One executor runs a session that is never idle, and at the same time
-//! timers of a millisecond, a TCP connection that a message comes over every millisecond, 4 KiB reads
-//! of a file past the page cache, and a task that computes and yields when it should. How late each
-//! of them is is measured without the session, and with it.
+//! `cargo bench --bench beside`. One executor runs a session that is never idle, and at the same
+//! time timers of a millisecond, a TCP connection that a message comes over every millisecond, 4
+//! KiB reads of a file past the page cache, and a task that computes and yields when it should. How
+//! late each of them is is measured without the session, and with it.
 
-#[path = "../examples/ping_pong/measure/mod.rs"]
+#[path = "../apps/examples/ping_pong/measure/mod.rs"]
 mod measure;
 
 use std::cell::Cell;

@@ -1,9 +1,9 @@
 //! Per-core ping-pong: a round trip between two processes, each pinned to a processor of its own.
 //!
-//! `cargo bench --bench ping_pong`. The measuring is that of `examples/ping_pong`, which also prints
-//! system calls, allocations and spreads; here criterion keeps the history.
+//! `cargo bench --workspace --bench ping_pong`. The measuring is that of `apps/examples/ping_pong`,
+//! which also prints system calls, allocations and spreads; here criterion keeps the history.
 
-#[path = "../examples/ping_pong/measure/mod.rs"]
+#[path = "../apps/examples/ping_pong/measure/mod.rs"]
 mod measure;
 
 use std::time::Duration;

@@ -2,11 +2,12 @@
 //! What one core that is blocked costs the other one, and whether anything is lost.
 //!
 //! `cargo bench --bench sharded`. A server with two shards, pinned to two processors, and for each
-//! shard a client on a thread of its own, wherever the kernel puts it, with 16 streams that exchange
-//! messages of 64 bytes. In each round the rates of a second are taken three times: before, while the
-//! first shard's executor sleeps without giving way, and after. While it sleeps, connections come in
-//! at the door that both share, half of which the dealer would have given to it. In the end every
-//! message has its answer, with the bytes that belong to it, and every connection is served.
+//! shard a client on a thread of its own, wherever the kernel puts it, with 16 streams that
+//! exchange messages of 64 bytes. In each round the rates of a second are taken three times:
+//! before, while the first shard's executor sleeps without giving way, and after. While it sleeps,
+//! connections come in at the door that both share, half of which the dealer would have given to
+//! it. In the end every message has its answer, with the bytes that belong to it, and every
+//! connection is served.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};

@@ -1,9 +1,9 @@
 //! What one reader that stops costs the other streams of its session.
 //!
-//! `cargo bench --bench stalled`. Two executors on two processors. Over one session 63 streams exchange
-//! messages of 64 bytes; in every second slice there is one more stream, whose sender goes on and
-//! whose reader has stopped. Slices are taken in turn; the medians of both kinds are compared. After
-//! each slice the reader goes on and has to get every byte.
+//! `cargo bench --bench stalled`. Two executors on two processors. Over one session 63 streams
+//! exchange messages of 64 bytes; in every second slice there is one more stream, whose sender goes
+//! on and whose reader has stopped. Slices are taken in turn; the medians of both kinds are
+//! compared. After each slice the reader goes on and has to get every byte.
 
 use std::cell::Cell;
 use std::path::PathBuf;

@@ -202,8 +202,8 @@ async fn echo(options: &Options, place: &Place, done: &Rc<Cell<u64>>) -> Result<
         };
         let session = session.map_err(|error| error.to_string())?;
         let report = talk(options, &session, done).await;
-        // Also after a failure: streams that are still open hold the session, and its files. What was
-        // sent has been answered, or that it was not is what the report says.
+        // Also after a failure: streams that are still open hold the session, and its files. What
+        // was sent has been answered, or that it was not is what the report says.
         let _ = session.close().await;
         report
     };

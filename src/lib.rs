@@ -62,49 +62,70 @@
 //!
 //! # Rooms
 //!
-//! `error`, `config` ← [`wire`] (bytes and types) ← `proto` (state machines), `shm` (raw memory) ←
-//! `rt` (glommio). `unsafe` stands only in the files that own raw memory, atomics and descriptors.
+//! `shmipc-core` has the protocol without a runtime. Here, each room imports those before it:
+//! `exec` (tasks and what they wait for), `net` (sockets), `reactor` (the task that polls the
+//! queues), `session`, `connect`, `server` and `client`. `unsafe` stands only in the files that own
+//! raw memory, atomics and descriptors.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("shared memory by memfd and io_uring exist on Linux only");
 
-mod config;
-mod error;
-mod footprint;
+mod client;
+mod connect;
+mod exec;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod net;
 mod preflight;
-mod proto;
-mod rt;
-mod shm;
+mod reactor;
+mod server;
+mod session;
 mod stats;
-pub mod wire;
 
-pub use config::{
+pub use client::Client;
+pub use client::builder::ClientBuilder;
+pub use client::reconnect::{SessionState, SessionStatus};
+pub use connect::connector::Connector;
+pub use connect::listener::Listener;
+pub use net::credentials::PeerCredentials;
+pub use server::acceptor::Deal;
+pub use server::builder::ServerBuilder;
+pub use server::placement::{Cores, preflight};
+pub use server::shard::{Shard, ShardStats};
+pub use server::{Server, Stopper};
+pub use session::local_reactor::shut_down;
+pub use session::state::Session;
+pub use session::stream::Stream;
+pub use session::stream::loan::{Loan, Message, MessageBuf, Views, ViewsMut};
+pub use session::stream::read_half::{Messages, ReadHalf, Recv};
+pub use session::stream::send::{Alloc, Send};
+pub use session::stream::write_half::WriteHalf;
+pub use session::supervised::StreamOutcome;
+pub use shmipc_core::config::{
     AllowedPeers, Config, ConfigBuilder, MemoryKind, ProtocolVersion, SliceClass, Spin, Wakeup,
 };
-pub use error::{
+pub use shmipc_core::error::{
     ConfigError, Error, HandshakeError, IoUringProblem, MemoryError, ResourceError, Result, Target,
     WireError,
 };
-pub use footprint::Footprint;
-pub use rt::{
-    Alloc, Client, ClientBuilder, Connector, Cores, Deal, Listener, Loan, Message, MessageBuf,
-    Messages, PeerCredentials, ReadHalf, Recv, Send, Server, ServerBuilder, Session, SessionState,
-    SessionStatus, Shard, ShardStats, Stopper, Stream, StreamOutcome, Views, ViewsMut, WriteHalf,
-    preflight, shut_down,
-};
-pub use shm::access::PeerTrust;
-pub use shm::fault::disable_sigbus_guard;
-pub use shm::leftovers::remove_leftovers;
-pub use shm::manager::{ListOwner, SliceUsage};
+pub use shmipc_core::footprint::Footprint;
+pub use shmipc_core::shm::access::PeerTrust;
+pub use shmipc_core::shm::fault::disable_sigbus_guard;
+pub use shmipc_core::shm::leftovers::remove_leftovers;
+pub use shmipc_core::shm::manager::{ListOwner, SliceUsage};
+pub use shmipc_core::wire;
+pub use shmipc_core::wire::ShardIdentity;
 pub use stats::{PoolUsage, SessionStats};
-pub use wire::ShardIdentity;
 
 /// Its examples are compiled with the tests.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// So are those of the page on errors.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/errors.md")]
+struct Errors;

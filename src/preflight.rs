@@ -14,10 +14,11 @@ use std::sync::mpsc;
 use io_uring::{IoUring, Probe, opcode};
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_setaffinity};
-use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+use nix::sys::resource::Resource;
 use nix::unistd::Pid;
 
-use crate::error::{IoUringProblem, ResourceError};
+use shmipc_core::error::{IoUringProblem, ResourceError};
+use shmipc_core::limits::limit_of;
 
 /// glommio refuses to start with a limit of locked memory below this.
 const MIN_LOCKED_MEMORY: u64 = 512 << 10;
@@ -79,15 +80,6 @@ pub(crate) fn check(wanted: Wanted) -> Result<(), ResourceError> {
     try_threads(wanted.threads())
 }
 
-/// Whether a file, in memory too, may have this length. Who makes a longer one is killed
-/// (`SIGXFSZ`), or has the signal's handler called, which is the program's own.
-pub(crate) fn check_file_size(what: &'static str, needed: u64) -> Result<(), ResourceError> {
-    match limit_of(Resource::RLIMIT_FSIZE) {
-        Some(limit) if limit < needed => Err(ResourceError::FileSize { what, needed, limit }),
-        _ => Ok(()),
-    }
-}
-
 /// Whether threads may be pinned to these processors. Tried on a thread of its own, so that this
 /// one stays where it may run.
 pub(crate) fn check_processors(processors: Vec<usize>) -> Result<(), ResourceError> {
@@ -115,11 +107,6 @@ pub(crate) fn thread_error(error: io::Error) -> Result<ResourceError, io::Error>
         Some(Errno::EAGAIN) => Ok(too_few_threads(1, 0)),
         _ => Err(error),
     }
-}
-
-/// The soft limit, if there is one.
-fn limit_of(resource: Resource) -> Option<u64> {
-    getrlimit(resource).ok().map(|(soft, _)| soft).filter(|&soft| soft != RLIM_INFINITY)
 }
 
 fn kernel_release() -> String {

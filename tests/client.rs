@@ -19,14 +19,9 @@ use shmipc_glommio::{
 };
 
 use support::executor::{SocketPath, run, within};
-use support::payload::{Way, check, payload};
-use support::peer::{OnNegotiation, Order, Peer, Plan, Role, be_peer};
 
 mod support {
     pub(crate) mod executor;
-    pub(crate) mod payload;
-    #[allow(dead_code, reason = "other tests use the rest")]
-    pub(crate) mod peer;
 }
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -452,52 +447,6 @@ fn a_server_without_shards_is_one() {
 }
 
 /// The entry of the other process; nothing in this one.
-#[test]
-fn peer_process() {
-    be_peer();
-}
-
-#[test]
-fn the_crate_shmipc_is_a_server_of_one_shard() {
-    let path = SocketPath::new();
-    let lengths = vec![5, 100, 3000];
-    let order = Order {
-        role: Role::Server,
-        address: path.as_str().to_owned(),
-        version_4: None,
-        on_negotiation: OnNegotiation::Answer,
-        is_file: false,
-        prefix: format!("/dev/shm/client{}", std::process::id()),
-        pool: 2 << 20,
-        plan: Plan { lengths: lengths.clone(), streams: 1, at_once: 1, one_way: false },
-    };
-    let mut peer = Peer::start("peer_process", &order);
-    run(LIMIT, move || async move {
-        assert!(within(LIMIT, || peer.is_ready()).await, "{:?}", peer.ended());
-        let client = client(&path).build().unwrap();
-        // Three exchanges on one stream: it is kept.
-        for (number, len) in (0..).zip(lengths) {
-            let exchange = client.with_stream(0, async |stream| {
-                let request = payload(Way::Request, stream.id(), number, len);
-                send(stream, &request).await?;
-                let mut reply = vec![0; len];
-                stream.read_exact(&mut reply).await.unwrap();
-                check(&reply, Way::Reply, stream.id(), number);
-                Ok::<_, Error>(())
-            });
-            exchange.await.unwrap();
-        }
-        assert_eq!(client.shard_count().unwrap(), 1);
-        assert_eq!((only_status(&client).idle_streams, only_status(&client).connections), (1, 1));
-        // Its end of the stream ends what the peer does.
-        client.close().await.unwrap();
-        assert!(within(LIMIT, || peer.is_done()).await, "{:?}", peer.ended());
-        peer.dismiss();
-        assert!(within(LIMIT, || peer.ended().is_some()).await);
-        assert!(peer.ended().unwrap().success());
-    });
-}
-
 #[test]
 fn sessions_end_with_the_last_handle_unless_somebody_holds_them() {
     let path = SocketPath::new();

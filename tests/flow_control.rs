@@ -119,7 +119,8 @@ fn a_reader_that_stays_away_does_not_keep_its_sender_from_the_window() {
     });
 }
 
-/// Opens streams, and uses one after each `unused` that it drops or keeps. Then writes on the first.
+/// Opens streams, and uses one after each `unused` that it drops or keeps. Then writes on the
+/// first.
 async fn the_first_stream_comes_last(steps: usize, keeps: bool) {
     let config = || small().queue_capacity(1024).max_streams(1 << 20);
     let (client, server) = pair(config(), config()).await;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Processes killed under load, hundreds of times, on either side: those that are left keep serving,
-//! and nothing of the dead stays. Alone in its program: it counts what this process has.
+//! Processes killed under load, hundreds of times, on either side: those that are left keep
+//! serving, and nothing of the dead stays. Alone in its program: it counts what this process has.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};

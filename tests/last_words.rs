@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What was sent before a session ended arrives, also at a peer that drops what it has not read when
-//! the connection ends; what a server of another implementation never answers, maps or takes is
-//! found out soon; and what its fallback over the socket leaves behind is not used again.
+//! What was sent before a session ended arrives, also at a peer that drops what it has not read
+//! when the connection ends; what a server of another implementation never answers, maps or takes
+//! is found out soon; and what its fallback over the socket leaves behind is not used again.
 
 use std::os::unix::net::UnixListener;
 use std::rc::Rc;

@@ -150,16 +150,20 @@ fn carry_out(task: &str) -> String {
         }
         "client" => said(preflight(&Cores::Unpinned(1))),
         "pinned client" => said(preflight(&Cores::Count(1))),
-        "footprint" => said(small().build().unwrap().footprint(1, 1, 1).check()),
+        "footprint" => {
+            said(shmipc_glommio::preflight(&small().build().unwrap().footprint(1, 1, 1)))
+        }
         "pinned server" => {
             let path = SocketPath::new();
             let builder = Server::builder(path.as_str()).cores(Cores::Count(1));
             said(builder.config(small().build().unwrap()).serve_streams(|_| async {}))
         }
-        "checked session" => match small().build().unwrap().footprint(1, 1, 1).check() {
-            Ok(()) => session(small()),
-            error => said(error),
-        },
+        "checked session" => {
+            match shmipc_glommio::preflight(&small().build().unwrap().footprint(1, 1, 1)) {
+                Ok(()) => session(small()),
+                error => said(error),
+            }
+        }
         "memfd session" => session(small()),
         "file session" => {
             let prefix = format!("/dev/shm/shmipc-preflight-{}", std::process::id());

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Streams under pressure and in halves: slow readers, empty pools, deadlines, ends of one direction.
+//! Streams under pressure and in halves: slow readers, empty pools, deadlines, ends of one
+//! direction.
 
 use std::cell::Cell;
 use std::future::Future;

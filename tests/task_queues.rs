@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What becomes of a panic in a task of another queue than the executor's own, with glommio 0.9. An
-//! abort was reported; it unwinds, and ends the executor, as in the executor's own queue. This crate
-//! has a queue of its own, for its poller, in which nothing of the program runs but callbacks, whose
-//! panics are contained.
+//! abort was reported; it unwinds, and ends the executor, as in the executor's own queue. This
+//! crate has a queue of its own, for its poller, in which nothing of the program runs but
+//! callbacks, whose panics are contained.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};

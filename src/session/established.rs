@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a handshake hands to a session.
+
+use std::rc::Rc;
+
+use crate::net::admission::Admitted;
+use crate::net::credentials::PeerCredentials;
+use crate::net::socket::Socket;
+use crate::session::wakeup::Doorbell;
+use shmipc_core::proto::Agreement;
+use shmipc_core::proto::session::Role;
+use shmipc_core::shm::manager::BufferManager;
+use shmipc_core::shm::queue::{Consumer, Producer};
+use shmipc_core::shm::region::{Region, SharedFile};
+
+/// What two sides agreed on, ready to carry a session.
+pub(crate) struct Established {
+    pub(crate) role: Role,
+    pub(crate) peer: PeerCredentials,
+    pub(crate) socket: Socket,
+    pub(crate) agreement: Agreement,
+    pub(crate) memory: SessionMemory,
+    pub(crate) doorbell: Doorbell,
+}
+
+/// Both memories of a session, from one side.
+pub(crate) struct SessionMemory {
+    /// Entries in the file system, removed when dropped: while the files are mapped, so that no
+    /// other file can be taken for one of them.
+    pub(crate) files: Vec<SharedFile>,
+    pub(crate) producer: Producer<Region>,
+    pub(crate) consumer: Consumer<Region>,
+    pub(crate) manager: Rc<BufferManager>,
+    /// What a listener counts it by.
+    pub(crate) admitted: Option<Admitted>,
+}
