@@ -66,7 +66,7 @@ async fn serve(address: &Address, place: &Place, signals: SigSet) -> io::Result<
             address::first_of(addresses, bind).await?
         }
     };
-    listener.on_refused(|error| tell(format_args!("refused: {error}")));
+    listener.on_rejected(|error| tell(format_args!("refused: {error}")));
     match listener.tcp_address() {
         Some(bound) => tell(format_args!("listening on {bound}")),
         None => tell(format_args!("listening on {address}")),

@@ -123,8 +123,8 @@ async fn answer(mut stream: Stream, trust: PeerTrust) -> Result<()> {
 
 async fn serve(path: PathBuf, is_listening: mpsc::Sender<()>) -> io::Result<()> {
     // SAFETY: the client is this program, which does not write to what it has sent.
-    let trust = unsafe { PeerTrust::promise() };
-    let listener = Listener::bind(path, Config::default())?.trusting(&trust);
+    let trust = unsafe { PeerTrust::new_unchecked() };
+    let listener = Listener::bind(path, Config::default())?.trust_peer(&trust);
     is_listening.send(()).map_err(io::Error::other)?;
     let session = listener.accept().await?;
     // One client is all there is. The socket's path goes now, however this ends.

@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Shared-memory IPC for thread-per-core programs: the shmipc protocol on glommio.
 //!
-//! Two programs on one Linux host exchange bytes through memory that both map. Descriptors of
-//! messages go through a pair of IO queues in that memory, so that one wake-up harvests many; a
-//! Unix or TCP connection carries the handshake, the wake-ups, and the data that finds no free
-//! memory. The crate talks to shmipc-go and to the crate `shmipc`, in both roles.
+//! Two programs on one Linux host exchange bytes through memory that both map. Small events in a
+//! pair of IO queues say which slices of the memory hold a message. While both sides are busy no
+//! system call is made; an idle side sleeps, and one wake-up is enough for many messages. A Unix or
+//! TCP connection carries the handshake, the wake-ups, and data for which no memory is free. The
+//! crate talks to shmipc-go and to the crate `shmipc`, in both roles.
 //!
-//! A session belongs to the executor that made it, and nothing of it ever crosses to another core.
+//! A session belongs to the executor that made it and never crosses to another core.
 //!
-//! - A server [binds](Listener::bind) a [`Listener`], [accepts](Listener::accept) sessions, and on
-//!   each of them [accepts](Session::accept) streams.
+//! - A server [binds](Listener::bind) a [`Listener`], [accepts](Listener::accept) sessions, and
+//!   [accepts](Session::accept) streams on each of them.
 //! - A client [connects](Connector::connect) with a [`Connector`] and
 //!   [opens](Session::open_stream) streams.
-//! - A [`Stream`] is read and written like a socket.
-//! - A [`Server`] has an executor on each of its cores, each with sessions and data of its own; a
-//!   [`Client`] keeps sessions to those that it asks for, and makes them again when they end.
+//! - A [`Stream`] is read and written like a socket, or message by message without a copy.
+//! - A [`Server`] runs one executor on each of its cores, with its own sessions and data. A
+//!   [`Client`] keeps sessions to a server's shards and reconnects when they end.
 //!
-//! A program that makes its own executors, as clients do, calls [`preflight`] before the first one:
-//! it says what is missing where none can run.
+//! Call [`preflight`] before the first executor of a program that makes its own, as clients do. It
+//! names what is missing on a host where none can run.
 //!
 //! # An echo
 //!
@@ -54,18 +55,18 @@
 //! # Trust
 //!
 //! The peer may be buggy or hostile: it may write anything, anywhere in the shared memory, at any
-//! time, send any bytes, stop, or die. It can end its session that way, and scramble its own data.
-//! It cannot crash this process, make it loop or allocate without bound, or reach memory or
-//! sessions of others. Memory that it truncates raises `SIGBUS` here, which is caught
-//! ([`disable_sigbus_guard`]); who may connect is up to [`AllowedPeers`] and
-//! [`Listener::authorize`]. `SECURITY.md` in the repository has the threat model in full.
+//! time, send any bytes, stop, or die. That can end its own session and garble its own data. It
+//! cannot crash this process, make it loop or allocate without bound, or reach memory or sessions
+//! of others. Memory that it truncates raises `SIGBUS`, which is caught ([`disable_sigbus_guard`]).
+//! Who may connect is up to [`AllowedPeers`] and [`Listener::authorize`]. `SECURITY.md` has the
+//! threat model.
 //!
-//! # Rooms
+//! # For those who change it
 //!
-//! `shmipc-core` has the protocol without a runtime. Here, each room imports those before it:
-//! `exec` (tasks and what they wait for), `net` (sockets), `reactor` (the task that polls the
-//! queues), `session`, `connect`, `server` and `client`. `unsafe` stands only in the files that own
-//! raw memory, atomics and descriptors.
+//! `shmipc-core` has the protocol without a runtime. Here, each room imports only those before it:
+//! `exec` (tasks, the only room that names glommio), `net` (sockets), `reactor` (the poll loop),
+//! `session`, `connect`, then `server` and `client`. `docs/architecture.md` follows a message
+//! through them and says where to change what.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -91,17 +92,17 @@ pub use client::reconnect::{SessionState, SessionStatus};
 pub use connect::connector::Connector;
 pub use connect::listener::Listener;
 pub use net::credentials::PeerCredentials;
-pub use server::acceptor::Deal;
+pub use server::acceptor::Balance;
 pub use server::builder::ServerBuilder;
 pub use server::placement::{Cores, preflight};
 pub use server::shard::{Shard, ShardStats};
-pub use server::{Server, Stopper};
-pub use session::local_reactor::shut_down;
+pub use server::{Server, ShutdownHandle};
+pub use session::local_reactor::shutdown_executor;
 pub use session::state::Session;
 pub use session::stream::Stream;
 pub use session::stream::loan::{Loan, Message, MessageBuf, Views, ViewsMut};
-pub use session::stream::read_half::{Messages, ReadHalf, Recv};
-pub use session::stream::send::{Alloc, Send};
+pub use session::stream::read_half::{Messages, ReadHalf, RecvFuture};
+pub use session::stream::send::{AllocFuture, SendFuture};
 pub use session::stream::write_half::WriteHalf;
 pub use session::supervised::StreamOutcome;
 pub use shmipc_core::config::{
@@ -113,9 +114,9 @@ pub use shmipc_core::error::{
 };
 pub use shmipc_core::footprint::Footprint;
 pub use shmipc_core::shm::access::PeerTrust;
-pub use shmipc_core::shm::fault::disable_sigbus_guard;
-pub use shmipc_core::shm::leftovers::remove_leftovers;
-pub use shmipc_core::shm::manager::{ListOwner, SliceUsage};
+pub use shmipc_core::shm::pool::{ListOwner, SliceUsage};
+pub use shmipc_core::shm::sigbus::disable_sigbus_guard;
+pub use shmipc_core::shm::stale_files::remove_leftovers;
 pub use shmipc_core::wire;
 pub use shmipc_core::wire::ShardIdentity;
 pub use stats::{PoolUsage, SessionStats};

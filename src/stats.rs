@@ -8,7 +8,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use shmipc_core::shm::manager::SliceUsage;
+use shmipc_core::shm::pool::SliceUsage;
 
 /// A session's counters at one moment. All of them only grow.
 ///

@@ -45,7 +45,7 @@ fn a_panic_in_authorize_or_on_refused_of_a_listener_costs_that_peer_only() {
             assert!(by.get() > 3, "who knows?");
             true
         });
-        listener.on_refused(move |error| {
+        listener.on_rejected(move |error| {
             to.set(to.get() + 1);
             let is_due =
                 matches!(error, Error::Handshake(HandshakeError::NotAuthorized { uid: Some(_) }));
@@ -80,7 +80,7 @@ fn a_callback_may_set_another_one_also_when_it_is_dropped() {
         let setting = OnDrop(move || {
             if let Some(listener) = again.upgrade() {
                 listener.authorize(|_| true);
-                listener.on_refused(|_| ());
+                listener.on_rejected(|_| ());
             }
         });
         listener.authorize(move |_| {

@@ -35,7 +35,7 @@ fn small() -> Config {
 fn client(path: &SocketPath) -> ClientBuilder {
     Client::builder(path.as_str())
         .config(small())
-        .patience(PATIENT)
+        .acquire_timeout(PATIENT)
         .backoff(Duration::from_millis(1), Duration::from_millis(20))
 }
 
@@ -281,7 +281,7 @@ fn idle_streams_are_bounded_and_make_room() {
     run(LIMIT, move || async move {
         let config = Config::builder().container().max_streams(6).build().unwrap();
         let builder = || Client::builder(&at).config(config.clone());
-        let client = builder().idle_streams(2).build().unwrap();
+        let client = builder().max_idle_streams(2).build().unwrap();
         at_the_same_time(&client, 6).await;
         assert_eq!(only_status(&client).idle_streams, 2);
         assert!(within(LIMIT, || only_status(&client).open_streams == 2).await);
@@ -395,7 +395,7 @@ fn a_server_that_is_not_there_yet_is_waited_for() {
             let client = client.clone();
             async move { who(&client, 1).await }
         });
-        let fails = || matches!(only_status(&client).state, SessionState::Waiting { failures, .. } if failures > 2);
+        let fails = || matches!(only_status(&client).state, SessionState::Backoff { failures, .. } if failures > 2);
         assert!(within(LIMIT, || client.status().len() == 1 && fails()).await);
         let server = start(&path, 2, "s");
         assert_eq!(asks.await.unwrap(), "s1");
@@ -408,7 +408,7 @@ fn a_server_that_is_not_there_yet_is_waited_for() {
 fn who_has_waited_long_enough_is_told_why() {
     let path = SocketPath::new();
     run(LIMIT, move || async move {
-        let client = client(&path).patience(Duration::from_millis(50)).build().unwrap();
+        let client = client(&path).acquire_timeout(Duration::from_millis(50)).build().unwrap();
         let error = client.session(7).await.unwrap_err();
         let Error::Unavailable { shard: 7, source, .. } = &error else { panic!("{error}") };
         let Error::Os { source, .. } = &**source else { panic!("{source}") };
@@ -420,7 +420,7 @@ fn who_has_waited_long_enough_is_told_why() {
         assert!(matches!(error, Error::NoSuchShard { count: 4096, .. }), "{error}");
         assert_eq!(client.status().len(), 2, "nothing was begun for it");
         // The longest patience is not more than a clock can bear.
-        let patient = self::client(&path).patience(Duration::MAX).build().unwrap();
+        let patient = self::client(&path).acquire_timeout(Duration::MAX).build().unwrap();
         assert!(poll_once(patient.session(0)).await.is_none());
     });
 }
@@ -522,7 +522,7 @@ fn closing_sends_what_waits_for_the_socket_but_not_for_ever() {
                 .buffer_size(1 << 16)
                 .slice_classes([shmipc_glommio::SliceClass::new(1004, 100)]);
             let tiny = tiny.stream_window(64 << 20).close_timeout(PATIENT).build().unwrap();
-            let client = client(&path).config(tiny).patience(patience).build().unwrap();
+            let client = client(&path).config(tiny).acquire_timeout(patience).build().unwrap();
             let (stream, session) = zip(client.open_stream(0), listener.accept()).await;
             let (mut stream, session) = (stream.unwrap(), session.unwrap());
             let writing = async {
@@ -604,7 +604,7 @@ fn attempts_become_rarer() {
         let waits = Rc::new(RefCell::new(BTreeMap::<u32, Vec<Duration>>::new()));
         let told = Rc::clone(&waits);
         let client = client(&path).backoff(first, most).on_change(move |status| {
-            if let SessionState::Waiting { until, failures, .. } = &status.state {
+            if let SessionState::Backoff { until, failures, .. } = &status.state {
                 let wait = until.saturating_duration_since(status.since);
                 told.borrow_mut().entry(*failures).or_default().push(wait);
             }
@@ -646,8 +646,8 @@ fn changes_are_told_in_their_order_and_may_use_the_client() {
             let word = match &status.state {
                 SessionState::Connecting => "connecting",
                 SessionState::Up => "up",
-                SessionState::Waiting { error: Error::PeerClosed, .. } => "lost",
-                SessionState::Waiting { .. } => "waiting",
+                SessionState::Backoff { error: Error::PeerClosed, .. } => "lost",
+                SessionState::Backoff { .. } => "waiting",
                 _ => "something new",
             };
             log.borrow_mut().push(word);

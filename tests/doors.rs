@@ -191,7 +191,7 @@ fn who_panics_when_told_of_a_peer_does_not_stop_the_server() {
     let config = Config::builder().container().handshake_timeout(patience);
     let server = server(&path, 1)
         .config(config.build().unwrap())
-        .on_refused(move |_, _| {
+        .on_rejected(move |_, _| {
             counter.fetch_add(1, Ordering::Relaxed);
             panic!("as told");
         })
@@ -220,12 +220,12 @@ fn durations_that_make_no_sense_are_refused_or_capped() {
     let endless = Config::builder()
         .container()
         .handshake_timeout(Duration::MAX)
-        .pool_wait(Duration::MAX)
+        .fallback_after(Duration::MAX)
         .reactor_interval(Duration::MAX)
         .spin(Spin::For(Duration::from_secs(1)))
         .build()
         .unwrap();
-    let builder = server(&path, 1).config(endless.clone()).stop_patience(Duration::MAX);
+    let builder = server(&path, 1).config(endless.clone()).shutdown_grace(Duration::MAX);
     let server = builder.serve_streams(|_| async {}).unwrap();
     let at = path.as_str().to_owned();
     run(LIMIT, move || async move {

@@ -133,7 +133,7 @@ fn a_client_s_mistakes_name_the_path_and_what_to_do() {
 
         // Also by way of a client, which names its server besides.
         let client = Client::builder(&missing).config(plain());
-        let client = client.patience(Duration::from_millis(30)).build().unwrap();
+        let client = client.acquire_timeout(Duration::from_millis(30)).build().unwrap();
         let error = client.session(0).await.map(drop).unwrap_err();
         assert_eq!(error.path(), Some(&*missing));
         says(error, &["shard 0 of", name, "no server has a socket there"]);
@@ -192,7 +192,7 @@ fn what_is_forbidden_says_whose_setting_it_is() {
         let files = small().memory(MemoryKind::File).path_prefix(&prefix);
         let error = connect(path, files.clone().build().unwrap()).await;
         says(error, &["gone", "`path_prefix`"]);
-        let error = connect(path, files.check_memory(false).build().unwrap()).await;
+        let error = connect(path, files.preflight_memory(false).build().unwrap()).await;
         says(error, &["gone/x", "create", "`path_prefix`"]);
     });
 }

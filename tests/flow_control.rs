@@ -585,7 +585,10 @@ fn a_send_that_is_dropped_has_sent_all_or_nothing() {
         for polls in 1..40 {
             let config = || {
                 let limit = 4096;
-                small().pool_wait(Duration::ZERO).max_message_len(limit).stream_window(16 << 10)
+                small()
+                    .fallback_after(Duration::ZERO)
+                    .max_message_len(limit)
+                    .stream_window(16 << 10)
             };
             let (client, server) = pair(config(), config()).await;
             let (mut near, mut far) = open(&client, &server).await;
@@ -630,7 +633,7 @@ fn a_send_whose_deadline_passes_has_sent_all_or_nothing() {
     run(LIMIT, || async {
         let config = || {
             let limit = 4096;
-            small().pool_wait(Duration::ZERO).max_message_len(limit).stream_window(16 << 10)
+            small().fallback_after(Duration::ZERO).max_message_len(limit).stream_window(16 << 10)
         };
         let (client, server) = pair(config(), config()).await;
         let (mut near, mut far) = open(&client, &server).await;
@@ -683,7 +686,7 @@ async fn all_memory(stream: &mut Stream, other_side: &Session) -> Vec<Loan> {
 fn an_alloc_that_is_dropped_leaves_no_deadline_to_the_next() {
     run(LIMIT, || async {
         let wait = Duration::from_millis(100);
-        let config = || small().pool_wait(wait);
+        let config = || small().fallback_after(wait);
         let (client, server) = pair(config(), config()).await;
         let (mut near, _far) = open(&client, &server).await;
         let mut other = client.open_stream().unwrap();
@@ -702,7 +705,7 @@ fn an_alloc_that_is_dropped_leaves_no_deadline_to_the_next() {
 fn a_write_that_is_dropped_leaves_no_deadline_to_the_next() {
     run(LIMIT, || async {
         let wait = Duration::from_millis(100);
-        let config = || small().pool_wait(wait);
+        let config = || small().fallback_after(wait);
         let (client, server) = pair(config(), config()).await;
         let (mut near, mut far) = open(&client, &server).await;
         let mut other = client.open_stream().unwrap();

@@ -40,7 +40,7 @@ fn the_rest_of_a_message_keeps_no_more_than_the_limit() {
         // A message does not fit into the pool, so each goes over the socket.
         let builder = || Config::builder().buffer_size(1 << 20).queue_capacity(256);
         // Does not bound by itself what it has sent and is unread, as other implementations.
-        let client = builder().pool_wait(Duration::ZERO).max_unread_fallback_bytes(1 << 30);
+        let client = builder().fallback_after(Duration::ZERO).max_unread_fallback_bytes(1 << 30);
         let client = client.build().unwrap();
         let server = builder().max_unread_fallback_bytes(4 << 20).build().unwrap();
         let [client, server] = pair(&path, client, server).await;
@@ -87,7 +87,7 @@ fn messages_that_are_read_in_part_count_as_a_whole() {
         let path = SocketPath::new();
         let builder = || Config::builder().buffer_size(1 << 20).queue_capacity(256);
         // Does not bound by itself what it has sent and is unread, as other implementations.
-        let client = builder().pool_wait(Duration::ZERO).max_unread_fallback_bytes(1 << 30);
+        let client = builder().fallback_after(Duration::ZERO).max_unread_fallback_bytes(1 << 30);
         let client = client.build().unwrap();
         let server = builder().max_unread_fallback_bytes(1 << 20).build().unwrap();
         let [client, server] = pair(&path, client, server).await;
@@ -96,7 +96,7 @@ fn messages_that_are_read_in_part_count_as_a_whole() {
         let mut holder = client.open_stream().unwrap();
         loop {
             let loan = holder.alloc(100).await.unwrap();
-            if holder.is_fallen_back() {
+            if holder.is_on_socket() {
                 break;
             }
             held.push(loan);
@@ -150,7 +150,7 @@ fn private_tables_are_counted_with_the_memory_that_they_are_about() {
         let server = Config::builder().max_total_mapped_bytes(16 << 20).build().unwrap();
         let listener = Listener::bind(path.as_str(), server).unwrap();
         let (say, refused) = std::sync::mpsc::channel();
-        listener.on_refused(move |error| say.send(error.to_string()).unwrap());
+        listener.on_rejected(move |error| say.send(error.to_string()).unwrap());
         let connector = Connector::new(client);
         let connecting = connector.connect(path.as_str());
         let accepted = or(async { Some(listener.accept().await) }, async {

@@ -226,7 +226,7 @@ impl Honest {
                 }
                 // Whoever is killed has not taken everything.
                 let _ = client.close().await;
-                shmipc_glommio::shut_down().await;
+                shmipc_glommio::shutdown_executor().await;
             });
         });
         started.recv().unwrap();

@@ -122,7 +122,7 @@ fn tiny(version: ProtocolVersion, memory: MemoryKind) -> ConfigBuilder {
     config(version, memory)
         .buffer_size(1 << 16)
         .slice_classes([shmipc_glommio::SliceClass::new(1004, 100)])
-        .pool_wait(Duration::ZERO)
+        .fallback_after(Duration::ZERO)
 }
 
 /// More than there is of that.
@@ -194,7 +194,7 @@ fn read_long_late(listener: UnixListener, late: Duration, then: Then) -> bool {
             is_read = true;
             match then {
                 Then::ClosesStream => peer.put(closed(stream_id)),
-                Then::Answers => peer.fall_back(stream_id, b"answer"),
+                Then::Answers => peer.allow_v3_fallback(stream_id, b"answer"),
                 Then::IsSilent => {}
             }
         }
@@ -471,7 +471,7 @@ fn last_words_reach_our_own_server_of_version_2_that_maps_late() {
                 _ => session.close().await.unwrap(),
             }
             let _ = ended.send(());
-            shmipc_glommio::shut_down().await;
+            shmipc_glommio::shutdown_executor().await;
         });
         server.join().unwrap();
     }
@@ -567,7 +567,7 @@ fn a_client_of_version_4_has_a_session_with_a_server_that_is_silent_to_it() {
         let path = SocketPath::new();
         let server = serve(&path, |listener| silent_to_version_4(listener, 1));
         let client = Client::builder(path.as_str()).config(version_4().build().unwrap());
-        let client = client.patience(PATIENT).build().unwrap();
+        let client = client.acquire_timeout(PATIENT).build().unwrap();
         let session = client.session(0).await.unwrap();
         assert_eq!(session.protocol(), ProtocolVersion::V3);
         drop(session);
@@ -589,14 +589,14 @@ fn silence_to_version_4_without_a_fallback_is_told_by_name() {
                 }
                 drop(socket);
             });
-            let config = version_4().fall_back(false);
+            let config = version_4().allow_v3_fallback(false);
             let timeout = if closes { PATIENT } else { Duration::from_millis(50) };
             let connector = Connector::new(config.handshake_timeout(timeout).build().unwrap());
             let error = connector.connect(path.as_str()).await.unwrap_err();
             let Error::Handshake(HandshakeError::Version4Unanswered { .. }) = error else {
                 panic!("{error}");
             };
-            assert!(error.to_string().contains("`fall_back`"), "{error}");
+            assert!(error.to_string().contains("`allow_v3_fallback`"), "{error}");
             drop(done);
             joined(server).await;
         }
@@ -662,7 +662,7 @@ fn answers_by_socket(listener: UnixListener, requests: usize) -> Vec<u32> {
         }
         peer.free(event);
         streams.push(event.stream_id);
-        peer.fall_back(event.stream_id, b"answer");
+        peer.allow_v3_fallback(event.stream_id, b"answer");
     }
     peer.sleep();
     support::foreign::wait_until("the end", || {

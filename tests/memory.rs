@@ -115,7 +115,7 @@ fn sessions_get_what_they_were_promised_or_are_refused() {
         ));
         connector.connect(path.as_str()).await.unwrap_err();
         // Who does not ask is promised more than there is.
-        let careless = in_files(&prefix).check_memory(false).build().unwrap();
+        let careless = in_files(&prefix).preflight_memory(false).build().unwrap();
         Connector::new(careless).connect(path.as_str()).await.unwrap();
     });
 }

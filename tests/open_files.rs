@@ -116,7 +116,7 @@ fn serve(path: &Path) {
     let path = path.to_owned();
     let executor = LocalExecutorBuilder::new(Placement::Unbound).spawn(move || async move {
         let listener = Listener::bind(&path, config()).unwrap();
-        listener.on_refused(|error| println!("refused: {error}"));
+        listener.on_rejected(|error| println!("refused: {error}"));
         let (orders_there, orders) = mpsc::channel();
         std::thread::spawn(move || {
             let lines = std::io::stdin().lines().map_while(Result::ok);

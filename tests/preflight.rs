@@ -172,7 +172,7 @@ fn carry_out(task: &str) -> String {
         "unchecked file session" => {
             let prefix = format!("/dev/shm/shmipc-preflight-{}", std::process::id());
             let files = small().memory(MemoryKind::File).path_prefix(prefix);
-            session(files.check_memory(false))
+            session(files.preflight_memory(false))
         }
         "connect" => {
             let at = PathBuf::from(value);
@@ -210,7 +210,7 @@ fn session(config: ConfigBuilder) -> String {
 
 /// What one who waits for a session of a client is told, and how the client stands then.
 async fn keep(at: &Path) -> String {
-    let client = Client::builder(at).config(small().build().unwrap()).patience(LIMIT);
+    let client = Client::builder(at).config(small().build().unwrap()).acquire_timeout(LIMIT);
     let client = client.build().unwrap();
     let said = said(client.session(0).await);
     let state = &client.status()[0].state;

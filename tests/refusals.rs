@@ -123,7 +123,7 @@ fn a_client_of_an_older_version_sees_its_connection_closed() {
         assert!(is_closed(&error) && error.is_retryable(), "{error}");
         // Nor does a server that is not to know version 4.
         let other = SocketPath::new();
-        let config = config.accepted_protocol(ProtocolVersion::V3).build().unwrap();
+        let config = config.max_accepted_protocol(ProtocolVersion::V3).build().unwrap();
         let _other = Listener::bind(other.as_str(), config).unwrap();
         assert!(is_closed(&connect(&other, version_4()).await));
     });
@@ -234,7 +234,7 @@ fn refusals_are_logged_with_the_peer_and_a_flood_of_them_is_no_flood_of_lines() 
         let listener = Listener::bind(path.as_str(), config).unwrap();
         let refused = Rc::new(Cell::new(0));
         let counted = Rc::clone(&refused);
-        listener.on_refused(move |_| counted.set(counted.get() + 1));
+        listener.on_rejected(move |_| counted.set(counted.get() + 1));
         let began = Instant::now();
         for _ in 0..300 {
             drop(UnixStream::connect(path.as_str()).unwrap());
@@ -283,7 +283,7 @@ fn a_kept_client_does_not_try_again_what_will_not_pass() {
         let most = Duration::from_millis(300);
         let client = Client::builder(path.as_str())
             .config(version_4().build().unwrap())
-            .patience(LIMIT)
+            .acquire_timeout(LIMIT)
             .sessions_per_shard(2)
             .backoff(Duration::from_millis(1), most)
             .build()
@@ -331,7 +331,7 @@ fn a_kept_client_waits_for_what_may_pass() {
     run(LIMIT, || async {
         let path = SocketPath::new();
         let client = Client::builder(path.as_str()).config(version_4().build().unwrap());
-        let client = client.patience(LIMIT).build().unwrap();
+        let client = client.acquire_timeout(LIMIT).build().unwrap();
         let at = path.as_str().to_owned();
         let coming = glommio::spawn_local(async move {
             glommio::timer::sleep(Duration::from_millis(50)).await;

@@ -97,7 +97,7 @@ fn short_waits_for_room_and_for_memory_leave_nothing() {
     run(Duration::from_secs(120), || async {
         let path = SocketPath::new();
         let builder = Config::builder().buffer_size(1 << 20).queue_capacity(16);
-        let config = builder.pool_wait(Duration::from_secs(1000)).build().unwrap();
+        let config = builder.fallback_after(Duration::from_secs(1000)).build().unwrap();
         let listener = Listener::bind(path.as_str(), config.clone()).unwrap();
         let connector = Connector::new(config);
         let (client, server) = zip(connector.connect(path.as_str()), listener.accept()).await;

@@ -125,7 +125,7 @@ fn with_sessions(path: &str, meanwhile: impl FnOnce()) {
                 glommio::timer::sleep(Duration::from_millis(2)).await;
             }
             drop(sessions);
-            shmipc_glommio::shut_down().await;
+            shmipc_glommio::shutdown_executor().await;
         });
     });
     are_connected.recv().unwrap();
@@ -178,7 +178,7 @@ fn a_server_whose_tasks_never_end_leaves_nothing() {
 /// A client that ends with a session and a listener that a task waits for. Its peer is told.
 #[test]
 fn a_client_that_is_shut_down_leaves_nothing() {
-    nothing_stays(10, 2, || client_ends(async || shmipc_glommio::shut_down().await));
+    nothing_stays(10, 2, || client_ends(async || shmipc_glommio::shutdown_executor().await));
 }
 
 /// Its descriptors stay, but nobody waits for it.
@@ -206,7 +206,7 @@ fn client_ends(end: impl AsyncFn() + Send + 'static) {
             let session = listener.accept().await.unwrap();
             say.send(session.closed().await).unwrap();
             drop((session, listener));
-            shmipc_glommio::shut_down().await;
+            shmipc_glommio::shutdown_executor().await;
         });
     });
     is_listening.recv().unwrap();

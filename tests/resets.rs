@@ -85,12 +85,12 @@ fn a_reset_is_heard_behind_what_was_sent_by_those_who_read_and_write() {
 fn a_reset_of_what_goes_over_the_socket_is_no_clean_end() {
     run(LIMIT, || async {
         for config in kinds() {
-            let config = config.pool_wait(Duration::ZERO).stream_window(1 << 30);
+            let config = config.fallback_after(Duration::ZERO).stream_window(1 << 30);
             let (client, server) = pair(config).await;
             let (mut near, mut far) = open(&client, &server).await;
             // More than the pool has.
             near.write_all(&[1; 3 << 20]).await.unwrap();
-            assert!(near.is_fallen_back());
+            assert!(near.is_on_socket());
             near.reset();
             assert!(read_to_reset(&mut far).await <= 3 << 20);
         }

@@ -104,7 +104,7 @@ fn check_imports(of: &str, allowed: &[(&str, &[&str])]) {
 fn unsafe_stands_in_its_rooms_and_is_explained() {
     let rooms = [
         "shm/access.rs",
-        "shm/fault.rs",
+        "shm/sigbus.rs",
         "shm/region.rs",
         "shm/views.rs",
         "session/wakeup.rs",

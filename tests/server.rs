@@ -15,7 +15,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use shmipc_glommio::{
-    Config, Connector, Cores, Deal, Error, Server, ServerBuilder, Session, Shard, Stream,
+    Balance, Config, Connector, Cores, Error, Server, ServerBuilder, Session, Shard, Stream,
 };
 
 use support::executor::{SocketPath, run, within};
@@ -149,7 +149,7 @@ fn a_client_gets_the_core_that_it_asks_for_or_one_in_turn() {
 #[test]
 fn the_core_with_the_fewest_sessions_is_next() {
     let path = SocketPath::new();
-    let server = start(server(&path, 2).deal(Deal::FewestSessions));
+    let server = start(server(&path, 2).deal(Balance::FewestSessions));
     let at = path.as_str().to_owned();
     run(LIMIT, move || async move {
         let mut sessions = Vec::new();
@@ -170,7 +170,7 @@ fn the_core_with_the_fewest_sessions_is_next() {
 fn a_core_that_is_stopped_for_a_second_holds_up_nobody_else_and_loses_nothing() {
     let path = SocketPath::new();
     // Room for one connection only on its way to each core.
-    let server = start(server(&path, 2).deal_queue(1));
+    let server = start(server(&path, 2).handoff_capacity(1));
     let (at, asleep) = (path.as_str().to_owned(), door(&path, 0));
     run(LIMIT, move || async move {
         let slow = connector().connect_shard(&at, 0).await.unwrap();
@@ -217,7 +217,7 @@ fn more_connections_than_there_is_room_for_wait_and_none_is_lost() {
     const CLIENTS: usize = 40;
     let path = SocketPath::new();
     let config = Config::builder().container().max_handshakes(1).build().unwrap();
-    let server = start(server(&path, 2).deal_queue(1).config(config));
+    let server = start(server(&path, 2).handoff_capacity(1).config(config));
     let at = path.as_str().to_owned();
     run(LIMIT, move || async move {
         // Both cores sleep while all of these come.
@@ -265,7 +265,7 @@ fn what_a_handler_does_wrong_ends_its_own_session_only() {
 #[test]
 fn a_panic_that_is_nobodys_stops_the_server_and_is_named() {
     let path = SocketPath::new();
-    let server = start(server(&path, 2).stop_patience(PATIENCE));
+    let server = start(server(&path, 2).shutdown_grace(PATIENCE));
     let at = path.as_str().to_owned();
     run(LIMIT, move || async move {
         let session = connector().connect_shard(&at, 1).await.unwrap();
@@ -399,7 +399,7 @@ fn a_factory_that_fails_leaves_nothing_running() {
     let error =
         Server::builder(path.as_str()).cores(Cores::Count(1 << 20)).serve_streams(|_| async {});
     assert_eq!(error.unwrap_err().kind(), io::ErrorKind::InvalidInput);
-    let error = server(&path, 1).deal_queue(0).serve_streams(|_| async {}).unwrap_err();
+    let error = server(&path, 1).handoff_capacity(0).serve_streams(|_| async {}).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
 }
 
@@ -513,11 +513,10 @@ fn a_peer_that_says_nothing_is_refused_on_its_shard() {
     let config = Config::builder().handshake_timeout(Duration::from_millis(20)).build().unwrap();
     let refused = Arc::new(Mutex::new(Vec::new()));
     let told = Arc::clone(&refused);
-    let server = start(
-        server(&path, 2)
-            .config(config)
-            .on_refused(move |shard, error| told.lock().unwrap().push((shard, error.to_string()))),
-    );
+    let server =
+        start(server(&path, 2).config(config).on_rejected(move |shard, error| {
+            told.lock().unwrap().push((shard, error.to_string()))
+        }));
     let _silent = UnixStream::connect(door(&path, 1)).unwrap();
     let start = Instant::now();
     while server.stats()[1].refused == 0 && start.elapsed() < LIMIT {

@@ -306,7 +306,7 @@ fn the_last_handle_ends_the_session() {
 #[test]
 fn a_pool_that_runs_empty_sends_over_the_socket_in_order() {
     run(|| async {
-        let config = without_window().pool_wait(Duration::from_micros(200)).build().unwrap();
+        let config = without_window().fallback_after(Duration::from_micros(200)).build().unwrap();
         let listener = listen(config.clone());
         let (client, server) = pair_over(&listener, config).await;
         let mut stream = client.open_stream().unwrap();
@@ -340,7 +340,7 @@ fn a_pool_that_runs_empty_sends_over_the_socket_in_order() {
 #[test]
 fn data_that_nobody_reads_stops_at_its_limit_and_arrives_when_somebody_does() {
     run(|| async {
-        let sender = small().pool_wait(Duration::ZERO).build().unwrap();
+        let sender = small().fallback_after(Duration::ZERO).build().unwrap();
         let receiver = without_window().max_unread_fallback_bytes(1 << 20).build().unwrap();
         let listener = listen(receiver);
         let (client, server) = pair_over(&listener, sender).await;
@@ -646,15 +646,15 @@ fn a_busy_pair_sends_no_wake_ups() {
 /// Two ends of a session whose peers are trusted to keep off what they have sent.
 async fn trusting_pair(trust: &PeerTrust, config: Config) -> (Session, Session) {
     let path = socket_path();
-    let listener = Listener::bind(&path, config.clone()).unwrap().trusting(trust);
-    let connector = Connector::new(config).trusting(trust);
+    let listener = Listener::bind(&path, config.clone()).unwrap().trust_peer(trust);
+    let connector = Connector::new(config).trust_peer(trust);
     let (client, server) = zip(connector.connect(path), listener.accept()).await;
     (client.unwrap(), server.unwrap())
 }
 
 fn trust() -> PeerTrust {
     // SAFETY: both ends are this test.
-    unsafe { PeerTrust::promise() }
+    unsafe { PeerTrust::new_unchecked() }
 }
 
 #[test]
@@ -762,14 +762,14 @@ fn a_promise_counts_for_its_own_sessions_only() {
 fn a_loan_from_an_empty_pool_goes_over_the_socket() {
     run(|| async {
         let trust = trust();
-        let config = small().pool_wait(Duration::from_micros(200)).build().unwrap();
+        let config = small().fallback_after(Duration::from_micros(200)).build().unwrap();
         let (client, server) = trusting_pair(&trust, config).await;
         let mut first = client.open_stream().unwrap();
         let hoard = first.alloc(700_000).await.unwrap();
         assert!(hoard.is_shared());
         let mut stream = client.open_stream().unwrap();
         let mut loan = stream.alloc(700_000).await.unwrap();
-        assert!(!loan.is_shared() && stream.is_fallen_back());
+        assert!(!loan.is_shared() && stream.is_on_socket());
         let bytes = pattern(5, 700_000);
         for view in loan.views(&trust).unwrap() {
             view.copy_from_slice(&bytes);

@@ -108,7 +108,7 @@ fn a_reader_that_stops_holds_up_only_its_own_stream() {
 #[test]
 fn a_burst_over_a_small_pool_arrives_and_traffic_returns_to_shared_memory() {
     run(LIMIT, || async {
-        let config = || small().pool_wait(Duration::from_micros(100)).queue_capacity(256);
+        let config = || small().fallback_after(Duration::from_micros(100)).queue_capacity(256);
         let (client, server) = pair(config(), config()).await;
         glommio::spawn_local(answer_all(server.clone())).detach();
         let streams: Vec<_> = (0..64)
@@ -138,7 +138,7 @@ fn a_burst_over_a_small_pool_arrives_and_traffic_returns_to_shared_memory() {
                 send(stream, &message).await.unwrap();
                 assert!(recv(stream).await.unwrap() == message);
             }
-            assert!(!stream.is_fallen_back());
+            assert!(!stream.is_on_socket());
         }
         assert_eq!((client.stats().fallback_sent, server.stats().fallback_sent), before);
         drop(after);
@@ -149,7 +149,7 @@ fn a_burst_over_a_small_pool_arrives_and_traffic_returns_to_shared_memory() {
 #[test]
 fn bytes_go_back_to_shared_memory_behind_those_that_went_over_the_socket() {
     run(LIMIT, || async {
-        let config = || small().pool_wait(Duration::ZERO).stream_window(1 << 30);
+        let config = || small().fallback_after(Duration::ZERO).stream_window(1 << 30);
         let (client, server) = pair(config(), config()).await;
         let (mut near, mut far) = open(&client, &server).await;
         let message = pattern(1, 3 << 20);
@@ -162,7 +162,7 @@ fn bytes_go_back_to_shared_memory_behind_those_that_went_over_the_socket() {
         assert!(all == message && client.stats().fallback_sent > 0);
         // The reader has taken all of it, and credit for that comes by the queue.
         let mut number = 0;
-        while near.is_fallen_back() {
+        while near.is_on_socket() {
             number += 1;
             assert!(number < 100, "it stays on the socket");
             let message = pattern(number, 100);
@@ -298,7 +298,7 @@ fn an_announcement_waits_for_memory() {
 fn the_end_of_one_direction_comes_behind_its_data_on_every_path() {
     run(LIMIT, || async {
         // Over the socket, and through a queue that is full.
-        let empty = || small().pool_wait(Duration::ZERO).stream_window(1 << 30);
+        let empty = || small().fallback_after(Duration::ZERO).stream_window(1 << 30);
         for (config, len) in [(empty(), 3 << 20), (small().queue_capacity(16), 100_000)] {
             let (client, server) = pair(config.clone(), config).await;
             let (near, mut far) = open(&client, &server).await;
@@ -382,7 +382,7 @@ fn what_comes_for_a_reader_that_is_gone_goes_back_and_holds_nobody_up() {
 #[test]
 fn deadlines_end_waits_and_lose_nothing() {
     run(LIMIT, || async {
-        let config = || small().pool_wait(Duration::from_secs(3600)).stream_window(1 << 30);
+        let config = || small().fallback_after(Duration::from_secs(3600)).stream_window(1 << 30);
         let (client, server) = pair(config(), config()).await;
         let (mut near, mut far) = open(&client, &server).await;
         let soon = || Some(Instant::now() + Duration::from_millis(5));
@@ -459,11 +459,11 @@ fn a_sender_waits_for_the_reader_no_longer_than_its_deadline() {
 fn a_loan_is_written_in_turns_by_copy_and_in_place() {
     run(LIMIT, || async {
         // SAFETY: both sides are this test.
-        let trust = unsafe { PeerTrust::promise() };
+        let trust = unsafe { PeerTrust::new_unchecked() };
         let path = SocketPath::new();
-        let config = small().pool_wait(Duration::ZERO).stream_window(1 << 30).build().unwrap();
+        let config = small().fallback_after(Duration::ZERO).stream_window(1 << 30).build().unwrap();
         let listener = Listener::bind(path.as_str(), config.clone()).unwrap();
-        let connector = Connector::new(config).trusting(&trust);
+        let connector = Connector::new(config).trust_peer(&trust);
         let (client, server) = zip(connector.connect(path.as_str()), listener.accept()).await;
         let (client, server) = (client.unwrap(), server.unwrap());
         let (mut near, mut far) = open(&client, &server).await;
@@ -534,10 +534,10 @@ fn messages_are_a_stream_of_futures_that_ends() {
 fn messages_are_cut_read_and_passed_on() {
     run(LIMIT, || async {
         // SAFETY: both sides are this test.
-        let trust = unsafe { PeerTrust::promise() };
+        let trust = unsafe { PeerTrust::new_unchecked() };
         let path = SocketPath::new();
         let config = small().build().unwrap();
-        let listener = Listener::bind(path.as_str(), config.clone()).unwrap().trusting(&trust);
+        let listener = Listener::bind(path.as_str(), config.clone()).unwrap().trust_peer(&trust);
         let connector = Connector::new(config);
         let (client, server) = zip(connector.connect(path.as_str()), listener.accept()).await;
         let (client, server) = (client.unwrap(), server.unwrap());
@@ -603,7 +603,7 @@ fn a_vectored_write_is_one_message_of_all_its_parts() {
 fn a_vectored_write_goes_on_where_the_last_one_ended() {
     run(LIMIT, || async {
         // Longer than one write takes, and than the pool holds, so that some of it uses the socket.
-        let config = || small().pool_wait(Duration::ZERO).stream_window(1 << 30);
+        let config = || small().fallback_after(Duration::ZERO).stream_window(1 << 30);
         let (client, server) = pair(config(), config()).await;
         let (mut near, mut far) = open(&client, &server).await;
         let parts: Vec<_> = (0..40).map(|number| pattern(number, 50_000 + number)).collect();

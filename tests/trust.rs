@@ -50,7 +50,7 @@ fn a_server_of_somebody_else_is_not_spoken_to() {
         let listener = Listener::bind(path.as_str(), small().build().unwrap()).unwrap();
         let refused = Arc::new(Mutex::new(Vec::new()));
         let told = Arc::clone(&refused);
-        listener.on_refused(move |error| told.lock().unwrap().push(error.clone()));
+        listener.on_rejected(move |error| told.lock().unwrap().push(error.clone()));
         let others = AllowedPeers::Users(vec![geteuid().as_raw() + 1]);
         let config = small().allowed_peers(others).build().unwrap();
         let error = Connector::new(config).connect(path.as_str()).await.unwrap_err();
@@ -103,7 +103,7 @@ fn over_tcp_a_client_that_has_gone_names_no_files() {
         let address = listener.tcp_address().unwrap();
         let refused = Arc::new(Mutex::new(Vec::new()));
         let tell = Arc::clone(&refused);
-        listener.on_refused(move |error| tell.lock().unwrap().push(error.clone()));
+        listener.on_rejected(move |error| tell.lock().unwrap().push(error.clone()));
         // Nothing is accepted before this task waits.
         let mut client = std::net::TcpStream::connect(address).unwrap();
         client
@@ -135,7 +135,7 @@ fn a_listener_asks_the_program_about_every_peer() {
         });
         let refused = Arc::new(Mutex::new(Vec::new()));
         let told = Arc::clone(&refused);
-        listener.on_refused(move |error| told.lock().unwrap().push(error.clone()));
+        listener.on_rejected(move |error| told.lock().unwrap().push(error.clone()));
         let connector = Connector::new(small().build().unwrap());
         for _ in 0..2 {
             connector.connect(path.as_str()).await.unwrap_err();
@@ -186,7 +186,7 @@ fn as_a_server_in_a_user_namespace() {
         println!("\nserver: user {}", geteuid());
         let config = small().allowed_peers(AllowedPeers::SameUser).socket_mode(0o666);
         let listener = Listener::bind(&at, config.build().unwrap()).unwrap();
-        listener.on_refused(|error| println!("\nserver: refused, {error:?}"));
+        listener.on_rejected(|error| println!("\nserver: refused, {error:?}"));
         println!("\nserver: ready");
         loop {
             let session = listener.accept().await.unwrap();

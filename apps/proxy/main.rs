@@ -240,7 +240,7 @@ impl Front {
             Place::Unix(path) => Self::Socket(SocketListener::bind_unix(path)?),
             Place::Shm(path) => {
                 let listener = Listener::bind(path, config.clone())?;
-                listener.on_refused(|error| tell(format_args!("refused: {error}")));
+                listener.on_rejected(|error| tell(format_args!("refused: {error}")));
                 Self::Shm(listener)
             }
         })

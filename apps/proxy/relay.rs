@@ -5,9 +5,9 @@
 //! ends on the other, as far as that side can say so:
 //!
 //! - The end of one direction is passed on and the other direction goes on. A peer that is not of
-//! this crate knows no such end (see [`End::knows_half_close`]): when the server has finished, its
-//!   stream is closed at once; when the client has finished, its server's stream is closed as soon
-//!   as nothing has come from there for some time.
+//!   this crate knows no such end (see [`End::knows_half_close`]): when the server has finished,
+//!   its stream is closed at once; when the client has finished, its server's stream is closed as
+//!   soon as nothing has come from there for some time.
 //! - A reset, or the loss of a session, ends both directions by a reset. An end that was read is
 //!   never passed on as a clean one when the same socket turned out to be reset.
 //! - Who has finished its own direction, and then goes, is gone: what is sent to it reaches nobody,

@@ -28,9 +28,9 @@ impl Upstream {
         let client = Client::builder(path)
             .config(config)
             .backoff(PAUSES[0], PAUSES[1])
-            .patience(patience)
+            .acquire_timeout(patience)
             // Each connection has a stream of its own, from its beginning to its end.
-            .idle_streams(0)
+            .max_idle_streams(0)
             .on_change(move |status| told.note(status))
             .build()?;
         Ok(Self { client, next: Cell::new(0) })
@@ -85,7 +85,7 @@ impl Told {
                 tell(format_args!("connected with {path}, shard {shard}"));
                 Said::IsConnected
             }
-            SessionState::Waiting { error, .. } => {
+            SessionState::Backoff { error, .. } => {
                 match before {
                     Some(Said::IsConnected) => {
                         tell(format_args!("the session with {path} has ended: {error}"));

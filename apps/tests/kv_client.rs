@@ -82,7 +82,7 @@ impl Server {
         let (store, directory) = (SharedStore::default(), directory());
         let path = directory.join("kv.sock");
         let address = format!("--shm {}", path.display());
-        let config = Config::builder().accepted_protocol(ProtocolVersion::V3).spin(Spin::Never);
+        let config = Config::builder().max_accepted_protocol(ProtocolVersion::V3).spin(Spin::Never);
         let config = config.build().unwrap();
         let shards = Shards::start(&config, vec![(path, |_| true)], &store, None);
         Self { address, store, directory, _shards: Some(shards) }

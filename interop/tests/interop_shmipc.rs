@@ -94,7 +94,7 @@ fn in_every_combination(case: Case) {
                 .buffer_size(u64::from(case.pool))
                 .path_prefix(&prefix)
                 // What goes over the socket is decided by what is free, not by how fast they are.
-                .pool_wait(Duration::ZERO)
+                .fallback_after(Duration::ZERO)
                 .handshake_timeout(SOON);
             let path = SocketPath::new();
             let order = Order {
@@ -405,7 +405,7 @@ fn our_client_falls_back_to_version_3_with_their_server_of_before() {
             let config = config_of(&order, memory).protocol(ProtocolVersion::V4).wakeup(wakeup);
             let mut peer = Peer::start("peer_process", &order);
             assert!(within(SOON, || peer.is_ready()).await, "{:?}", peer.ended());
-            let stubborn = Connector::new(config.clone().fall_back(false).build().unwrap());
+            let stubborn = Connector::new(config.clone().allow_v3_fallback(false).build().unwrap());
             // Also when the kernel calls it a reset, since something was unread.
             must_be_unanswered(stubborn.connect(&order.address).await.unwrap_err());
             assert!(within(SOON, || peer.negotiations_unanswered() == 1).await);
@@ -432,7 +432,7 @@ fn our_client_falls_back_to_version_3_with_their_server_that_stays_silent() {
             let mut peer = Peer::start("peer_process", &order);
             assert!(within(SOON, || peer.is_ready()).await, "{:?}", peer.ended());
             let short = Duration::from_millis(100);
-            let stubborn = config.clone().fall_back(false).handshake_timeout(short);
+            let stubborn = config.clone().allow_v3_fallback(false).handshake_timeout(short);
             let stubborn = Connector::new(stubborn.build().unwrap());
             must_be_unanswered(stubborn.connect(&order.address).await.unwrap_err());
             assert!(within(SOON, || peer.negotiations_unanswered() == 1).await);
@@ -449,11 +449,11 @@ fn their_client_falls_back_with_our_server_that_takes_no_more_than_version_3() {
     run(Duration::from_secs(120), || async {
         for (memory, wakeup, order, _path) in fallbacks(Role::Client, OnNegotiation::Answer) {
             println!("{memory:?}, {wakeup:?}");
-            let config = config_of(&order, memory).accepted_protocol(ProtocolVersion::V3);
+            let config = config_of(&order, memory).max_accepted_protocol(ProtocolVersion::V3);
             let listener = Listener::bind(&order.address, config.build().unwrap()).unwrap();
             let refused = Rc::new(RefCell::new(Vec::new()));
             let note = Rc::clone(&refused);
-            listener.on_refused(move |error| note.borrow_mut().push(error.clone()));
+            listener.on_rejected(move |error| note.borrow_mut().push(error.clone()));
             let (stats, agreed) = serve_one(&listener, &order).await;
             // With files it opens as it does when it is not told anything.
             let version = if order.is_file { ProtocolVersion::V2 } else { ProtocolVersion::V3 };

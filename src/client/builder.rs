@@ -30,8 +30,8 @@ const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 ///     .config(Config::builder().small_messages().build()?)
 ///     .sessions_per_shard(2)
 ///     .backoff(Duration::from_millis(10), Duration::from_secs(1))
-///     .patience(Duration::from_secs(3))
-///     .idle_streams(16)
+///     .acquire_timeout(Duration::from_secs(3))
+///     .max_idle_streams(16)
 ///     .build()?;
 /// # drop(client);
 /// # shmipc_glommio::Result::<()>::Ok(()) }).unwrap().join().unwrap().unwrap();
@@ -94,19 +94,19 @@ impl ClientBuilder {
     }
 
     /// How long a caller waits for a session while there is none. Default: five seconds.
-    pub fn patience(mut self, patience: Duration) -> Self {
+    pub fn acquire_timeout(mut self, patience: Duration) -> Self {
         self.settings.patience = patience.min(LONGEST);
         self
     }
 
     /// How many streams of a session are kept for reuse at most. Default: 64.
-    pub fn idle_streams(mut self, streams: usize) -> Self {
+    pub fn max_idle_streams(mut self, streams: usize) -> Self {
         self.settings.idle_streams = streams;
         self
     }
 
     /// Says that the promise behind this token speaks for the server.
-    pub fn trusting(mut self, trust: &PeerTrust) -> Self {
+    pub fn trust_peer(mut self, trust: &PeerTrust) -> Self {
         self.trust = Some(*trust);
         self
     }
@@ -137,7 +137,7 @@ impl ClientBuilder {
         }
         let mut connector = Connector::new(config);
         if let Some(trust) = trust {
-            connector = connector.trusting(&trust);
+            connector = connector.trust_peer(&trust);
         }
         Ok(Client::new(path.into(), connector, settings))
     }

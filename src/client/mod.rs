@@ -1,5 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A core's sessions to the shards of one server.
+//! One core's sessions to the shards of one server.
+//!
+//! - [`builder`]: configuration.
+//! - [`shard_pool`]: the sessions to one shard; [`reconnect`]: makes one of them again whenever it
+//!   ends; [`backoff`]: how long to wait between attempts.
+//!
+//! Nothing is shared between cores: each core has a client of its own.
 
 pub(crate) mod backoff;
 pub(crate) mod builder;
@@ -17,12 +23,12 @@ use std::time::Instant;
 use futures_lite::future::or;
 
 use crate::client::builder::{ClientBuilder, Settings};
-use crate::client::reconnect::{Kept, SessionStatus};
-use crate::client::shard_pool::{Ended, Picked, ShardSessions};
+use crate::client::reconnect::{ReconnectingSession, SessionStatus};
+use crate::client::shard_pool::{Ended, Pick, ShardPool};
 use crate::connect::connector::{Connector, count_shards};
 use crate::exec::runtime::sleep;
 use crate::reactor::poll_loop::Ends;
-use crate::session::local_reactor::Poller;
+use crate::session::local_reactor::LocalReactor;
 use crate::session::state::Session;
 use crate::session::stream::Stream;
 use shmipc_core::error::{Error, Result};
@@ -79,7 +85,7 @@ struct ClientInner {
     path: Rc<Path>,
     connector: Connector,
     settings: Settings,
-    shards: RefCell<BTreeMap<usize, Rc<ShardSessions>>>,
+    shards: RefCell<BTreeMap<usize, Rc<ShardPool>>>,
     /// How many shards there are, as far as is known since the last connection.
     count: Cell<Option<usize>>,
     is_closed: Cell<bool>,
@@ -113,14 +119,14 @@ impl Client {
     /// Waits until there is a session to every shard. A program that cannot do without its server
     /// finds out early that way.
     ///
-    /// Waits up to the [patience](ClientBuilder::patience) for each. Cancel-safe: what was begun
-    /// goes on.
+    /// Waits up to the [patience](ClientBuilder::acquire_timeout) for each. Cancel-safe: what was
+    /// begun goes on.
     ///
     /// # Errors
     ///
     /// [`Error::Unavailable`] for the first shard that does not come; [`Error::Resource`], when the
     /// memory that all of the sessions take is not there, and memory is
-    /// [checked](crate::ConfigBuilder::check_memory).
+    /// [checked](crate::ConfigBuilder::preflight_memory).
     pub async fn ready(&self) -> Result<()> {
         // How many there are can be seen as soon as there is one.
         self.session(0).await?;
@@ -138,10 +144,10 @@ impl Client {
 
     /// A session to a shard: of those that are up, the one with the fewest streams in use.
     ///
-    /// Waits while there is none, up to the [patience](ClientBuilder::patience). When an attempt to
-    /// connect fails by something that is not [worth a retry](Error::is_retryable), a permission
-    /// for instance, all who wait are told at once, and so are those who ask within the longest
-    /// [back-off](ClientBuilder::backoff) after that; who asks later has it tried again.
+    /// Waits while there is none, up to the [patience](ClientBuilder::acquire_timeout). When an
+    /// attempt to connect fails by something that is not [worth a retry](Error::is_retryable), a
+    /// permission for instance, all who wait are told at once, and so are those who ask within the
+    /// longest [back-off](ClientBuilder::backoff) after that; who asks later has it tried again.
     /// Cancel-safe: what was begun goes on for the next who asks.
     ///
     /// # Errors
@@ -161,7 +167,7 @@ impl Client {
     ///
     /// As [`session`](Self::session); or [`Error::TooManyStreams`] on every session.
     pub async fn open_stream(&self, shard: usize) -> Result<Stream> {
-        let open = |kept: &Kept, session: &Session| loop {
+        let open = |kept: &ReconnectingSession, session: &Session| loop {
             match session.open_stream() {
                 // One that is only kept for the next exchange has to make room.
                 Err(Error::TooManyStreams(_)) if kept.give_up_idle() => {}
@@ -192,7 +198,7 @@ impl Client {
         shard: usize,
         exchange: impl AsyncFnOnce(&mut Stream) -> std::result::Result<R, E>,
     ) -> std::result::Result<R, E> {
-        let reuse = |kept: &Kept, session: &Session| match kept.take_idle() {
+        let reuse = |kept: &ReconnectingSession, session: &Session| match kept.take_idle() {
             Some(stream) => Ok(stream),
             None => session.open_stream(),
         };
@@ -213,7 +219,7 @@ impl Client {
 
     /// Makes no more sessions, and [closes](Session::close) those that there are, those among them
     /// that are held elsewhere, all at the same time. Takes no longer than the
-    /// [patience](ClientBuilder::patience).
+    /// [patience](ClientBuilder::acquire_timeout).
     ///
     /// Every handle of this client is closed then: whoever asks it for something, or waits for it,
     /// gets [`Error::SessionClosed`]. When the future is dropped, no more sessions are made all the
@@ -251,17 +257,17 @@ impl Client {
     async fn pick<T>(
         &self,
         index: usize,
-        take: impl Fn(&Kept, &Session) -> Result<T>,
-    ) -> Result<(Rc<Kept>, T)> {
+        take: impl Fn(&ReconnectingSession, &Session) -> Result<T>,
+    ) -> Result<(Rc<ReconnectingSession>, T)> {
         let shard = self.inner.shard(index)?;
         let picked = shard.waiting.until(|| {
             if let Some(ended) = shard.ended() {
                 return Poll::Ready(Err(ended.error(index)));
             }
             match shard.pick(&take) {
-                Picked::Taken(kept, taken) => Poll::Ready(Ok((kept, taken))),
-                Picked::Refused(error) => Poll::Ready(Err(error)),
-                Picked::Nothing => match shard.failure() {
+                Pick::Taken(kept, taken) => Poll::Ready(Ok((kept, taken))),
+                Pick::Refused(error) => Poll::Ready(Err(error)),
+                Pick::Nothing => match shard.failure() {
                     Some(error) => Poll::Ready(Err(self.unavailable(index, error))),
                     None => Poll::Pending,
                 },
@@ -345,7 +351,7 @@ impl ClientInner {
     }
 
     /// The sessions to a shard, which are made from now on if they were not before.
-    fn shard(self: &Rc<Self>, index: usize) -> Result<Rc<ShardSessions>> {
+    fn shard(self: &Rc<Self>, index: usize) -> Result<Rc<ShardPool>> {
         self.check_index(index)?;
         if let Some(shard) = self.shards.borrow().get(&index) {
             return Ok(Rc::clone(shard));
@@ -353,9 +359,9 @@ impl ClientInner {
         self.check_memory(1)?;
         if !self.is_known_to_poller.replace(true) {
             let ends: Rc<dyn Ends> = self.clone();
-            Poller::current().ends_with_executor(Rc::downgrade(&ends));
+            LocalReactor::current().ends_with_executor(Rc::downgrade(&ends));
         }
-        let shard = Rc::new(ShardSessions::new(index, &self.settings));
+        let shard = Rc::new(ShardPool::new(index, &self.settings));
         self.shards.borrow_mut().insert(index, Rc::clone(&shard));
         for kept in shard.places() {
             shard.tasks.spawn(self.fill(kept, &shard));
@@ -366,8 +372,8 @@ impl ClientInner {
     /// Keeps a place filled.
     fn fill(
         self: &Rc<Self>,
-        kept: &Rc<Kept>,
-        shard: &ShardSessions,
+        kept: &Rc<ReconnectingSession>,
+        shard: &ShardPool,
     ) -> impl Future<Output = ()> + 'static {
         let (kept, waiting) = (Rc::clone(kept), Rc::clone(&shard.waiting));
         let (connector, path) = (self.connector.clone(), Rc::clone(&self.path));

@@ -28,10 +28,10 @@ use shmipc_core::error::{Error, Result};
 /// # glommio::LocalExecutorBuilder::default().spawn(|| async {
 /// let client = Client::builder("/nowhere/store.sock")
 ///     .on_change(|status| match &status.state {
-///         SessionState::Waiting { error, .. } => eprintln!("shard {}: {error}", status.shard),
+///         SessionState::Backoff { error, .. } => eprintln!("shard {}: {error}", status.shard),
 ///         state => println!("shard {}: {state:?}", status.shard),
 ///     })
-///     .patience(std::time::Duration::from_millis(10))
+///     .acquire_timeout(std::time::Duration::from_millis(10))
 ///     .build()?;
 /// client.open_stream(0).await.unwrap_err();
 /// let state = &client.status()[0].state;
@@ -46,7 +46,7 @@ pub enum SessionState {
     /// It can be used.
     Up,
     /// It has ended, or could not be made; the next attempt comes at a time.
-    Waiting {
+    Backoff {
         /// When the next attempt comes.
         until: Instant,
         /// How many attempts have failed in a row.
@@ -105,7 +105,7 @@ pub struct SessionStatus {
 pub(crate) type OnChange = Rc<dyn Fn(&SessionStatus)>;
 
 /// A place for one session, which is filled again when it becomes empty.
-pub(crate) struct Kept {
+pub(crate) struct ReconnectingSession {
     shard: usize,
     number: usize,
     state: RefCell<State>,
@@ -124,7 +124,7 @@ enum State {
     /// And why there was none before, if there was a try.
     Connecting(Option<Error>),
     Up(Session),
-    Waiting {
+    Backoff {
         until: Instant,
         failures: u32,
         error: Error,
@@ -135,7 +135,7 @@ enum State {
     },
 }
 
-impl Kept {
+impl ReconnectingSession {
     pub(crate) fn new(
         shard: usize,
         number: usize,
@@ -169,7 +169,7 @@ impl Kept {
         match &*self.state.borrow() {
             State::Connecting(before) => before.clone(),
             State::Up(session) => session.end_reason(),
-            State::Waiting { error, .. } | State::Failed { error, .. } => Some(error.clone()),
+            State::Backoff { error, .. } | State::Failed { error, .. } => Some(error.clone()),
         }
     }
 
@@ -229,7 +229,7 @@ impl Kept {
         drop(idle);
         match self.state.replace(State::Connecting(None)) {
             State::Up(session) => Some(session),
-            State::Connecting(_) | State::Waiting { .. } | State::Failed { .. } => None,
+            State::Connecting(_) | State::Backoff { .. } | State::Failed { .. } => None,
         }
     }
 
@@ -312,7 +312,7 @@ impl Kept {
             let wait = backoff.wait(failures, random());
             tracing::debug!(shard = self.shard, %error, ?wait, "connecting again");
             let until = Instant::now() + wait;
-            self.change(State::Waiting { until, failures, error }, waiting);
+            self.change(State::Backoff { until, failures, error }, waiting);
             sleep(wait).await;
         }
     }
@@ -327,9 +327,9 @@ impl State {
         match self {
             Self::Connecting(_) => SessionState::Connecting,
             Self::Up(_) => SessionState::Up,
-            Self::Waiting { until, failures, error } => {
+            Self::Backoff { until, failures, error } => {
                 let (until, failures, error) = (*until, *failures, error.clone());
-                SessionState::Waiting { until, failures, error }
+                SessionState::Backoff { until, failures, error }
             }
             Self::Failed { retry_after, error } => {
                 SessionState::Failed { retry_after: *retry_after, error: error.clone() }
@@ -338,7 +338,7 @@ impl State {
     }
 }
 
-impl fmt::Debug for Kept {
+impl fmt::Debug for ReconnectingSession {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.status().fmt(formatter)
     }

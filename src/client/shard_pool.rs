@@ -6,15 +6,15 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use crate::client::builder::Settings;
-use crate::client::reconnect::{Kept, SessionStatus};
+use crate::client::reconnect::{ReconnectingSession, SessionStatus};
 use crate::exec::task_set::TaskSet;
 use crate::exec::wakers::WakerList;
 use crate::session::state::Session;
 use shmipc_core::error::{Error, Result};
 
 /// A shard's places for sessions, and the tasks that fill them. Dropped, the tasks end.
-pub(crate) struct ShardSessions {
-    places: Vec<Rc<Kept>>,
+pub(crate) struct ShardPool {
+    places: Vec<Rc<ReconnectingSession>>,
     pub(crate) waiting: Rc<WakerList>,
     pub(crate) tasks: TaskSet,
     /// Which session comes first among equals.
@@ -41,19 +41,19 @@ impl Ended {
     }
 }
 
-pub(crate) enum Picked<T> {
-    Taken(Rc<Kept>, T),
+pub(crate) enum Pick<T> {
+    Taken(Rc<ReconnectingSession>, T),
     /// There are sessions, and none gives it.
     Refused(Error),
     /// There is no session.
     Nothing,
 }
 
-impl ShardSessions {
+impl ShardPool {
     pub(crate) fn new(index: usize, settings: &Settings) -> Self {
         let kept = |number| {
             let tell = settings.on_change.clone();
-            Rc::new(Kept::new(index, number, settings.idle_streams, tell))
+            Rc::new(ReconnectingSession::new(index, number, settings.idle_streams, tell))
         };
         Self {
             places: (0..settings.sessions).map(kept).collect(),
@@ -64,7 +64,7 @@ impl ShardSessions {
         }
     }
 
-    pub(crate) fn places(&self) -> &[Rc<Kept>] {
+    pub(crate) fn places(&self) -> &[Rc<ReconnectingSession>] {
         &self.places
     }
 
@@ -107,7 +107,10 @@ impl ShardSessions {
     }
 
     /// Takes something from the session with the fewest streams in use that gives it.
-    pub(crate) fn pick<T>(&self, take: impl Fn(&Kept, &Session) -> Result<T>) -> Picked<T> {
+    pub(crate) fn pick<T>(
+        &self,
+        take: impl Fn(&ReconnectingSession, &Session) -> Result<T>,
+    ) -> Pick<T> {
         let count = self.places.len();
         let turn = self.turn.get();
         let in_turn = (0..count).map(|at| &self.places[(turn + at) % count]);
@@ -119,13 +122,13 @@ impl ShardSessions {
             match take(kept, &session) {
                 Ok(taken) => {
                     self.turn.set((turn + 1) % count);
-                    return Picked::Taken(Rc::clone(kept), taken);
+                    return Pick::Taken(Rc::clone(kept), taken);
                 }
                 Err(error @ Error::TooManyStreams(_)) => refused = Some(error),
                 // It ended a moment ago; its task knows by now.
                 Err(_) => {}
             }
         }
-        refused.map_or(Picked::Nothing, Picked::Refused)
+        refused.map_or(Pick::Nothing, Pick::Refused)
     }
 }

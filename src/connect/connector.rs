@@ -18,7 +18,7 @@ use crate::net::socket::Socket;
 use crate::net::socket_file::{
     address, connect_error, is_socket, leads_to_socket, shard_path, socket_identity,
 };
-use crate::session::local_reactor::Poller;
+use crate::session::local_reactor::LocalReactor;
 use crate::session::state::Session;
 use shmipc_core::config::{Config, ProtocolVersion};
 use shmipc_core::error::{Error, HandshakeError, Result};
@@ -59,7 +59,7 @@ impl Connector {
 
     /// Says that the promise behind this token speaks for the servers that are connected to from
     /// now on, so that their messages can be looked at in place.
-    pub fn trusting(mut self, trust: &PeerTrust) -> Self {
+    pub fn trust_peer(mut self, trust: &PeerTrust) -> Self {
         self.trust = Some(trust.id());
         self
     }
@@ -146,7 +146,7 @@ impl Connector {
     ) -> Result<Session> {
         let config = &self.config;
         // Started before the handshake, it is ready behind it.
-        Poller::current();
+        LocalReactor::current();
         let may_fall_back =
             config.settings().protocol == ProtocolVersion::V4 && config.settings().falls_back;
         // Before the connection, so that it is that of the server which is connected to.
@@ -168,7 +168,7 @@ impl Connector {
                 return Err(failed.error);
             };
             tracing::info!(error = %failed.error, "no answer in version 4");
-            let is_silent = answer.get() == Answer::Due;
+            let is_silent = answer.get() == Answer::CreditUpdate;
             let version = ProtocolVersion::V3;
             let again = handshake_client::connect(open().await?, config, version, &answer).await;
             if again.is_ok() && is_silent {
@@ -178,7 +178,9 @@ impl Connector {
         };
         let established = match relayed(within(config, connect)).await {
             // The whole time has passed in silence.
-            Err(Error::Handshake(HandshakeError::Timeout(_))) if answer.get() == Answer::Due => {
+            Err(Error::Handshake(HandshakeError::Timeout(_)))
+                if answer.get() == Answer::CreditUpdate =>
+            {
                 let how = "it said nothing";
                 return Err(HandshakeError::Version4Unanswered { how }.into());
             }

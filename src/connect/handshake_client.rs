@@ -16,7 +16,7 @@ use futures_lite::future::{or, poll_once, yield_now};
 use nix::errno::Errno;
 
 use crate::exec::runtime::sleep;
-use crate::net::admission::{Admission, Admitted};
+use crate::net::admission::{Admission, SessionPermit};
 use crate::net::credentials::PeerCredentials;
 use crate::net::fd_passing::Peeked;
 use crate::net::socket::{Passed, Received, Socket};
@@ -26,15 +26,15 @@ use crate::session::transmit::is_gone;
 use crate::session::wakeup::{Doorbell, create_event_fds};
 use shmipc_core::config::{Config, MemoryKind, ProtocolVersion, Wakeup};
 use shmipc_core::error::{Error, HandshakeError, ResourceError};
-use shmipc_core::proto::Agreement;
+use shmipc_core::proto::Negotiated;
 use shmipc_core::proto::handshake_client::{ClientHandshake, ClientStep};
-use shmipc_core::proto::session::Role;
+use shmipc_core::proto::stream_table::Role;
 use shmipc_core::shm::claims::Purpose;
-use shmipc_core::shm::leftovers;
-use shmipc_core::shm::manager::BufferManager;
-use shmipc_core::shm::queue;
+use shmipc_core::shm::event_queue;
+use shmipc_core::shm::format::{ListSets, Side};
+use shmipc_core::shm::pool::SlicePool;
 use shmipc_core::shm::region::{FdKind, NewFile, Region, SharedFile};
-use shmipc_core::shm::setup::{ListSets, Side};
+use shmipc_core::shm::stale_files;
 use shmipc_core::wire::layout::QueueLayout;
 use shmipc_core::wire::negotiation::printable;
 use shmipc_core::wire::{Deframer, Features, Header, MAX_NEGOTIATION_LEN, MemoryPaths, Message};
@@ -67,7 +67,7 @@ pub(crate) enum Answer {
     /// Nothing was asked yet, or not in version 4, or the connection has ended.
     NotDue,
     /// It has said nothing.
-    Due,
+    CreditUpdate,
     /// It has said something.
     Given,
 }
@@ -101,7 +101,7 @@ pub(crate) async fn connect(
         if is_closed {
             answer.set(Answer::NotDue);
         }
-        let is_silent = is_unheard && answer.get() == Answer::Due;
+        let is_silent = is_unheard && answer.get() == Answer::CreditUpdate;
         let may_fall_back = is_closed || is_silent;
         if is_closed && !config.settings().falls_back {
             let how = "it closed the connection";
@@ -124,7 +124,7 @@ fn offered_features(config: &Config) -> Features {
             _ => None,
         },
         eventfd: config.settings().wakeup == Wakeup::EventFd,
-        single_popper_lists: config.offers_single_popper_lists(),
+        owned_free_lists: config.offers_owned_free_lists(),
     }
 }
 
@@ -142,7 +142,7 @@ async fn drive_client(
     paths: &MemoryPaths,
     config: &Config,
     answer: &Cell<Answer>,
-) -> Result<(Agreement, Created), Error> {
+) -> Result<(Negotiated, Created), Error> {
     let mut created = None;
     loop {
         match handshake.step() {
@@ -163,7 +163,7 @@ async fn drive_client(
             }
             ClientStep::AwaitMessage(due) => {
                 if handshake.may_fall_back() {
-                    answer.set(Answer::Due);
+                    answer.set(Answer::CreditUpdate);
                     await_answer(inbox, socket, config).await?;
                     answer.set(Answer::Given);
                 }
@@ -221,7 +221,7 @@ async fn last_words(
 }
 
 /// The doorbell of a session that has no eventfds.
-pub(crate) fn without_descriptors(agreement: &Agreement) -> Doorbell {
+pub(crate) fn without_descriptors(agreement: &Negotiated) -> Doorbell {
     match agreement.wakeup {
         Wakeup::Polling(interval) => Doorbell::Polling(interval),
         _ => Doorbell::Socket,
@@ -375,14 +375,14 @@ fn new_paths(prefix: &Path) -> MemoryPaths {
     let number = SESSIONS.replace(SESSIONS.get() + 1);
     // The standard library's own source of randomness, seeded by the system per thread.
     let random = RandomState::new().build_hasher().finish();
-    let name = |kind: &str| leftovers::name(prefix, random, number, kind);
+    let name = |kind: &str| stale_files::name(prefix, random, number, kind);
     debug_assert!(name("buffer").as_os_str().as_bytes().len() < 255);
     MemoryPaths { queue: name("queue"), buffer: name("buffer") }
 }
 
 /// Whose the buffer lists are, seen from this side.
-pub(crate) fn list_sets(agreement: &Agreement, side: Side) -> ListSets {
-    if agreement.single_popper_lists { ListSets::OnePerSide(side) } else { ListSets::Shared }
+pub(crate) fn list_sets(agreement: &Negotiated, side: Side) -> ListSets {
+    if agreement.owned_free_lists { ListSets::OnePerSide(side) } else { ListSets::Shared }
 }
 
 /// What a client has made for a session.
@@ -396,9 +396,9 @@ struct Created {
 async fn create_memory(
     paths: &MemoryPaths,
     config: &Config,
-    agreement: &Agreement,
+    agreement: &Negotiated,
 ) -> Result<Created, Error> {
-    let queue_len = queue::queues_len(config.settings().queue_capacity);
+    let queue_len = event_queue::queues_len(config.settings().queue_capacity);
     let buffer_len = config.settings().buffer_size as usize;
     if config.settings().checks_memory {
         config.footprint(1, 1, 1).check_shared_memory()?;
@@ -409,7 +409,7 @@ async fn create_memory(
         let (queue, queue_fd) = Region::create_memfd(&paths.queue, queue_len)?;
         (buffer, queue, vec![buffer_fd, queue_fd])
     } else {
-        leftovers::remove_once(&config.settings().path_prefix);
+        stale_files::remove_once(&config.settings().path_prefix);
         let (buffer, buffer_file) = Region::create_file(&paths.buffer, buffer_len)?;
         let (queue, queue_file) = Region::create_file(&paths.queue, queue_len)?;
         for (file, len) in [(buffer_file, buffer_len), (queue_file, queue_len)] {
@@ -430,7 +430,7 @@ async fn create_memory(
     } else {
         without_descriptors(agreement)
     };
-    let manager = BufferManager::create(
+    let manager = SlicePool::create(
         &Rc::new(buffer),
         &config.settings().slice_classes,
         list_sets(agreement, Side::Client),
@@ -438,7 +438,7 @@ async fn create_memory(
     show_extension(&manager, config, Role::Client);
     let layout = QueueLayout::for_version(agreement.version);
     let (producer, consumer) =
-        queue::create(&Rc::new(queue), config.settings().queue_capacity, layout);
+        event_queue::create(&Rc::new(queue), config.settings().queue_capacity, layout);
     let memory = SessionMemory { files, producer, consumer, manager, admitted: None };
     Ok(Created { memory, doorbell, descriptors })
 }
@@ -463,7 +463,7 @@ async fn reserve(file: &NewFile, len: usize, config: &Config) -> Result<(), Erro
 
 pub(crate) fn map_descriptors(
     descriptors: Vec<OwnedFd>,
-    agreement: &Agreement,
+    agreement: &Negotiated,
     config: &Config,
     admission: &Rc<Admission>,
 ) -> Result<(SessionMemory, Doorbell), Error> {
@@ -487,7 +487,7 @@ pub(crate) fn map_descriptors(
 pub(crate) fn map_files(
     paths: &MemoryPaths,
     peer: PeerCredentials,
-    agreement: &Agreement,
+    agreement: &Negotiated,
     config: &Config,
     admission: &Rc<Admission>,
 ) -> Result<SessionMemory, Error> {
@@ -506,9 +506,9 @@ pub(crate) fn map_files(
 fn map_memory(
     mut buffer: Region,
     mut queue: Region,
-    agreement: &Agreement,
+    agreement: &Negotiated,
     config: &Config,
-    admitted: Admitted,
+    admitted: SessionPermit,
 ) -> Result<SessionMemory, Error> {
     // Before this side keeps books on it.
     admitted.count_mapped(buffer.len() as u64)?;
@@ -517,10 +517,10 @@ fn map_memory(
     queue.claim(Purpose::Queue)?;
     buffer.claim(Purpose::Buffer)?;
     let layout = QueueLayout::for_version(agreement.version);
-    let (producer, consumer) = queue::map(&Rc::new(queue), layout)?;
+    let (producer, consumer) = event_queue::map(&Rc::new(queue), layout)?;
     let sets = list_sets(agreement, Side::Server);
     let may_keep = |bytes| admitted.count_mapped(bytes);
-    let manager = BufferManager::map_within(&Rc::new(buffer), sets, may_keep)?;
+    let manager = SlicePool::map_within(&Rc::new(buffer), sets, may_keep)?;
     show_extension(&manager, config, Role::Server);
     let (files, admitted) = (Vec::new(), Some(admitted));
     Ok(SessionMemory { files, producer, consumer, manager, admitted })

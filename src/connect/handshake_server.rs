@@ -13,11 +13,11 @@ use crate::session::established::{Established, SessionMemory};
 use crate::session::wakeup::Doorbell;
 use shmipc_core::config::Config;
 use shmipc_core::error::{Error, HandshakeError, MemoryError};
-use shmipc_core::proto::Agreement;
+use shmipc_core::proto::Negotiated;
 use shmipc_core::proto::handshake_server::{
-    Abilities, ServerHandshake, ServerStep, refusal_message,
+    ServerCapabilities, ServerHandshake, ServerStep, refusal_message,
 };
-use shmipc_core::proto::session::Role;
+use shmipc_core::proto::stream_table::Role;
 use shmipc_core::wire::{Message, ShardIdentity};
 
 /// The server's side of a handshake.
@@ -29,11 +29,11 @@ pub(crate) struct Acceptance {
 
 impl Acceptance {
     pub(crate) fn new(socket: Socket, config: &Config, shard: Option<ShardIdentity>) -> Self {
-        let handshake = ServerHandshake::new(Abilities {
-            highest: config.settings().accepted_protocol,
+        let handshake = ServerHandshake::new(ServerCapabilities {
+            highest: config.settings().max_accepted_protocol,
             has_descriptors: !socket.is_tcp(),
-            single_popper_lists: config.settings().single_popper_lists,
-            shortest_polling: config.settings().shortest_polling,
+            owned_free_lists: config.settings().owned_free_lists,
+            min_polling_interval: config.settings().min_polling_interval,
             shard,
         });
         Self { socket, handshake, inbox: Inbox::new() }
@@ -45,7 +45,7 @@ impl Acceptance {
         peer: PeerCredentials,
         config: &Config,
         admission: &Rc<Admission>,
-    ) -> Result<(Agreement, SessionMemory, Doorbell), Error> {
+    ) -> Result<(Negotiated, SessionMemory, Doorbell), Error> {
         let Self { socket, handshake, inbox } = self;
         let mut descriptors = Vec::new();
         let mut mapped = None;
@@ -102,7 +102,7 @@ impl Acceptance {
     pub(crate) fn established(
         self,
         peer: PeerCredentials,
-        (agreement, memory, doorbell): (Agreement, SessionMemory, Doorbell),
+        (agreement, memory, doorbell): (Negotiated, SessionMemory, Doorbell),
     ) -> Established {
         Established { role: Role::Server, peer, socket: self.socket, agreement, memory, doorbell }
     }

@@ -28,19 +28,19 @@ use crate::exec::callback;
 use crate::exec::runtime::{Task, sleep, spawn_local};
 use crate::exec::task_set::TaskSet;
 use crate::exec::wakers::WakerList;
-use crate::net::admission::{Admission, PlaceTaken};
-use crate::net::bound_socket::Door;
+use crate::net::admission::{Admission, HandshakePermit};
+use crate::net::bound_socket::BoundSocket;
 use crate::net::credentials::PeerCredentials;
 use crate::net::fd_disposal::{self, PeerSocket};
 use crate::net::socket::{ListenerSocket, Socket};
 use crate::net::socket_file::SocketPath;
 use crate::reactor::poll_loop::Ends;
-use crate::session::local_reactor::Poller;
+use crate::session::local_reactor::LocalReactor;
 use crate::session::state::Session;
 use shmipc_core::config::{Config, ProtocolVersion};
 use shmipc_core::error::{Error, HandshakeError, Result};
 use shmipc_core::shm::access::PeerTrust;
-use shmipc_core::shm::leftovers;
+use shmipc_core::shm::stale_files;
 use shmipc_core::wire::ShardIdentity;
 
 /// How long handshakes that have nothing to wait for any more get to end.
@@ -56,7 +56,7 @@ type Authorize = Rc<dyn Fn(&PeerCredentials) -> bool>;
 /// Accepts sessions on a Unix socket, or over TCP on loopback.
 ///
 /// Sessions live on the executor that the listener was made on. A peer that breaks the handshake,
-/// or does not finish it in time, is dropped, and [told about](Self::on_refused) if asked; the
+/// or does not finish it in time, is dropped, and [told about](Self::on_rejected) if asked; the
 /// listener goes on.
 ///
 /// ```
@@ -118,7 +118,7 @@ struct Shared {
     ready: RefCell<VecDeque<Ready>>,
     failed: RefCell<Option<Error>>,
     waiting: WakerList,
-    on_refused: RefCell<Option<OnRefused>>,
+    on_rejected: RefCell<Option<OnRefused>>,
     authorize: RefCell<Option<Authorize>>,
     trust: Cell<Option<u64>>,
     /// Which shard of a server this is.
@@ -140,7 +140,7 @@ struct Arrival {
 pub(crate) struct Ready {
     pub(crate) session: Session,
     pub(crate) ticket: Option<Ticket>,
-    _place: PlaceTaken,
+    _place: HandshakePermit,
 }
 
 /// What goes with a connection that was accepted elsewhere, until its session is taken.
@@ -178,7 +178,7 @@ impl Listener {
     /// thread; [`bind_within`](Self::bind_within) waits longer without holding up its core. With
     /// `PermissionDenied`, when the lock is a file of another user.
     pub fn bind(path: impl AsRef<Path>, config: Config) -> Result<Self> {
-        Ok(Self::at(Door::open(path.as_ref(), &config, BIND_PATIENCE)?, config))
+        Ok(Self::at(BoundSocket::open(path.as_ref(), &config, BIND_PATIENCE)?, config))
     }
 
     /// As [`bind`](Self::bind), and tries again while the path is in use, for as long as this. What
@@ -209,7 +209,7 @@ impl Listener {
     ) -> Result<Self> {
         let began = Instant::now();
         loop {
-            match Door::open(path.as_ref(), &config, Duration::ZERO) {
+            match BoundSocket::open(path.as_ref(), &config, Duration::ZERO) {
                 Ok(door) => return Ok(Self::at(door, config)),
                 Err(error)
                     if error.kind() == io::ErrorKind::AddrInUse && began.elapsed() < patience => {}
@@ -220,7 +220,7 @@ impl Listener {
     }
 
     /// Listens at a door that was opened on another thread, possibly.
-    pub(crate) fn at(door: Door, config: Config) -> Self {
+    pub(crate) fn at(door: BoundSocket, config: Config) -> Self {
         let socket = ListenerSocket::new(door.fd, false);
         Self::start(socket, None, Some(door.path), config)
     }
@@ -249,7 +249,7 @@ impl Listener {
         path: Option<SocketPath>,
         config: Config,
     ) -> Self {
-        leftovers::remove_once(&config.settings().path_prefix);
+        stale_files::remove_once(&config.settings().path_prefix);
         let admission = Admission::new(&config.settings().limits);
         let place = match (&path, address) {
             (Some(path), _) => path.path().display().to_string(),
@@ -266,7 +266,7 @@ impl Listener {
             ready: RefCell::default(),
             failed: RefCell::default(),
             waiting: WakerList::default(),
-            on_refused: RefCell::default(),
+            on_rejected: RefCell::default(),
             authorize: RefCell::default(),
             trust: Cell::new(None),
             shard: Cell::new(None),
@@ -275,7 +275,7 @@ impl Listener {
             stop: Rc::default(),
         });
         // Started before the first handshake, it is ready behind it.
-        let poller = Poller::current();
+        let poller = LocalReactor::current();
         let accepting = accept_connections(socket, Rc::downgrade(&shared));
         let beginning = begin_waiting(Rc::downgrade(&shared));
         let accepting = spawn_local(async {
@@ -299,8 +299,8 @@ impl Listener {
     /// once, and from then on at most once a second, with the number of those between. A peer of
     /// version 4 [is told](shmipc_core::wire::negotiation), where its user, the number of sessions,
     /// the size of its memory, or the end of this server is the reason.
-    pub fn on_refused(&self, tell: impl Fn(&Error) + 'static) {
-        let before = self.shared.on_refused.replace(Some(Rc::new(tell)));
+    pub fn on_rejected(&self, tell: impl Fn(&Error) + 'static) {
+        let before = self.shared.on_rejected.replace(Some(Rc::new(tell)));
         // Not while it is borrowed: what is dropped here is the program's.
         drop(before);
     }
@@ -320,7 +320,7 @@ impl Listener {
 
     /// Says that the promise behind this token speaks for the peers of sessions from now on, so
     /// that their messages can be looked at in place.
-    pub fn trusting(self, trust: &PeerTrust) -> Self {
+    pub fn trust_peer(self, trust: &PeerTrust) -> Self {
         self.trust_as(Some(trust.id()))
     }
 
@@ -427,7 +427,7 @@ impl Shared {
         }
     }
 
-    fn begin_handshake(self: &Rc<Self>, arrival: Arrival, place: PlaceTaken) {
+    fn begin_handshake(self: &Rc<Self>, arrival: Arrival, place: HandshakePermit) {
         self.handshakes.spawn(shake_hands(arrival, Rc::downgrade(self), place));
     }
 
@@ -442,7 +442,7 @@ impl Shared {
     fn refuse_arrival(&self, arrival: Arrival, error: Error) {
         let Arrival { connection, peer, .. } = arrival;
         self.refuse(Some(&peer), &error);
-        if self.config.settings().accepted_protocol >= ProtocolVersion::V4 {
+        if self.config.settings().max_accepted_protocol >= ProtocolVersion::V4 {
             let acceptance = Acceptance::new(connection, &self.config, None);
             let (refusals, stop) = (Rc::clone(&self.refusals), Rc::clone(&self.stop));
             self.handshakes.spawn(say_farewell(acceptance, error, refusals, stop));
@@ -451,9 +451,9 @@ impl Shared {
 
     fn refuse(&self, peer: Option<&PeerCredentials>, error: &Error) {
         self.refusals.log(&self.place, peer, error);
-        let tell = self.on_refused.borrow().clone();
+        let tell = self.on_rejected.borrow().clone();
         if let Some(tell) = tell {
-            callback::call("on_refused", || tell(error));
+            callback::call("on_rejected", || tell(error));
         }
     }
 }

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! How sessions come to be.
+//! How sessions are made: listener, connector, and the handshakes over a socket.
 //!
-//! - [`listener`]: where peers connect to; [`handshake_queue`]: connections that wait for their
-//!   turn; [`handshake_server`]: the server's side of a handshake; [`refusals`]: what a refused
-//!   peer, and whoever runs the server, get to know.
-//! - [`connector`]: how a client gets a session; [`handshake_client`]: its side of a handshake, and
-//!   what both sides share; [`old_servers`]: servers that do not answer version 4.
+//! - Server: [`listener`] accepts connections; [`handshake_queue`]: connections that wait for a
+//!   handshake; [`handshake_server`]: its side of a handshake; [`refusals`]: tells refused peers,
+//!   and the log, why.
+//! - Client: [`connector`]; [`handshake_client`]: its side of a handshake, and what both sides
+//!   share (memory, descriptors); [`old_servers`]: servers that did not answer version 4.
+//!
+//! The handshakes themselves are state machines in `shmipc_core::proto`. This room carries out
+//! their steps, and bounds their time.
 
 pub(crate) mod connector;
 pub(crate) mod handshake_client;

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Tasks and what they wait for. The only room that names glommio.
 //!
-//! - [`runtime`]: what is used of glommio.
-//! - [`task_set`]: tasks that end with what they belong to.
-//! - [`wakers`], [`task_waker`]: what tasks wait in; [`deadline`]: until when.
-//! - [`contain`], [`callback`]: code of the program whose panics must end nothing else.
-//! - [`log_limit`]: lines of the log that come again and again.
-//! - [`wake_audit`]: whether a task is woken by its own core only.
+//! - [`runtime`]: the parts of glommio that this crate uses.
+//! - [`task_set`]: tasks that are cancelled with their owner.
+//! - [`wakers`]: places where tasks wait for a change; [`task_waker`]: one stored waker per task;
+//!   [`deadline`]: a time limit for a wait.
+//! - [`contain`], [`callback`]: run the program's code so that a panic in it ends nothing else.
+//! - [`log_limit`]: at most one log line per interval.
+//! - [`wake_audit`]: counts wake-ups that come from other threads.
+//!
+//! Everything here belongs to one executor. Another runtime means another version of this room.
 
 pub(crate) mod callback;
 pub(crate) mod contain;

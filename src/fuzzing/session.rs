@@ -25,13 +25,13 @@ use crate::session::wakeup::{Doorbell, create_event_fds};
 use shmipc_core::config::{Config, ProtocolVersion, Spin, Wakeup};
 use shmipc_core::error::Error;
 use shmipc_core::fuzzing::{BUFFER_LEN, CLASSES, Input, QUEUE_CAPACITY, poke};
-use shmipc_core::proto::Agreement;
-use shmipc_core::proto::session::Role;
+use shmipc_core::proto::Negotiated;
+use shmipc_core::proto::stream_table::Role;
 use shmipc_core::shm::chain::Chain;
-use shmipc_core::shm::manager::BufferManager;
-use shmipc_core::shm::queue::{self, Consumer, Producer};
+use shmipc_core::shm::event_queue::{self, Consumer, Producer};
+use shmipc_core::shm::format::Side;
+use shmipc_core::shm::pool::SlicePool;
 use shmipc_core::shm::region::Region;
-use shmipc_core::shm::setup::Side;
 use shmipc_core::wire::layout::QueueLayout;
 use shmipc_core::wire::{Event, fallback_header, sync_event};
 
@@ -44,7 +44,7 @@ thread_local! {
     static CONFIGS: [Rc<Config>; 2] =
         [Spin::Never, Spin::For(Duration::from_micros(20))].map(|spin| {
             let limits = Config::builder().max_streams(4).max_unread_fallback_bytes(4096);
-            let config = limits.spin(spin).pool_wait(Duration::ZERO).max_message_len(4096);
+            let config = limits.spin(spin).fallback_after(Duration::ZERO).max_message_len(4096);
             Rc::new(config.build().expect("valid"))
         });
 }
@@ -61,7 +61,7 @@ struct Peer {
     sent: usize,
     buffer: Rc<Region>,
     queues: Rc<Region>,
-    manager: Rc<BufferManager>,
+    manager: Rc<SlicePool>,
     producer: Producer<Region>,
     consumer: Consumer<Region>,
     held: Vec<Chain<Region>>,
@@ -78,12 +78,12 @@ async fn run(data: Vec<u8>) {
     let version = if first & 8 == 0 { ProtocolVersion::V3 } else { ProtocolVersion::V4 };
     let has_eventfds = first & 24 == 24;
     let wakeup = if has_eventfds { Wakeup::EventFd } else { Wakeup::Socket };
-    let single_popper_lists = version == ProtocolVersion::V4;
-    let agreement = Agreement { wakeup, single_popper_lists, ..Agreement::plain(version) };
+    let owned_free_lists = version == ProtocolVersion::V4;
+    let agreement = Negotiated { wakeup, owned_free_lists, ..Negotiated::plain(version) };
     let (mut peer, established) = pair(role, agreement);
     let config = CONFIGS.with(|configs| Rc::clone(&configs[usize::from(first >> 1 & 1)]));
     let session = Session::start(established, &config, None);
-    let manager = Rc::clone(&session.inner().lanes.manager);
+    let manager = Rc::clone(&session.inner().channels.manager);
     let tasks = Rc::new(TaskSet::default());
     let by_messages = Rc::new(Cell::new(first & 4 == 0));
     serve(&session, &tasks, &by_messages);
@@ -163,20 +163,20 @@ async fn bytes(mut stream: Stream) -> Result<(), Error> {
 }
 
 /// Both sides of a session whose handshake is done.
-fn pair(role: Role, agreement: Agreement) -> (Peer, Established) {
+fn pair(role: Role, agreement: Negotiated) -> (Peer, Established) {
     let layout = QueueLayout::for_version(agreement.version);
     let (buffer, buffer_fd) = Region::create_memfd(Path::new("fuzz"), BUFFER_LEN).expect("memory");
-    let queue_len = queue::queues_len(QUEUE_CAPACITY);
+    let queue_len = event_queue::queues_len(QUEUE_CAPACITY);
     let (queues, queue_fd) = Region::create_memfd(Path::new("fuzz"), queue_len).expect("memory");
     let map = |fd| Rc::new(Region::map_descriptor(fd, "memory", 1 << 20).expect("a memfd"));
     let (other_buffer, other_queues) = (map(buffer_fd), map(queue_fd));
     let (buffer, queues) = (Rc::new(buffer), Rc::new(queues));
-    let manager = BufferManager::create(&buffer, &CLASSES, list_sets(&agreement, Side::Client))
+    let manager = SlicePool::create(&buffer, &CLASSES, list_sets(&agreement, Side::Client))
         .expect("there is room");
-    let (producer, consumer) = queue::create(&queues, QUEUE_CAPACITY, layout);
+    let (producer, consumer) = event_queue::create(&queues, QUEUE_CAPACITY, layout);
     let other_manager =
-        BufferManager::map(&other_buffer, list_sets(&agreement, Side::Server)).expect("honest");
-    let (other_producer, other_consumer) = queue::map(&other_queues, layout).expect("honest");
+        SlicePool::map(&other_buffer, list_sets(&agreement, Side::Server)).expect("honest");
+    let (other_producer, other_consumer) = event_queue::map(&other_queues, layout).expect("honest");
     let (socket, other) = UnixStream::pair().expect("a pair");
     // Whoever would wait for room here would wait for itself.
     other.set_nonblocking(true).expect("a socket");

@@ -54,13 +54,13 @@ struct Shaking {
 }
 
 /// A place for a handshake, or for a session that waits to be taken.
-pub(crate) struct PlaceTaken {
+pub(crate) struct HandshakePermit {
     admission: Rc<Admission>,
     uid: Uid,
 }
 
 /// A session that counts, with the memory that was mapped for it.
-pub(crate) struct Admitted {
+pub(crate) struct SessionPermit {
     admission: Rc<Admission>,
     mapped_bytes: Cell<u64>,
 }
@@ -118,13 +118,13 @@ impl Admission {
     }
 
     /// Takes a place for a peer of this user, if there is one.
-    pub(crate) fn try_place(self: &Rc<Self>, uid: Uid) -> Option<PlaceTaken> {
+    pub(crate) fn try_place(self: &Rc<Self>, uid: Uid) -> Option<HandshakePermit> {
         if !self.has_place(uid) {
             return None;
         }
         self.taken.set(self.taken.get() + 1);
         *self.taken_by.borrow_mut().entry(uid).or_default() += 1;
-        Some(PlaceTaken { admission: Rc::clone(self), uid })
+        Some(HandshakePermit { admission: Rc::clone(self), uid })
     }
 
     /// Has those give up their places that have had them for too long, as many of them as help
@@ -184,14 +184,14 @@ impl Admission {
     /// # Errors
     ///
     /// There are as many as there may be.
-    pub(crate) fn session(self: &Rc<Self>) -> Result<Admitted, HandshakeError> {
+    pub(crate) fn session(self: &Rc<Self>) -> Result<SessionPermit, HandshakeError> {
         self.check_sessions()?;
         self.sessions.set(self.sessions.get() + 1);
-        Ok(Admitted { admission: Rc::clone(self), mapped_bytes: Cell::new(0) })
+        Ok(SessionPermit { admission: Rc::clone(self), mapped_bytes: Cell::new(0) })
     }
 }
 
-impl PlaceTaken {
+impl HandshakePermit {
     /// Carries on a handshake for as long as it may keep its place.
     pub(crate) async fn shake<T>(
         &self,
@@ -222,7 +222,7 @@ impl PlaceTaken {
     }
 }
 
-impl Drop for PlaceTaken {
+impl Drop for HandshakePermit {
     fn drop(&mut self) {
         let admission = &self.admission;
         admission.taken.set(admission.taken.get() - 1);
@@ -248,7 +248,7 @@ impl Drop for Entry<'_> {
     }
 }
 
-impl Admitted {
+impl SessionPermit {
     /// Counts memory that the peer brings, and what this side keeps for it.
     ///
     /// # Errors
@@ -267,7 +267,7 @@ impl Admitted {
     }
 }
 
-impl Drop for Admitted {
+impl Drop for SessionPermit {
     fn drop(&mut self) {
         let admission = &self.admission;
         admission.sessions.set(admission.sessions.get() - 1);
@@ -297,7 +297,7 @@ mod tests {
     }
 
     /// Waits for a place, as if nobody else did.
-    async fn wait_for_place(admission: &Rc<Admission>, uid: Uid) -> PlaceTaken {
+    async fn wait_for_place(admission: &Rc<Admission>, uid: Uid) -> HandshakePermit {
         loop {
             let seen = admission.changes();
             if let Some(place) = admission.try_place(uid) {

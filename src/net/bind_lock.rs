@@ -24,14 +24,14 @@ use crate::net::socket_file::is_abstract;
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// A turn at the files of the sockets of one path.
-pub(crate) struct DoorLock {
+pub(crate) struct BindLock {
     /// `None`: an abstract name has no file, and needs no turn.
     lock: Option<(PathBuf, Flock<File>)>,
     /// Until when may be waited, for the turn and in it.
     until: Instant,
 }
 
-impl DoorLock {
+impl BindLock {
     /// Waits for the turn, on this thread, and for no longer than this. What is left of that time
     /// is there for waits in the turn.
     ///
@@ -123,7 +123,7 @@ fn not_ours(path: &Path, found: &fs::Metadata) -> io::Error {
     io::Error::new(io::ErrorKind::PermissionDenied, text)
 }
 
-impl Drop for DoorLock {
+impl Drop for BindLock {
     fn drop(&mut self) {
         if let Some((path, _lock)) = &self.lock {
             // While it is locked: nobody else has this file.
@@ -178,7 +178,7 @@ mod tests {
                 let turns = Arc::clone(&turns);
                 std::thread::spawn(move || {
                     for _ in 0..100 {
-                        let lock = DoorLock::take(&path, LONG).unwrap();
+                        let lock = BindLock::take(&path, LONG).unwrap();
                         assert!(!inside.swap(true, Ordering::SeqCst), "two at a time");
                         turns.fetch_add(1, Ordering::SeqCst);
                         std::thread::yield_now();
@@ -198,13 +198,13 @@ mod tests {
     #[test]
     fn nobody_else_can_open_it_and_no_link_is_followed() {
         let path = temporary("mode");
-        let lock = DoorLock::take(&path, LONG).unwrap();
+        let lock = BindLock::take(&path, LONG).unwrap();
         let mode = fs::symlink_metadata(lock_path(&path)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         drop(lock);
         let target = temporary("target");
         std::os::unix::fs::symlink(&target, lock_path(&path)).unwrap();
-        let error = DoorLock::take(&path, LONG).map(drop).unwrap_err();
+        let error = BindLock::take(&path, LONG).map(drop).unwrap_err();
         assert!(error.to_string().contains(".lock"), "{error}");
         assert!(!target.exists());
         fs::remove_file(lock_path(&path)).unwrap();
@@ -219,11 +219,11 @@ mod tests {
         let path = temporary("held");
         let file = private(&lock_path(&path));
         let held = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
-        let error = DoorLock::take(&path, Duration::from_millis(5)).map(drop).unwrap_err();
+        let error = BindLock::take(&path, Duration::from_millis(5)).map(drop).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
         assert!(error.to_string().contains(".lock locked; try again"), "{error}");
         drop(held);
-        drop(DoorLock::take(&path, Duration::ZERO).unwrap());
+        drop(BindLock::take(&path, Duration::ZERO).unwrap());
     }
 
     /// With a patience that nobody has, so an error that comes did not wait.
@@ -231,7 +231,7 @@ mod tests {
     fn what_others_could_keep_locked_is_not_waited_for() {
         let path = temporary("foreign");
         let lock = lock_path(&path);
-        let refused = || DoorLock::take(&path, Duration::from_secs(1 << 20)).map(drop).unwrap_err();
+        let refused = || BindLock::take(&path, Duration::from_secs(1 << 20)).map(drop).unwrap_err();
         let is_due = |error: io::Error, uid: u32, mode: &str| {
             let text = error.to_string();
             let says = format!("{} is of user {uid} with mode {mode}", lock.display());
@@ -266,7 +266,7 @@ mod tests {
     fn one_that_was_left_by_the_dead_is_no_obstacle() {
         let path = temporary("left");
         drop(private(&lock_path(&path)));
-        drop(DoorLock::take(&path, LONG).unwrap());
+        drop(BindLock::take(&path, LONG).unwrap());
         assert!(!lock_path(&path).exists());
     }
 }

@@ -8,18 +8,18 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use crate::net::bind_lock::DoorLock;
+use crate::net::bind_lock::BindLock;
 use crate::net::socket_file::{self, SocketPath};
 use shmipc_core::config::Config;
 use shmipc_core::error::{Error, Result};
 
 /// A Unix socket that listens. It can be opened on one thread and served on another.
-pub(crate) struct Door {
+pub(crate) struct BoundSocket {
     pub(crate) fd: OwnedFd,
     pub(crate) path: SocketPath,
 }
 
-impl Door {
+impl BoundSocket {
     /// Opens the door of one listener. Waits on this thread, if that can help, for no longer than
     /// this.
     pub(crate) fn open(path: &Path, config: &Config, patience: Duration) -> Result<Self> {
@@ -28,11 +28,11 @@ impl Door {
     }
 
     /// Waits for the turn at the doors of one server.
-    pub(crate) fn turn(path: &Path, patience: Duration) -> Result<DoorLock> {
-        DoorLock::take(path, patience).map_err(|error| listen_error(path, error))
+    pub(crate) fn turn(path: &Path, patience: Duration) -> Result<BindLock> {
+        BindLock::take(path, patience).map_err(|error| listen_error(path, error))
     }
 
-    pub(crate) fn open_in_turn(path: &Path, config: &Config, turn: &DoorLock) -> Result<Self> {
+    pub(crate) fn open_in_turn(path: &Path, config: &Config, turn: &BindLock) -> Result<Self> {
         let (fd, path) = socket_file::listen(path, &config.settings().socket_file, turn)
             .map_err(|error| listen_error(path, error))?;
         Ok(Self { fd, path })

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Sockets, their files, and who is at the other end.
 //!
-//! - [`socket`]: a connected socket: readiness, sending without waiting, descriptors.
-//! - [`fd_passing`]: descriptors that peers pass; [`fd_disposal`]: closing what a peer makes slow.
-//! - [`socket_file`]: the files of Unix sockets; [`bind_lock`]: turns at them; [`bound_socket`]: a
-//!   socket that listens, with its file.
-//! - [`credentials`]: who the peer is; [`admission`]: how many peers, and what they may bring.
+//! - [`socket`]: a connected socket: readiness, sends that do not wait, descriptors.
+//! - [`fd_passing`]: receives descriptors from a peer; [`fd_disposal`]: closes sockets and
+//!   descriptors whose close a peer can make slow.
+//! - [`socket_file`]: the files of Unix sockets; [`bind_lock`]: the lock that is held while one is
+//!   replaced; [`bound_socket`]: a listening socket together with its file.
+//! - [`credentials`]: the user and process of the peer; [`admission`]: limits on handshakes,
+//!   sessions and their memory.
+//!
+//! Nothing here waits on the executor's thread for something that a peer decides.
 
 pub(crate) mod admission;
 pub(crate) mod bind_lock;

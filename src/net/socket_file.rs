@@ -2,7 +2,7 @@
 //! The files of Unix sockets that something here listens on.
 //!
 //! A file that a dead listener left is replaced, one of a living listener never; it lives as long
-//! as somebody accepts connections, or could. Who replaces files has a [turn](DoorLock) at it.
+//! as somebody accepts connections, or could. Who replaces files has a [turn](BindLock) at it.
 //!
 //! Who removes its own file needs none: a descriptor of the socket is kept until the file is gone.
 //! So the file's number, by which it is known again, is not given to another one, and nobody takes
@@ -31,7 +31,7 @@ use nix::sys::socket::{
 use nix::sys::stat::{FchmodatFlags, Mode};
 use nix::unistd::{Gid, Pid, Uid};
 
-use crate::net::bind_lock::DoorLock;
+use crate::net::bind_lock::BindLock;
 use crate::net::fd_disposal::{self, PeerSocket};
 use crate::net::fd_passing::refuse_descriptors;
 use shmipc_core::config::SocketFile;
@@ -166,7 +166,7 @@ fn who_may_connect(path: &Path) -> String {
 pub(crate) fn listen(
     path: &Path,
     file: &SocketFile,
-    turn: &DoorLock,
+    turn: &BindLock,
 ) -> io::Result<(OwnedFd, SocketPath)> {
     let address = unix_address(path)?;
     let fd = new_socket(SockFlag::empty())?;
@@ -280,7 +280,7 @@ pub(crate) fn socket_identity(path: &Path) -> Option<(u64, u64, i64, i64)> {
 /// # Errors
 ///
 /// It lives, or it is no socket, or cannot be removed.
-pub(crate) fn remove_left_over(path: &Path, turn: &DoorLock) -> io::Result<()> {
+pub(crate) fn remove_left_over(path: &Path, turn: &BindLock) -> io::Result<()> {
     let in_use = |what: &str| Err(io::Error::new(io::ErrorKind::AddrInUse, what));
     if !is_abstract(path) && !is_socket(path) {
         return in_use("what is there is not a socket, and is left alone");
@@ -325,7 +325,7 @@ enum Listening {
 /// The socket of a process that was killed may outlive it by some milliseconds, while the kernel
 /// clears up behind its io_uring. That is waited for, as long as the turn has time. Not if it was a
 /// process of another user, which could make it look so for as long as it likes.
-fn state(path: &Path, turn: &DoorLock) -> io::Result<Listening> {
+fn state(path: &Path, turn: &BindLock) -> io::Result<Listening> {
     let address = unix_address(path)?;
     loop {
         // Without waiting: one whose backlog is full lives.
@@ -382,7 +382,7 @@ mod tests {
     const PRIVATE: SocketFile = SocketFile { mode: 0o600, user: None, group: None };
 
     fn listen(path: &Path, file: &SocketFile) -> io::Result<(OwnedFd, SocketPath)> {
-        super::listen(path, file, &DoorLock::take(path, LONG)?)
+        super::listen(path, file, &BindLock::take(path, LONG)?)
     }
 
     fn temporary(name: &str) -> PathBuf {
@@ -453,7 +453,7 @@ mod tests {
         nix::sys::socket::bind(fd.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
         nix::sys::socket::listen(&fd, Backlog::new(0).unwrap()).unwrap();
         let _waiting = UnixStream::connect(&path).unwrap();
-        let turn = DoorLock::take(&path, LONG).unwrap();
+        let turn = BindLock::take(&path, LONG).unwrap();
         assert_eq!(state(&path, &turn).unwrap(), Listening::Alive);
         fs::remove_file(&path).unwrap();
     }
@@ -517,7 +517,7 @@ mod tests {
         let (fd, entry) = listen(&path, &file).unwrap();
         drop((fd, entry));
         assert!(!path.exists());
-        let locked = DoorLock::take(&path, LONG).unwrap();
+        let locked = BindLock::take(&path, LONG).unwrap();
         let bad = SocketFile { mode: 0o600, user: Some(u32::MAX - 1), group: None };
         let result = super::listen(&path, &bad, &locked);
         // An error must not wait for the lock that its caller holds.

@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 /// processor with its peer; but when it gives way, somebody else runs for a while, and then there
 /// is an answer, that is what it looks like.
 #[derive(Default)]
-pub(crate) struct GiveWay {
+pub(crate) struct CpuSharing {
     idle_passes: u32,
     /// How sure it is that the peer is on this processor.
     evidence: u32,
 }
 
-impl GiveWay {
+impl CpuSharing {
     /// How many passes find nothing before giving way is tried: longer than a peer on a processor
     /// of its own takes to answer.
     const PATIENCE: u32 = 64;

@@ -17,7 +17,7 @@ use std::time::Duration;
 use crate::exec::runtime::sleep;
 use crate::exec::wakers::WakerSlot;
 use crate::reactor::poll_loop::Reactor;
-use crate::reactor::poll_state::Place;
+use crate::reactor::poll_state::Residency;
 use crate::reactor::pollable::Pollable;
 use crate::reactor::sweep::SweepList;
 
@@ -26,7 +26,7 @@ use crate::reactor::sweep::SweepList;
 const REST_AFTER: Duration = Duration::from_millis(50);
 
 /// The sessions of a core whose magazines are to be emptied.
-pub(crate) struct Rests<S> {
+pub(crate) struct IdleTrim<S> {
     /// Each with the number of times that it had retired when it was looked at.
     sessions: SweepList<(Weak<S>, u64)>,
     is_running: Cell<bool>,
@@ -34,7 +34,7 @@ pub(crate) struct Rests<S> {
     task: WakerSlot,
 }
 
-impl<S> Default for Rests<S> {
+impl<S> Default for IdleTrim<S> {
     fn default() -> Self {
         Self {
             sessions: SweepList::default(),
@@ -44,7 +44,7 @@ impl<S> Default for Rests<S> {
     }
 }
 
-impl<S: Pollable> Rests<S> {
+impl<S: Pollable> IdleTrim<S> {
     /// Empties the magazines of those that have had no turn since the last look. Those that have
     /// had some, and have none again, are looked at once more.
     fn look(&self) {
@@ -53,7 +53,7 @@ impl<S: Pollable> Rests<S> {
                 return false;
             };
             let retirements = session.activity().retirements.get();
-            let is_awake = session.activity().place.get() == Place::Active;
+            let is_awake = session.activity().residency.get() == Residency::Active;
             if !is_awake && std::mem::replace(seen, retirements) != retirements {
                 return true;
             }

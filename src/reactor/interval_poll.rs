@@ -14,12 +14,12 @@ use futures_lite::future::or;
 use crate::exec::runtime::sleep;
 use crate::exec::wakers::WakerSlot;
 use crate::reactor::poll_loop::Reactor;
-use crate::reactor::poll_state::Place;
+use crate::reactor::poll_state::Residency;
 use crate::reactor::pollable::Pollable;
 use crate::reactor::sweep::SweepList;
 
 /// The sessions of a core that are looked at.
-pub(crate) struct Ticks<S> {
+pub(crate) struct IntervalPoll<S> {
     sessions: SweepList<(Weak<S>, Duration)>,
     is_running: Cell<bool>,
     /// The task, while it sleeps; and whether there is a session that it does not know of.
@@ -27,7 +27,7 @@ pub(crate) struct Ticks<S> {
     has_changed: Cell<bool>,
 }
 
-impl<S> Default for Ticks<S> {
+impl<S> Default for IntervalPoll<S> {
     fn default() -> Self {
         Self {
             sessions: SweepList::default(),
@@ -38,7 +38,7 @@ impl<S> Default for Ticks<S> {
     }
 }
 
-impl<S: Pollable> Ticks<S> {
+impl<S: Pollable> IntervalPoll<S> {
     /// Gives those that sleep and have something to drain to the poller. The shortest interval of
     /// those that are left.
     fn look(&self) -> Option<Duration> {
@@ -47,7 +47,7 @@ impl<S: Pollable> Ticks<S> {
             let Some(session) = session.upgrade().filter(|session| !session.is_over()) else {
                 return false;
             };
-            if session.activity().place.get() != Place::Active && session.has_events() {
+            if session.activity().residency.get() != Residency::Active && session.has_events() {
                 session.activate();
             }
             shortest =

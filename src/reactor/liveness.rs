@@ -23,7 +23,7 @@ const SHORTEST: Duration = Duration::from_millis(1);
 const LONGEST: Duration = Duration::from_secs(15);
 
 /// The sessions of a core that are looked at.
-pub(crate) struct Watch<S> {
+pub(crate) struct Liveness<S> {
     sessions: SweepList<Weak<S>>,
     interval: Cell<Duration>,
     is_running: Cell<bool>,
@@ -32,7 +32,7 @@ pub(crate) struct Watch<S> {
     has_changed: Cell<bool>,
 }
 
-impl<S> Default for Watch<S> {
+impl<S> Default for Liveness<S> {
     fn default() -> Self {
         Self {
             sessions: SweepList::default(),
@@ -44,7 +44,7 @@ impl<S> Default for Watch<S> {
     }
 }
 
-impl<S: Pollable> Watch<S> {
+impl<S: Pollable> Liveness<S> {
     /// Has the sessions looked at anew: one of them has ended.
     pub(crate) fn note_end(&self) {
         if self.is_running.get() {
@@ -91,7 +91,7 @@ impl<S: Pollable> Reactor<S> {
     /// Looks after a session for as long as it lives.
     pub(crate) fn watch(self: &Rc<Self>, session: &Rc<S>) {
         let watch = self.watching();
-        let limit = session.stall_limit().unwrap_or(LONGEST);
+        let limit = session.stall_timeout().unwrap_or(LONGEST);
         let interval = (limit / LOOKS_PER_LIMIT).clamp(SHORTEST, LONGEST);
         watch.interval.set(watch.interval.get().min(interval));
         watch.sessions.push(Rc::downgrade(session));

@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The one task per core that polls the queues of its active sessions.
+//! The poll loop: one task per core that polls the queues of its active sessions.
 //!
-//! - [`poll_loop`]: the task, and the sessions that it drives, as [`pollable`] says;
-//!   [`ring_kick`]: how io_uring is looked at meanwhile.
-//! - [`poll_state`], [`spin_budget`]: for how long a session is polled before it sleeps.
-//! - [`standby`]: idle sessions on a core that is awake for others.
-//! - [`cpu_sharing`]: what the task does on a processor that the peer needs, too.
-//! - [`interval_poll`]: sessions that nobody wakes; [`idle_trim`]: what sleeping sessions give
-//!   back; [`liveness`]: peers that have stopped. [`sweep`]: the lists that these go through.
+//! - [`poll_loop`]: the task and its lists; [`pollable`]: the trait by which it drives sessions;
+//!   [`ring_kick`]: makes glommio look at io_uring while the task spins.
+//! - [`poll_state`]: when a session counts as idle; [`spin_budget`]: for how long it is polled
+//!   before it sleeps.
+//! - [`standby`]: idle sessions that stay awake while the core spins for others.
+//! - [`cpu_sharing`]: gives the processor away when the peer runs on the same one.
+//! - [`interval_poll`]: polls sessions without wake-ups on a timer; [`idle_trim`]: returns free
+//!   slices of idle sessions to the peer; [`liveness`]: finds peers that have stopped.
+//! - [`sweep`]: the list type that all of these use.
+//!
+//! The room does not know what a session is.
 
 pub(crate) mod cpu_sharing;
 pub(crate) mod idle_trim;

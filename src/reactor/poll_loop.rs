@@ -30,14 +30,14 @@ use crate::exec::runtime::{
 };
 use crate::exec::task_set::TaskSet;
 use crate::exec::wakers::WakerSlot;
-use crate::reactor::cpu_sharing::GiveWay;
-use crate::reactor::idle_trim::Rests;
-use crate::reactor::interval_poll::Ticks;
-use crate::reactor::liveness::Watch;
-use crate::reactor::poll_state::Place;
-use crate::reactor::pollable::{Pollable, Stay};
-use crate::reactor::ring_kick::Kick;
-use crate::reactor::standby::Company;
+use crate::reactor::cpu_sharing::CpuSharing;
+use crate::reactor::idle_trim::IdleTrim;
+use crate::reactor::interval_poll::IntervalPoll;
+use crate::reactor::liveness::Liveness;
+use crate::reactor::poll_state::Residency;
+use crate::reactor::pollable::{PollOutcome, Pollable};
+use crate::reactor::ring_kick::RingKick;
+use crate::reactor::standby::Standby;
 use crate::reactor::sweep::SweepList;
 
 /// How often queues are looked at when tasks wait for a peer that has not moved for a while.
@@ -63,15 +63,15 @@ pub(crate) struct Reactor<S: Pollable> {
     executor: usize,
     queue: TaskQueueHandle,
     active: SweepList<Rc<S>>,
-    company: Company<S>,
+    company: Standby<S>,
     /// Those that have become idle in this pass.
     idle: SweepList<Rc<S>>,
     task: WakerSlot,
     /// Its own, and those beside it.
     tasks: TaskSet,
-    watch: Watch<S>,
-    ticks: Ticks<S>,
-    rests: Rests<S>,
+    watch: Liveness<S>,
+    ticks: IntervalPoll<S>,
+    rests: IdleTrim<S>,
     /// What sessions share.
     shared: S::Shared,
     others: SweepList<Weak<dyn Ends>>,
@@ -90,13 +90,13 @@ impl<S: Pollable> Reactor<S> {
             executor: executor_id(),
             queue: create_task_queue("shmipc"),
             active: SweepList::default(),
-            company: Company::default(),
+            company: Standby::default(),
             idle: SweepList::default(),
             task: WakerSlot::default(),
             tasks: TaskSet::default(),
-            watch: Watch::default(),
-            ticks: Ticks::default(),
-            rests: Rests::default(),
+            watch: Liveness::default(),
+            ticks: IntervalPoll::default(),
+            rests: IdleTrim::default(),
             others: SweepList::default(),
             shared: S::Shared::default(),
             last_reactor_pass: Cell::new(None),
@@ -110,15 +110,15 @@ impl<S: Pollable> Reactor<S> {
         self.executor
     }
 
-    pub(crate) fn watching(&self) -> &Watch<S> {
+    pub(crate) fn watching(&self) -> &Liveness<S> {
         &self.watch
     }
 
-    pub(crate) fn ticks(&self) -> &Ticks<S> {
+    pub(crate) fn ticks(&self) -> &IntervalPoll<S> {
         &self.ticks
     }
 
-    pub(crate) fn rests(&self) -> &Rests<S> {
+    pub(crate) fn rests(&self) -> &IdleTrim<S> {
         &self.rests
     }
 
@@ -178,10 +178,10 @@ impl<S: Pollable> Reactor<S> {
 
     /// Puts a session among the active ones.
     pub(crate) fn activate(&self, session: &Rc<S>) {
-        let before = session.activity().place.replace(Place::Active);
-        if before != Place::Active {
+        let before = session.activity().residency.replace(Residency::Active);
+        if before != Residency::Active {
             // Those that keep company have never said that they sleep.
-            if before == Place::Away {
+            if before == Residency::Parked {
                 session.set_working();
             }
             session.set_resting(false);
@@ -192,26 +192,26 @@ impl<S: Pollable> Reactor<S> {
     }
 
     /// Gives every active session a turn. What the most wakeful of them wants.
-    fn pass(self: &Rc<Self>, now: Instant) -> Stay {
+    fn pass(self: &Rc<Self>, now: Instant) -> PollOutcome {
         self.company.look();
-        let mut pace = Stay::Over;
+        let mut pace = PollOutcome::Closed;
         let has_added = self.active.sweep(|session| {
             let stay = session.turn(now);
             pace = pace.max(stay);
-            if stay > Stay::Idle {
+            if stay > PollOutcome::Idle {
                 return true;
             }
-            session.activity().place.set(Place::Away);
-            if stay == Stay::Idle {
+            session.activity().residency.set(Residency::Parked);
+            if stay == PollOutcome::Idle {
                 self.idle.push(Rc::clone(session));
             }
             false
         });
         // Those that became active during the pass have their turn in the next.
         if has_added {
-            pace = Stay::Moving;
+            pace = PollOutcome::Progress;
         }
-        if self.idle.is_empty() && (pace >= Stay::Busy || self.company.is_empty()) {
+        if self.idle.is_empty() && (pace >= PollOutcome::Spinning || self.company.is_empty()) {
             return pace;
         }
         self.retire(pace)
@@ -219,16 +219,16 @@ impl<S: Pollable> Reactor<S> {
 
     /// What becomes of sessions that have nothing to do, and of the pace by it: while there is
     /// somebody to spin for, they keep it company, and else they go to sleep.
-    fn retire(self: &Rc<Self>, mut pace: Stay) -> Stay {
+    fn retire(self: &Rc<Self>, mut pace: PollOutcome) -> PollOutcome {
         self.idle.sweep(|session| {
             // One that has been activated meanwhile has turns again.
-            let is_idle = session.activity().place.get() != Place::Active;
+            let is_idle = session.activity().residency.get() != Residency::Active;
             if is_idle {
                 self.rest_soon(session);
             }
             is_idle
         });
-        let is_awake = pace >= Stay::Busy;
+        let is_awake = pace >= PollOutcome::Spinning;
         if !is_awake {
             self.company.leave(&self.idle);
         }
@@ -239,7 +239,7 @@ impl<S: Pollable> Reactor<S> {
             {
                 session.activity().note_looked_on();
                 session.activate();
-                pace = pace.max(Stay::Busy);
+                pace = pace.max(PollOutcome::Spinning);
             }
         });
         pace
@@ -274,7 +274,7 @@ impl<S: Pollable> Reactor<S> {
     }
 
     /// Has io_uring looked at, if that is due.
-    fn kick_after_pass(&self, kick: &Kick, now: Instant) {
+    fn kick_after_pass(&self, kick: &RingKick, now: Instant) {
         let Some(last) = self.last_reactor_pass.get() else {
             self.last_reactor_pass.set(Some(now));
             return;
@@ -305,19 +305,19 @@ impl<S: Pollable> Reactor<S> {
 pub(crate) async fn run<S: Pollable>(poller: Rc<Reactor<S>>) {
     // When the executor goes, its sessions go too, although they know the poller and it them.
     let _cleanup = Cleanup(Rc::clone(&poller));
-    let kick = Kick::new(|task| poller.spawn(task));
+    let kick = RingKick::new(|task| poller.spawn(task));
     kick.first().await;
     let mut clock = Clock::new();
-    let mut give_way = GiveWay::default();
+    let mut give_way = CpuSharing::default();
     loop {
         let now = clock.now(poller.is_clock_stale.take());
         match poller.pass(now) {
-            Stay::Moving => {
+            PollOutcome::Progress => {
                 give_way.after_traffic();
                 poller.kick_after_pass(&kick, now);
                 yield_task_queue().await;
             }
-            Stay::Busy => {
+            PollOutcome::Spinning => {
                 poller.kick_after_pass(&kick, now);
                 if poller.look_out() {
                     // The other tasks have had their turn; the next pass is followed by one.
@@ -326,7 +326,7 @@ pub(crate) async fn run<S: Pollable>(poller: Rc<Reactor<S>>) {
                 give_way.after_idle_pass(|| poller.has_events());
                 yield_task_queue().await;
             }
-            Stay::Waiting => {
+            PollOutcome::Blocked => {
                 let pause = async {
                     sleep(WAITING_INTERVAL).await;
                 };
@@ -334,7 +334,7 @@ pub(crate) async fn run<S: Pollable>(poller: Rc<Reactor<S>>) {
                 poller.last_reactor_pass.set(None);
                 clock = Clock::new();
             }
-            Stay::Idle | Stay::Over => {
+            PollOutcome::Idle | PollOutcome::Closed => {
                 poller.activated().await;
                 poller.last_reactor_pass.set(None);
                 clock = Clock::new();

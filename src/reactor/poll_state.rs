@@ -4,22 +4,22 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use crate::reactor::spin_budget::{After, SpinBudgets};
+use crate::reactor::spin_budget::{SpinBudgets, WaitKind};
 
 /// What the core's poller does with a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum Residency {
     /// It has turns.
     Active,
     /// It has none, but is looked at beside those that have.
-    Company,
+    Standby,
     /// It sleeps, until somebody wakes it.
-    Away,
+    Parked,
 }
 
 /// Whether the core's poller looks at this session, and since when it found nothing.
-pub(crate) struct Activity {
-    pub(crate) place: Cell<Place>,
+pub(crate) struct PollState {
+    pub(crate) residency: Cell<Residency>,
     /// How often it has stopped having turns.
     pub(crate) retirements: Cell<u64>,
     /// Whether its magazines will be emptied if it has no turns for a while.
@@ -31,7 +31,7 @@ pub(crate) struct Activity {
     idle_since: Cell<Instant>,
     spin: SpinBudgets,
     /// What the present wait came after.
-    waits_after: Cell<After>,
+    waits_after: Cell<WaitKind>,
     /// How long it may be.
     budget: Cell<Duration>,
     /// Whether it went on behind the session's last turn.
@@ -42,10 +42,10 @@ pub(crate) struct Activity {
     pub(crate) last_batch: Cell<usize>,
     /// How many tasks wait for data of their streams.
     pub(crate) waiting_readers: Cell<u32>,
-    pub(crate) in_place: InPlace,
+    pub(crate) in_place: InlineBudget,
 }
 
-impl Activity {
+impl PollState {
     /// So many turns that find nothing are not worth a look at the clock: a session that exchanges
     /// messages has them all the time.
     const IDLE_TURNS: u32 = 16;
@@ -59,19 +59,19 @@ impl Activity {
 
     pub(crate) fn new() -> Self {
         Self {
-            place: Cell::new(Place::Away),
+            residency: Cell::new(Residency::Parked),
             retirements: Cell::new(0),
             will_rest: Cell::new(false),
             idle_turns: Cell::new(0),
             idle_since: Cell::new(Instant::now()),
             spin: SpinBudgets::default(),
-            waits_after: Cell::new(After::Receiving),
+            waits_after: Cell::new(WaitKind::Receiving),
             budget: Cell::new(Duration::ZERO),
             has_retired: Cell::new(false),
             unanswered: Cell::new(0),
             last_batch: Cell::new(0),
             waiting_readers: Cell::new(0),
-            in_place: InPlace::default(),
+            in_place: InlineBudget::default(),
         }
     }
 
@@ -123,9 +123,9 @@ impl Activity {
 
     /// Whether it has kept company, which it does not any more.
     pub(crate) fn leave_company(&self) -> bool {
-        let has_kept_it = self.place.get() == Place::Company;
+        let has_kept_it = self.residency.get() == Residency::Standby;
         if has_kept_it {
-            self.place.set(Place::Away);
+            self.residency.set(Residency::Parked);
         }
         has_kept_it
     }
@@ -153,8 +153,8 @@ impl Activity {
         now.saturating_duration_since(self.idle_since.get()) >= self.budget.get()
     }
 
-    fn after(&self) -> After {
-        if self.unanswered.get() > 0 { After::Sending } else { After::Receiving }
+    fn after(&self) -> WaitKind {
+        if self.unanswered.get() > 0 { WaitKind::Sending } else { WaitKind::Receiving }
     }
 
     fn begin_wait(&self, full: Duration) {
@@ -169,7 +169,7 @@ impl Activity {
 
 /// Waiting for the peer without the poller.
 #[derive(Default)]
-pub(crate) struct InPlace {
+pub(crate) struct InlineBudget {
     /// What is left to spend on it before the poller's next turn.
     pub(crate) credit: Cell<usize>,
     /// How often it is not done, because it was in vain.

@@ -4,21 +4,21 @@
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use crate::reactor::poll_state::Activity;
+use crate::reactor::poll_state::PollState;
 
 /// What a session does next with its place among the active ones, from the least wakeful on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Stay {
+pub(crate) enum PollOutcome {
     /// It has ended.
-    Over,
+    Closed,
     /// Its spin budget is over.
     Idle,
     /// Tasks wait for the peer, which tells nobody when it makes room.
-    Waiting,
+    Blocked,
     /// It had traffic within its spin budget.
-    Busy,
+    Spinning,
     /// It had traffic in this turn.
-    Moving,
+    Progress,
 }
 
 /// A session, to the reactor. Its methods are called from the reactor's own tasks.
@@ -26,12 +26,12 @@ pub(crate) trait Pollable: Sized + 'static {
     /// What the sessions of an executor share, beside the reactor.
     type Shared: Default;
 
-    fn activity(&self) -> &Activity;
+    fn activity(&self) -> &PollState;
     fn is_over(&self) -> bool;
     /// Whether the peer has published events that nobody took yet.
     fn has_events(&self) -> bool;
     /// One turn.
-    fn turn(self: &Rc<Self>, now: Instant) -> Stay;
+    fn turn(self: &Rc<Self>, now: Instant) -> PollOutcome;
     /// Puts the session among the active ones.
     fn activate(self: &Rc<Self>);
     /// Whether its queue may be looked at when it has nothing to do.
@@ -43,7 +43,7 @@ pub(crate) trait Pollable: Sized + 'static {
     /// Gives free slices back to the peer, or keeps some again.
     fn set_resting(&self, is_resting: bool);
     /// For how long the peer may leave what was sent to it.
-    fn stall_limit(&self) -> Option<Duration>;
+    fn stall_timeout(&self) -> Option<Duration>;
     /// Checks the peer and the memory, so long after the last time.
     fn look_after(&self, passed: Duration);
     /// Ends the session since its executor does.

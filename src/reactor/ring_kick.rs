@@ -22,13 +22,13 @@ use crate::net::socket::{Received, Socket};
 /// and finds those that have completed; the task of the pair that was used runs after it, and its
 /// next receive waits for the next look. So of the two, the one that was not used is the one whose
 /// receive the kernel has.
-pub(crate) struct Kick {
+pub(crate) struct RingKick {
     pairs: Vec<Socket>,
-    state: Rc<KickState>,
+    state: Rc<RingKickState>,
 }
 
 #[derive(Default)]
-struct KickState {
+struct RingKickState {
     /// Which pair is next.
     turn: Cell<usize>,
     /// Whether a byte is on its way, so that none is sent to a receive that is not submitted.
@@ -40,10 +40,10 @@ struct KickState {
 /// A task that receives.
 type Swallow = Pin<Box<dyn Future<Output = ()>>>;
 
-impl Kick {
+impl RingKick {
     /// `spawn` starts a task beside the poller's.
     pub(crate) fn new(spawn: impl Fn(Swallow)) -> Self {
-        let state = Rc::new(KickState::default());
+        let state = Rc::new(RingKickState::default());
         let pairs: io::Result<Vec<_>> = (0..2).map(|_| UnixStream::pair()).collect();
         let Ok(pairs) = pairs else {
             // Out of descriptors. Sessions work without; sockets and timers beside them are later.
@@ -90,7 +90,7 @@ impl Kick {
 }
 
 /// Receives until the other end goes, and passes the turn on.
-async fn swallow(socket: Socket, index: usize, state: Rc<KickState>) {
+async fn swallow(socket: Socket, index: usize, state: Rc<RingKickState>) {
     while socket.readable().await.is_ok() {
         match socket.try_receive(&mut [0; 8]) {
             Ok(Received::Bytes(_)) => {

@@ -24,7 +24,7 @@ use std::time::Duration;
 
 /// What a wait came after.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum After {
+pub(crate) enum WaitKind {
     /// This side has sent something, and nothing came since.
     Sending,
     Receiving,
@@ -39,10 +39,10 @@ pub(crate) struct SpinBudgets {
 
 impl SpinBudgets {
     #[inline]
-    pub(crate) fn after(&self, after: After) -> &SpinBudget {
+    pub(crate) fn after(&self, after: WaitKind) -> &SpinBudget {
         match after {
-            After::Sending => &self.after_sending,
-            After::Receiving => &self.after_receiving,
+            WaitKind::Sending => &self.after_sending,
+            WaitKind::Receiving => &self.after_receiving,
         }
     }
 }
@@ -278,9 +278,9 @@ mod tests {
     #[test]
     fn waits_of_two_kinds_do_not_mix() {
         let budgets = SpinBudgets::default();
-        (0..5).for_each(|_| budgets.after(After::Receiving).note_in_vain());
-        assert_eq!(micros(budgets.after(After::Sending)), 64);
-        assert_eq!(micros(budgets.after(After::Receiving)), 0);
+        (0..5).for_each(|_| budgets.after(WaitKind::Receiving).note_in_vain());
+        assert_eq!(micros(budgets.after(WaitKind::Sending)), 64);
+        assert_eq!(micros(budgets.after(WaitKind::Receiving)), 0);
     }
 
     #[test]

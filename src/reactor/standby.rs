@@ -10,29 +10,29 @@
 
 use std::rc::Rc;
 
-use crate::reactor::poll_state::Place;
+use crate::reactor::poll_state::Residency;
 use crate::reactor::pollable::Pollable;
 use crate::reactor::sweep::SweepList;
 
 /// How many there are at most. The others sleep.
 const MOST: usize = 16;
 
-pub(crate) struct Company<S> {
+pub(crate) struct Standby<S> {
     sessions: SweepList<Rc<S>>,
 }
 
-impl<S> Default for Company<S> {
+impl<S> Default for Standby<S> {
     fn default() -> Self {
         Self { sessions: SweepList::default() }
     }
 }
 
-impl<S: Pollable> Company<S> {
+impl<S: Pollable> Standby<S> {
     /// Takes a session in that is not active any more. Gives the one for which there is no room
     /// then, which is to sleep: that which has had nothing to do for longest.
     pub(crate) fn take_in(&self, session: Rc<S>) -> Option<Rc<S>> {
         let oldest = if self.sessions.len() < MOST { None } else { self.sessions.pop_first() };
-        session.activity().place.set(Place::Company);
+        session.activity().residency.set(Residency::Standby);
         self.sessions.push(session);
         oldest.filter(|oldest| oldest.activity().leave_company())
     }
@@ -47,12 +47,12 @@ impl<S: Pollable> Company<S> {
 
     fn look_at_all(&self) {
         self.sessions.sweep(|session| {
-            let place = &session.activity().place;
-            if place.get() == Place::Company && session.has_events() {
+            let place = &session.activity().residency;
+            if place.get() == Residency::Standby && session.has_events() {
                 session.activity().note_looked_on();
                 session.activate();
             }
-            place.get() == Place::Company && !session.is_over()
+            place.get() == Residency::Standby && !session.is_over()
         });
     }
 

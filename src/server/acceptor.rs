@@ -37,14 +37,14 @@ const TELL_INTERVAL: Duration = Duration::from_secs(1);
 /// Which core gets the next connection that comes in at the shared door.
 ///
 /// ```
-/// use shmipc_glommio::{Deal, Server};
+/// use shmipc_glommio::{Balance, Server};
 ///
-/// let builder = Server::builder("/run/store.sock").deal(Deal::FewestSessions);
+/// let builder = Server::builder("/run/store.sock").deal(Balance::FewestSessions);
 /// # drop(builder);
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
-pub enum Deal {
+pub enum Balance {
     /// One after the other.
     #[default]
     RoundRobin,
@@ -53,8 +53,8 @@ pub enum Deal {
 }
 
 /// How connections get to one core.
-pub(crate) struct Inlet {
-    queue: ArrayQueue<Dealt>,
+pub(crate) struct ShardInbox {
+    queue: ArrayQueue<Handoff>,
     bell: UnixStream,
     /// How often the core has answered its bell.
     answers: AtomicU64,
@@ -62,7 +62,7 @@ pub(crate) struct Inlet {
 }
 
 /// A connection on its way to a core.
-pub(crate) struct Dealt {
+pub(crate) struct Handoff {
     pub(crate) socket: PeerSocket,
     pub(crate) load: Load,
 }
@@ -86,7 +86,7 @@ impl Drop for Load {
     }
 }
 
-impl Inlet {
+impl ShardInbox {
     /// An inlet for so many connections, and the end of its bell that the core listens to.
     pub(crate) fn new(capacity: usize) -> Result<(Self, OwnedFd)> {
         let failed = |error| Error::os("make a socket pair", error);
@@ -110,7 +110,7 @@ impl Inlet {
         self.answers.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn take(&self) -> Option<Dealt> {
+    pub(crate) fn take(&self) -> Option<Handoff> {
         self.queue.pop()
     }
 
@@ -122,7 +122,7 @@ impl Inlet {
 
 /// The thread's view of a core.
 struct Core {
-    inlet: Arc<Inlet>,
+    inlet: Arc<ShardInbox>,
     /// When the bell was rung that is not answered yet, and how many answers there were then.
     unanswered: Option<(Instant, u64)>,
 }
@@ -150,25 +150,25 @@ impl Core {
 }
 
 /// Accepts at the shared door and deals.
-pub(crate) struct Dealer {
+pub(crate) struct Acceptor {
     listener: UnixListener,
     control: UnixStream,
     cores: Vec<Core>,
-    deal: Deal,
+    deal: Balance,
     /// Who is first in turn.
     next: usize,
     /// When it was last told that nothing can be accepted.
     told: Option<Instant>,
 }
 
-impl Dealer {
+impl Acceptor {
     /// A dealer for the cores behind `inlets`. It stops when the other end of `control` is written
     /// to, or closed.
     pub(crate) fn new(
         listener: OwnedFd,
         control: UnixStream,
-        inlets: Vec<Arc<Inlet>>,
-        deal: Deal,
+        inlets: Vec<Arc<ShardInbox>>,
+        deal: Balance,
     ) -> io::Result<Self> {
         let listener = UnixListener::from(listener);
         listener.set_nonblocking(true)?;
@@ -270,7 +270,7 @@ impl Dealer {
         self.next = (at + 1) % self.cores.len();
         let core = &mut self.cores[at];
         let load = Load::new(&core.inlet.load);
-        core.inlet.queue.push(Dealt { socket, load }).map_err(|dealt| dealt.socket)?;
+        core.inlet.queue.push(Handoff { socket, load }).map_err(|dealt| dealt.socket)?;
         core.ring();
         Ok(())
     }
@@ -288,9 +288,9 @@ impl Dealer {
         let answers = open.iter().any(|&(is_stuck, _)| !is_stuck);
         let mut candidates = open.iter().filter(|&&(is_stuck, _)| !(answers && is_stuck));
         match self.deal {
-            Deal::RoundRobin => candidates.next(),
+            Balance::RoundRobin => candidates.next(),
             // The first of equals: who is next in turn.
-            Deal::FewestSessions => {
+            Balance::FewestSessions => {
                 candidates.min_by_key(|&&(_, at)| self.cores[at].inlet.load.load(Ordering::Relaxed))
             }
         }
@@ -308,7 +308,7 @@ impl Dealer {
                 if self.cores[other].is_stuck(now) {
                     break;
                 }
-                let Some(Dealt { socket, .. }) = self.cores[at].inlet.take() else { break };
+                let Some(Handoff { socket, .. }) = self.cores[at].inlet.take() else { break };
                 if let Err(socket) = self.give(other, socket) {
                     // Only this thread puts anything in, so there is room for it where it was.
                     let _ = self.give(at, socket);
@@ -324,14 +324,14 @@ mod tests {
     use super::*;
 
     /// A dealer over so many cores whose queues hold `capacity`, and what the cores see of it.
-    fn dealer(cores: usize, capacity: usize, deal: Deal) -> (Dealer, Vec<Arc<Inlet>>) {
+    fn dealer(cores: usize, capacity: usize, deal: Balance) -> (Acceptor, Vec<Arc<ShardInbox>>) {
         let path = std::env::temp_dir().join(format!("shmipc-dealer-{:?}", now_as_name()));
         let listener = UnixListener::bind(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         let inlets: Vec<_> =
-            (0..cores).map(|_| Arc::new(Inlet::new(capacity).unwrap().0)).collect();
+            (0..cores).map(|_| Arc::new(ShardInbox::new(capacity).unwrap().0)).collect();
         let control = UnixStream::pair().unwrap().0;
-        (Dealer::new(listener.into(), control, inlets.clone(), deal).unwrap(), inlets)
+        (Acceptor::new(listener.into(), control, inlets.clone(), deal).unwrap(), inlets)
     }
 
     fn now_as_name() -> (u32, std::thread::ThreadId) {
@@ -342,13 +342,13 @@ mod tests {
         PeerSocket::new(UnixStream::pair().unwrap().0.into())
     }
 
-    fn waiting(inlets: &[Arc<Inlet>]) -> Vec<usize> {
+    fn waiting(inlets: &[Arc<ShardInbox>]) -> Vec<usize> {
         inlets.iter().map(|inlet| inlet.queue.len()).collect()
     }
 
     #[test]
     fn everybody_gets_a_turn_and_the_full_are_passed_over() {
-        let (mut dealer, inlets) = dealer(3, 2, Deal::RoundRobin);
+        let (mut dealer, inlets) = dealer(3, 2, Balance::RoundRobin);
         for _ in 0..4 {
             dealer.deal(connection()).unwrap();
         }
@@ -365,7 +365,7 @@ mod tests {
 
     #[test]
     fn the_one_with_the_fewest_sessions_is_next() {
-        let (mut dealer, inlets) = dealer(3, 8, Deal::FewestSessions);
+        let (mut dealer, inlets) = dealer(3, 8, Balance::FewestSessions);
         let busy: Vec<Load> = (0..2).map(|_| inlets[0].own_session()).collect();
         let also = inlets[2].own_session();
         for _ in 0..3 {
@@ -380,7 +380,7 @@ mod tests {
 
     #[test]
     fn what_waits_for_a_core_that_does_not_answer_goes_to_others() {
-        let (mut dealer, inlets) = dealer(2, 8, Deal::RoundRobin);
+        let (mut dealer, inlets) = dealer(2, 8, Balance::RoundRobin);
         for _ in 0..6 {
             dealer.deal(connection()).unwrap();
         }

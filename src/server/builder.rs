@@ -11,11 +11,11 @@ use std::time::Duration;
 
 use crate::exec::runtime::{LocalExecutorBuilder, Placement};
 
-use crate::net::bound_socket::{Door, listen_error};
+use crate::net::bound_socket::{BoundSocket, listen_error};
 use crate::net::credentials::PeerCredentials;
 use crate::net::socket_file::{self, shard_path};
 use crate::server::Server;
-use crate::server::acceptor::{Deal, Inlet};
+use crate::server::acceptor::{Balance, ShardInbox};
 use crate::server::placement::{Cores, look_ahead};
 use crate::server::shard::{Failure, Place, Shard, ShardLink};
 use crate::server::shard_thread::{Authorize, Common, Core, OnRefused};
@@ -36,15 +36,15 @@ type MakeExecutor = Box<dyn Fn(usize, Option<usize>) -> LocalExecutorBuilder>;
 ///
 /// ```
 /// use std::time::Duration;
-/// use shmipc_glommio::{Config, Cores, Deal, Error, Server};
+/// use shmipc_glommio::{Config, Cores, Balance, Error, Server};
 ///
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-builder-{}", std::process::id()));
 /// let server = Server::builder(&path)
 ///     .cores(Cores::Unpinned(2))
 ///     .config(Config::builder().small_messages().socket_mode(0o660).build()?)
-///     .deal(Deal::FewestSessions)
-///     .stop_patience(Duration::from_secs(10))
-///     .on_refused(|shard, error| eprintln!("shard {shard} refused a peer: {error}"))
+///     .deal(Balance::FewestSessions)
+///     .shutdown_grace(Duration::from_secs(10))
+///     .on_rejected(|shard, error| eprintln!("shard {shard} refused a peer: {error}"))
 ///     .serve_streams(|mut stream| async move {
 ///         while let Some(message) = stream.recv().await? {
 ///             stream.forward(message).await?;
@@ -59,12 +59,12 @@ pub struct ServerBuilder {
     path: PathBuf,
     config: Config,
     cores: Cores,
-    deal: Deal,
+    deal: Balance,
     queue: usize,
     patience: Duration,
     trust: Option<u64>,
     executor: Option<MakeExecutor>,
-    on_refused: Option<OnRefused>,
+    on_rejected: Option<OnRefused>,
     authorize: Option<Authorize>,
 }
 
@@ -74,12 +74,12 @@ impl ServerBuilder {
             path,
             config: Config::default(),
             cores: Cores::All,
-            deal: Deal::default(),
+            deal: Balance::default(),
             queue: 64,
             patience: Duration::from_secs(5),
             trust: None,
             executor: None,
-            on_refused: None,
+            on_rejected: None,
             authorize: None,
         }
     }
@@ -97,27 +97,27 @@ impl ServerBuilder {
     }
 
     /// Which core gets the next connection of the shared door. Default: one after the other.
-    pub fn deal(mut self, deal: Deal) -> Self {
+    pub fn deal(mut self, deal: Balance) -> Self {
         self.deal = deal;
         self
     }
 
     /// How many connections may wait for one core to take them from the shared door. When all cores
     /// have that many, more wait in the socket's backlog. Default: 64.
-    pub fn deal_queue(mut self, connections: usize) -> Self {
+    pub fn handoff_capacity(mut self, connections: usize) -> Self {
         self.queue = connections;
         self
     }
 
     /// How long sessions get to come to their end when the server stops because it is dropped, or
     /// because one of its shards did. Default: five seconds.
-    pub fn stop_patience(mut self, patience: Duration) -> Self {
+    pub fn shutdown_grace(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
     }
 
     /// Says that the promise behind this token speaks for the peers of all sessions.
-    pub fn trusting(mut self, trust: &PeerTrust) -> Self {
+    pub fn trust_peer(mut self, trust: &PeerTrust) -> Self {
         self.trust = Some(trust.id());
         self
     }
@@ -135,8 +135,8 @@ impl ServerBuilder {
     /// Calls `tell` with the shard's index for every peer that was dropped before it became a
     /// session, on that shard's thread. What goes wrong with the shared door itself is told with
     /// the number of shards for an index.
-    pub fn on_refused(mut self, tell: impl Fn(usize, &Error) + Send + Sync + 'static) -> Self {
-        self.on_refused = Some(Arc::new(tell));
+    pub fn on_rejected(mut self, tell: impl Fn(usize, &Error) + Send + Sync + 'static) -> Self {
+        self.on_rejected = Some(Arc::new(tell));
         self
     }
 
@@ -200,13 +200,13 @@ impl ServerBuilder {
     {
         if self.queue == 0 {
             let problem = "nothing would get through";
-            return Err(ConfigError::Limit { what: "deal_queue", value: 0, problem }.into());
+            return Err(ConfigError::Limit { what: "handoff_capacity", value: 0, problem }.into());
         }
         let cores = self.cores.choose()?;
         // And the thread of the door that they share.
         look_ahead(&cores, 1)?;
         let doors = open_doors(&self.path, cores.len(), &self.config)?;
-        let inlets = (0..cores.len()).map(|_| Inlet::new(self.queue));
+        let inlets = (0..cores.len()).map(|_| ShardInbox::new(self.queue));
         let (inlets, bells): (Vec<_>, Vec<_>) =
             inlets.collect::<Result<Vec<_>>>()?.into_iter().unzip();
         let (control, dealer_control) =
@@ -236,7 +236,7 @@ impl ServerBuilder {
                 common: Arc::clone(&common),
                 config: self.config.clone(),
                 trust: self.trust,
-                on_refused: self.on_refused.clone(),
+                on_rejected: self.on_rejected.clone(),
                 authorize: self.authorize.clone(),
             };
             let (factory, tell) = (factory.clone(), tell.clone());
@@ -252,8 +252,8 @@ impl ServerBuilder {
             return Err(Error::os("start a server", stopped));
         }
         // Now that all cores take what comes there.
-        let door = Door::open(&self.path, &self.config, TURN_PATIENCE)?;
-        server.open_shared_door(door, dealer_control, self.deal, self.on_refused)?;
+        let door = BoundSocket::open(&self.path, &self.config, TURN_PATIENCE)?;
+        server.open_shared_door(door, dealer_control, self.deal, self.on_rejected)?;
         Ok(server)
     }
 
@@ -281,10 +281,10 @@ impl fmt::Debug for ServerBuilder {
 ///
 /// Clients see from the doors how many shards there are, counting from the first. So what was left
 /// is removed from the first on, and the first is opened last: they see none, or all.
-fn open_doors(path: &Path, count: usize, config: &Config) -> Result<Vec<Door>> {
+fn open_doors(path: &Path, count: usize, config: &Config) -> Result<Vec<BoundSocket>> {
     let last = shard_path(path, count.saturating_sub(1));
     socket_file::address(&last, &format!(".{}", count.saturating_sub(1)))?;
-    let turn = Door::turn(path, TURN_PATIENCE)?;
+    let turn = BoundSocket::turn(path, TURN_PATIENCE)?;
     let shards = (0..).map(|index| shard_path(path, index)).enumerate();
     let left_over = shards
         .take_while(|(index, path)| *index < count || socket_file::is_socket(path))
@@ -295,7 +295,7 @@ fn open_doors(path: &Path, count: usize, config: &Config) -> Result<Vec<Door>> {
                 .map_err(|error| listen_error(&path, error))?;
         }
     }
-    let open = |index| Door::open_in_turn(&shard_path(path, index), config, &turn);
+    let open = |index| BoundSocket::open_in_turn(&shard_path(path, index), config, &turn);
     let mut doors = (0..count).rev().map(open).collect::<Result<Vec<_>>>()?;
     doors.reverse();
     Ok(doors)

@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A server with a shard on each of its cores.
+//! A server with one shard per core.
 //!
-//! Each core is a thread with an executor of its own, and has a door of its own, `PATH.<index>`.
-//! A door that they share, `PATH`, is there for peers that do not mind which core they get. The
-//! threads share nothing but what hands over connections and tells them to stop.
+//! Each shard is a thread with an executor of its own and a listening socket of its own,
+//! `PATH.<index>`. Connections to the shared socket, `PATH`, are handed to the shards. The threads
+//! share only that hand-over, the order to stop, and counters.
+//!
+//! - [`builder`]: configuration and start; [`placement`]: which processors the shards run on.
+//! - [`acceptor`]: the thread of the shared socket; [`shard_thread`]: the thread of a shard.
+//! - [`shard`]: the sessions of one core and their handlers, and how they stop.
 
 pub(crate) mod acceptor;
 pub(crate) mod builder;
@@ -19,9 +23,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::exec::contain::panic_text;
-use crate::net::bound_socket::Door;
+use crate::net::bound_socket::BoundSocket;
 use crate::preflight::thread_error;
-use crate::server::acceptor::{Deal, Dealer};
+use crate::server::acceptor::{Acceptor, Balance};
 use crate::server::builder::ServerBuilder;
 use crate::server::shard::ShardStats;
 use crate::server::shard_thread::{Common, OnRefused, StopsAll, shard_error, tell_refused};
@@ -105,8 +109,8 @@ impl Server {
     }
 
     /// A handle that can stop the server from anywhere.
-    pub fn stopper(&self) -> Stopper {
-        Stopper { common: Arc::clone(&self.common) }
+    pub fn stopper(&self) -> ShutdownHandle {
+        ShutdownHandle { common: Arc::clone(&self.common) }
     }
 
     /// Stops the server, and blocks the thread until it has stopped: accepts no more, gives
@@ -130,8 +134,8 @@ impl Server {
         self.join()
     }
 
-    /// Blocks the thread until the server has stopped, by its [`Stopper`] or because a shard did
-    /// not go on.
+    /// Blocks the thread until the server has stopped, by its [`ShutdownHandle`] or because a shard
+    /// did not go on.
     ///
     /// # Errors
     ///
@@ -159,15 +163,15 @@ impl Server {
     /// Starts to deal what comes at the shared door.
     pub(crate) fn open_shared_door(
         &mut self,
-        door: Door,
+        door: BoundSocket,
         control: UnixStream,
-        deal: Deal,
-        on_refused: Option<OnRefused>,
+        deal: Balance,
+        on_rejected: Option<OnRefused>,
     ) -> Result<()> {
-        let Door { fd, path } = door;
+        let BoundSocket { fd, path } = door;
         let failed = |error| Error::os("deal connections", error);
         let inlets = self.common.links.iter().map(|link| Arc::clone(&link.inlet)).collect();
-        let dealer = Dealer::new(fd, control, inlets, deal).map_err(failed)?;
+        let dealer = Acceptor::new(fd, control, inlets, deal).map_err(failed)?;
         let count = self.shard_count();
         self.common.add_shared_door(path);
         let stops_all = StopsAll(Arc::clone(&self.common));
@@ -175,7 +179,7 @@ impl Server {
             let _stops_all = stops_all;
             dealer.run(|error| {
                 tracing::warn!(%error, "the shared door");
-                tell_refused(on_refused.as_ref(), count, error);
+                tell_refused(on_rejected.as_ref(), count, error);
             });
         };
         let thread = std::thread::Builder::new().name("shmipc-dealer".into()).spawn(run);
@@ -223,11 +227,11 @@ impl fmt::Debug for Server {
 /// # shmipc_glommio::Result::<()>::Ok(())
 /// ```
 #[derive(Clone)]
-pub struct Stopper {
+pub struct ShutdownHandle {
     common: Arc<Common>,
 }
 
-impl Stopper {
+impl ShutdownHandle {
     /// Has the server stop, as [`Server::stop`] does, and does not wait for it. The earliest of
     /// several deadlines holds.
     pub fn stop(&self, patience: Duration) {
@@ -235,8 +239,8 @@ impl Stopper {
     }
 }
 
-impl fmt::Debug for Stopper {
+impl fmt::Debug for ShutdownHandle {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("Stopper").finish_non_exhaustive()
+        formatter.debug_struct("ShutdownHandle").finish_non_exhaustive()
     }
 }

@@ -24,8 +24,8 @@ use crate::exec::runtime::{sleep, spawn_local};
 use crate::exec::wake_audit::counting_foreign_wakes;
 use crate::exec::wakers::WakerList;
 use crate::net::socket::{Received, Socket};
-use crate::server::acceptor::{Inlet, Load};
-use crate::session::graceful::Drain;
+use crate::server::acceptor::{Load, ShardInbox};
+use crate::session::graceful::DrainPhase;
 use crate::session::serve::log_failure;
 use crate::session::state::Session;
 use crate::session::supervised::{Of, ServedBy, supervised};
@@ -81,7 +81,7 @@ pub struct ShardStats {
 
 /// What a shard shares with the threads of its server.
 pub(crate) struct ShardLink {
-    pub(crate) inlet: Arc<Inlet>,
+    pub(crate) inlet: Arc<ShardInbox>,
     counters: ShardCounters,
 }
 
@@ -105,7 +105,7 @@ fn count(counter: &AtomicU64) {
 }
 
 impl ShardLink {
-    pub(crate) fn new(inlet: Inlet) -> Self {
+    pub(crate) fn new(inlet: ShardInbox) -> Self {
         Self { inlet: Arc::new(inlet), counters: ShardCounters::default() }
     }
 
@@ -419,7 +419,7 @@ impl Shard {
             session.inner().begin_drain();
         }
         let began = Instant::now();
-        let mut drain = Drain::Look;
+        let mut drain = DrainPhase::Look;
         let mut closing = BTreeSet::new();
         // Without a deadline, the listener failed before anybody asked.
         while let Phase::Draining(deadline) = self.inner.stop.phase.get() {
@@ -430,18 +430,18 @@ impl Shard {
             // Who is in the middle of something gets half of the time to come to its end, and the
             // answer the other half.
             if now >= began + deadline.saturating_duration_since(began) / 2 {
-                drain = Drain::All;
+                drain = DrainPhase::All;
             }
             let open = self.inner.open.borrow().clone();
             for (number, session) in open {
                 let is_done = session.inner().drain_streams(drain);
-                let may_close = drain != Drain::Look && session.end_reason().is_none();
+                let may_close = drain != DrainPhase::Look && session.end_reason().is_none();
                 if is_done && may_close && closing.insert(number) {
                     self.begin_close(session);
                 }
             }
-            if drain == Drain::Look {
-                drain = Drain::Quiet;
+            if drain == DrainPhase::Look {
+                drain = DrainPhase::Quiet;
             }
             sleep(DRAIN_INTERVAL.min(left_until(deadline))).await;
         }

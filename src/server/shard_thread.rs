@@ -20,13 +20,13 @@ use futures_lite::future::or;
 use crate::connect::listener::Listener;
 use crate::exec::callback;
 use crate::exec::contain::panic_text;
-use crate::net::bound_socket::Door;
+use crate::net::bound_socket::BoundSocket;
 use crate::net::credentials::PeerCredentials;
 use crate::net::socket::Socket;
 use crate::net::socket_file::SocketPath;
 use crate::preflight::thread_error;
 use crate::server::shard::{Failure, Place, Shard, ShardLink};
-use crate::session::local_reactor::shut_down;
+use crate::session::local_reactor::shutdown_executor;
 use crate::session::state::Session;
 use shmipc_core::config::Config;
 use shmipc_core::error::{Error, Result};
@@ -37,9 +37,9 @@ pub(crate) type OnRefused = Arc<dyn Fn(usize, &Error) + Send + Sync>;
 pub(crate) type Authorize = Arc<dyn Fn(&PeerCredentials) -> bool + Send + Sync>;
 
 /// Tells the program of a peer that was refused.
-pub(crate) fn tell_refused(on_refused: Option<&OnRefused>, index: usize, error: &Error) {
-    if let Some(tell) = on_refused {
-        callback::call("on_refused", || tell(index, error));
+pub(crate) fn tell_refused(on_rejected: Option<&OnRefused>, index: usize, error: &Error) {
+    if let Some(tell) = on_rejected {
+        callback::call("on_rejected", || tell(index, error));
     }
 }
 
@@ -96,12 +96,12 @@ impl Common {
 /// What goes to the thread of one shard.
 pub(crate) struct Core {
     pub(crate) place: Place,
-    pub(crate) door: Door,
+    pub(crate) door: BoundSocket,
     pub(crate) bell: OwnedFd,
     pub(crate) common: Arc<Common>,
     pub(crate) config: Config,
     pub(crate) trust: Option<u64>,
-    pub(crate) on_refused: Option<OnRefused>,
+    pub(crate) on_rejected: Option<OnRefused>,
     pub(crate) authorize: Option<Authorize>,
 }
 
@@ -114,15 +114,15 @@ pub(crate) struct StopsAll(pub(crate) Arc<Common>);
 /// glommio does not drop the tasks of such an executor, and what they own stays open. So that peers
 /// do not wait for a core that is no more, its sockets are shut down.
 #[derive(Default)]
-struct Wreck {
+struct CrashCleanup {
     door: Option<(OwnedFd, SocketPath)>,
     shard: Option<Shard>,
 }
 
-type SharedWreck = Rc<RefCell<Wreck>>;
+type SharedWreck = Rc<RefCell<CrashCleanup>>;
 
-impl Wreck {
-    fn new(door: &Door) -> Result<SharedWreck> {
+impl CrashCleanup {
+    fn new(door: &BoundSocket) -> Result<SharedWreck> {
         let fd = door.fd.try_clone().map_err(|error| Error::os("duplicate a socket", error))?;
         let door = Some((fd, door.path.clone()));
         Ok(Rc::new(RefCell::new(Self { door, shard: None })))
@@ -169,7 +169,7 @@ impl Core {
         let index = self.place.index;
         let run = move || {
             let _stops_all = StopsAll(Arc::clone(&self.common));
-            let wreck = Wreck::new(&self.door)?;
+            let wreck = CrashCleanup::new(&self.door)?;
             let shown = Rc::clone(&wreck);
             let run = AssertUnwindSafe(|| {
                 let executor = executor
@@ -179,7 +179,7 @@ impl Core {
                     let result = self.run(factory, tell, Rc::clone(&shown)).await;
                     // Nothing is left that somebody would have to clear away.
                     shown.take();
-                    shut_down().await;
+                    shutdown_executor().await;
                     result
                 })
             });
@@ -211,7 +211,7 @@ impl Core {
         S: Future<Output = std::result::Result<(), D>> + 'static,
         D: Into<Failure> + 'static,
     {
-        let Self { place, door, bell, common, config, trust, on_refused, authorize } = self;
+        let Self { place, door, bell, common, config, trust, on_rejected, authorize } = self;
         let index = place.index;
         let shard = Shard::new(place, Arc::clone(&common.links[index]));
         wreck.borrow_mut().shard = Some(shard.clone());
@@ -220,9 +220,9 @@ impl Core {
         let identity = ShardIdentity { index: index as u32, count: count as u32 };
         let mut listener = Listener::at(door, config).trust_as(trust).for_shard(identity);
         let refusing = shard.clone();
-        listener.on_refused(move |error| {
+        listener.on_rejected(move |error| {
             refusing.note_refused();
-            tell_refused(on_refused.as_ref(), index, error);
+            tell_refused(on_rejected.as_ref(), index, error);
         });
         if let Some(authorize) = authorize {
             listener.authorize(move |peer| authorize(peer));

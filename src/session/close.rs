@@ -35,13 +35,13 @@ use futures_lite::future::{or, poll_fn, yield_now};
 use crate::exec::runtime::sleep;
 use crate::exec::task_waker::relayed;
 use crate::exec::wakers::WakerSlot;
-use crate::session::local_reactor::Poller;
+use crate::session::local_reactor::LocalReactor;
 use crate::session::path_order::closed;
 use crate::session::state::SessionInner;
 use crate::session::wakeup::Doorbell;
 use shmipc_core::error::{Error, MemoryError, Result};
-use shmipc_core::proto::session::NO_STREAM;
-use shmipc_core::shm::manager::SliceId;
+use shmipc_core::proto::stream_table::NO_STREAM;
+use shmipc_core::shm::pool::SliceId;
 
 /// How long the first pause between two looks is, and the longest: each is twice the one before.
 const FIRST_PAUSE: Duration = Duration::from_micros(100);
@@ -67,7 +67,7 @@ struct Outstanding {
 /// Whether data that went over the socket has been handled.
 enum Barrier {
     /// To be put into the queue, since this time.
-    Due(Instant),
+    CreditUpdate(Instant),
     /// The event of this number.
     At(i64),
     /// The peer's readers have until then, if nothing shows before that they have read it.
@@ -141,10 +141,10 @@ impl SessionInner {
 
     /// What the peer has not taken yet.
     async fn outstanding(&self, began: Instant) -> Outstanding {
-        let events = self.lanes.producer.borrow().pushed();
+        let events = self.channels.producer.borrow().pushed();
         let slices = self.slices_with_peer().await;
         let is_confirmed = self.unconfirmed() == 0;
-        let barrier = if is_confirmed { Barrier::Nothing } else { Barrier::Due(began) };
+        let barrier = if is_confirmed { Barrier::Nothing } else { Barrier::CreditUpdate(began) };
         Outstanding { events, slices, barrier }
     }
 
@@ -158,7 +158,7 @@ impl SessionInner {
     async fn slices_with_peer(&self) -> Vec<SliceId> {
         let (mut slices, mut from) = (Vec::new(), Some(0));
         while let Some(start) = from {
-            from = self.lanes.manager.find_sent(start, &mut slices);
+            from = self.channels.manager.find_sent(start, &mut slices);
             if from.is_some() {
                 yield_now().await;
             }
@@ -174,7 +174,7 @@ impl SessionInner {
     ) -> Result<bool> {
         let mut left = left.borrow_mut();
         let Some(left) = left.as_mut() else { return Ok(true) };
-        left.slices.retain(|&id| self.lanes.manager.is_with_peer(id));
+        left.slices.retain(|&id| self.channels.manager.is_with_peer(id));
         let is_quiet = self.taken()? >= left.events && left.slices.is_empty();
         if !is_quiet || !self.look_at_barrier(limit, &mut left.barrier)? {
             return Ok(false);
@@ -189,7 +189,7 @@ impl SessionInner {
     /// The peer has ended the session. Whether it had taken everything by then, as far as can be
     /// told.
     pub(crate) async fn has_peer_taken_all(&self) -> bool {
-        let in_flight = self.lanes.producer.borrow_mut().in_flight();
+        let in_flight = self.channels.producer.borrow_mut().in_flight();
         if self.outbox().is_cut() || self.has_kept_closes() || !matches!(in_flight, Ok((_, 0))) {
             return false;
         }
@@ -199,9 +199,9 @@ impl SessionInner {
 
     /// How many events the peer has taken, of all that there were.
     fn taken(&self) -> Result<i64> {
-        let in_flight = self.lanes.producer.borrow_mut().in_flight();
+        let in_flight = self.channels.producer.borrow_mut().in_flight();
         let (head, _) = in_flight.map_err(|error| self.broken(error))?;
-        if self.lanes.are_lost() {
+        if self.channels.are_lost() {
             return Err(self.broken(MemoryError::Lost));
         }
         Ok(head)
@@ -223,13 +223,13 @@ impl SessionInner {
             Barrier::Passed(until) => return Ok(Instant::now() >= until),
             Barrier::At(number) if self.taken()? < number => return Ok(false),
             Barrier::At(_) => {}
-            Barrier::Due(since) => {
-                let is_asleep = self.lanes.producer.borrow().is_peer_asleep();
+            Barrier::CreditUpdate(since) => {
+                let is_asleep = self.channels.producer.borrow().is_peer_asleep();
                 let is_rung_at_the_socket = matches!(self.doorbell(), Doorbell::Socket);
                 if is_rung_at_the_socket && is_asleep {
                     // The SyncEvent for it goes behind the data, and nothing else wakes the peer.
                     if self.put_event(closed(NO_STREAM))? {
-                        *barrier = Barrier::At(self.lanes.producer.borrow().pushed());
+                        *barrier = Barrier::At(self.channels.producer.borrow().pushed());
                         self.flush_queue();
                     }
                     return Ok(false);
@@ -248,10 +248,10 @@ impl SessionInner {
 
     #[cold]
     fn not_taken(&self, after: Duration, left: Option<&Outstanding>) -> Error {
-        let in_flight = self.lanes.producer.borrow_mut().in_flight();
+        let in_flight = self.channels.producer.borrow_mut().in_flight();
         let events = in_flight.map_or(0, |(head, _)| {
             let until =
-                left.map_or_else(|| self.lanes.producer.borrow().pushed(), |left| left.events);
+                left.map_or_else(|| self.channels.producer.borrow().pushed(), |left| left.events);
             u32::try_from(until - head).unwrap_or_default()
         });
         let slices = left.map_or(0, |left| left.slices.len());
@@ -326,7 +326,7 @@ impl Lingering {
 }
 
 /// Ends sessions whose handles are gone, each in a task of its own.
-pub(crate) async fn end_lingering(poller: Rc<Poller>) {
+pub(crate) async fn end_lingering(poller: Rc<LocalReactor>) {
     loop {
         let sessions = poll_fn(|context| {
             let sessions = std::mem::take(&mut *poller.shared().new.borrow_mut());

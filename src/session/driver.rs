@@ -4,8 +4,8 @@
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use crate::reactor::poll_state::{Activity, Place};
-use crate::reactor::pollable::{Pollable, Stay};
+use crate::reactor::poll_state::{PollState, Residency};
+use crate::reactor::pollable::{PollOutcome, Pollable};
 use crate::session::close::Lingering;
 use crate::session::state::SessionInner;
 use crate::session::stream::StreamInner;
@@ -38,10 +38,10 @@ const IN_PLACE_BYTES: usize = 32 << 10;
 
 impl SessionInner {
     /// One turn of the poller.
-    pub(crate) fn turn(self: &Rc<Self>, now: Instant) -> Stay {
+    pub(crate) fn turn(self: &Rc<Self>, now: Instant) -> PollOutcome {
         let spins = self.config.settings().spin != Spin::Never;
         self.activity.in_place.credit.set(if spins { IN_PLACE_CREDIT } else { 0 });
-        if self.lanes.must_look.get() {
+        if self.channels.must_look.get() {
             self.activity.note_wait_given_up();
         }
         let moved = match self.drain(EVENTS_PER_TURN) {
@@ -62,7 +62,7 @@ impl SessionInner {
         if !moved {
             // The peer needs its slots back only when the queue is half full, which `pop` sees to;
             // to write the line that it publishes on more often than that would only slow it down.
-            self.lanes.consumer.borrow_mut().publish();
+            self.channels.consumer.borrow_mut().publish();
         }
         self.finish_closing();
         // While the socket is not read, nobody would hear that the peer is gone.
@@ -74,23 +74,23 @@ impl SessionInner {
         self.send_kept_credit();
         self.send_waiting_credit();
         self.wake_waiting(now);
-        let sent = self.lanes.must_look.get();
+        let sent = self.channels.must_look.get();
         self.flush_queue();
         let stay = self.stay(now, moved || sent);
         // Last: all of this may have met what is wrong.
-        let is_lost = || self.lanes.are_lost().then_some(MemoryError::Lost);
-        match self.lanes.manager.take_broken().or_else(is_lost) {
+        let is_lost = || self.channels.are_lost().then_some(MemoryError::Lost);
+        match self.channels.manager.take_broken().or_else(is_lost) {
             None => stay,
             Some(error) => {
                 self.fail(error.into());
-                Stay::Over
+                PollOutcome::Closed
             }
         }
     }
 
-    fn stay(self: &Rc<Self>, now: Instant, had_traffic: bool) -> Stay {
+    fn stay(self: &Rc<Self>, now: Instant, had_traffic: bool) -> PollOutcome {
         if self.is_over() {
-            return Stay::Over;
+            return PollOutcome::Closed;
         }
         let spins = match self.config.settings().spin {
             Spin::Never => had_traffic,
@@ -101,27 +101,27 @@ impl SessionInner {
             self.activity.idle_turns.set(0);
         }
         if spins {
-            return if had_traffic { Stay::Moving } else { Stay::Busy };
+            return if had_traffic { PollOutcome::Progress } else { PollOutcome::Spinning };
         }
-        let lanes = &self.lanes;
-        let somebody_waits = !lanes.queue_waiting.is_empty()
-            || !lanes.pool_waiting.is_empty()
+        let channels = &self.channels;
+        let somebody_waits = !channels.queue_waiting.is_empty()
+            || !channels.pool_waiting.is_empty()
             || !self.credit.returning.is_empty();
         // While the socket is not read, nobody would hear a SyncEvent, or the end of what came.
         let is_paused = self.has_too_much_unread() || !self.inbox.closing.is_empty();
         if somebody_waits || is_paused || self.credit.has_kept() || self.has_kept_closes() {
-            return Stay::Waiting;
+            return PollOutcome::Blocked;
         }
         self.activity.note_retired(matches!(self.config.settings().spin, Spin::For(_)));
-        Stay::Idle
+        PollOutcome::Idle
     }
 
     /// Says that nobody looks at the queue any more, until the socket or the doorbell wakes this
     /// side. `false`: something came meanwhile.
     pub(crate) fn fall_asleep(self: &Rc<Self>) -> bool {
-        let result = self.lanes.consumer.borrow_mut().try_sleep();
+        let result = self.channels.consumer.borrow_mut().try_sleep();
         match result {
-            Ok(true) if self.lanes.are_lost() => self.fail(MemoryError::Lost.into()),
+            Ok(true) if self.channels.are_lost() => self.fail(MemoryError::Lost.into()),
             Ok(true) => self.counters.sleeps.add(1),
             Ok(false) => return false,
             Err(error) => self.fail(error.into()),
@@ -134,15 +134,15 @@ impl SessionInner {
     fn drain(self: &Rc<Self>, limit: usize) -> Result<usize, MemoryError> {
         let mut taken = 0;
         while taken < limit && !self.is_over() {
-            let available = self.lanes.consumer.borrow_mut().available()? as usize;
+            let available = self.channels.consumer.borrow_mut().available()? as usize;
             let count = available.min(limit - taken);
             for _ in 0..count {
                 let (event, ahead) = {
-                    let mut consumer = self.lanes.consumer.borrow_mut();
+                    let mut consumer = self.channels.consumer.borrow_mut();
                     (consumer.pop(), consumer.offset_ahead(LOOK_AHEAD))
                 };
                 if let Some(offset) = ahead {
-                    self.lanes.manager.prefetch(offset);
+                    self.channels.manager.prefetch(offset);
                 }
                 if let Some(event) = event {
                     self.handle_event(event)?;
@@ -162,7 +162,7 @@ impl SessionInner {
     #[inline]
     pub(crate) fn has_events(&self) -> bool {
         // What is wrong with the queue is found, and named, when it is drained.
-        self.lanes.consumer.borrow_mut().has_events().unwrap_or(true)
+        self.channels.consumer.borrow_mut().has_events().unwrap_or(true)
     }
 
     /// Waits a moment for data of a stream that the calling task would otherwise sleep for, and
@@ -222,14 +222,14 @@ impl SessionInner {
     /// Takes the events that are there, and gives the first chain if it is one of this stream.
     #[inline]
     fn drain_in_place(self: &Rc<Self>, stream: &StreamInner) -> Result<Option<Chain>, MemoryError> {
-        let available = self.lanes.consumer.borrow_mut().available()? as usize;
+        let available = self.channels.consumer.borrow_mut().available()? as usize;
         let count = available.min(EVENTS_IN_PLACE);
         if count > 0 {
             self.look_for_extension_at_first();
         }
         let mut chain = None;
         for index in 0..count {
-            let event = self.lanes.consumer.borrow_mut().pop();
+            let event = self.channels.consumer.borrow_mut().pop();
             let Some(event) = event else { break };
             let is_next = index == 0
                 && event.stream_id == stream.id()
@@ -238,7 +238,7 @@ impl SessionInner {
             if is_next {
                 let adopted = self.adopt(event.offset)?;
                 self.note_come(stream, &adopted);
-                chain = Some(adopted).filter(|chain| chain.len() > 0);
+                chain = Some(adopted).filter(|chain| !chain.is_empty());
                 stream.note_received();
             } else {
                 self.handle_event(event)?;
@@ -252,7 +252,7 @@ impl SessionInner {
     /// Takes every event that was published before now. A peer that goes on publishing meanwhile
     /// cannot hold us.
     pub(crate) fn drain_all(self: &Rc<Self>) {
-        let available = self.lanes.consumer.borrow_mut().available_now();
+        let available = self.channels.consumer.borrow_mut().available_now();
         // They are known now, so one round takes them all.
         let result = available.and_then(|count| self.drain(count as usize));
         match result {
@@ -264,23 +264,23 @@ impl SessionInner {
     }
 
     fn wake_waiting(&self, now: Instant) {
-        let lanes = &self.lanes;
-        if !lanes.queue_waiting.is_empty() {
-            let is_full = lanes.producer.borrow_mut().is_full();
+        let channels = &self.channels;
+        if !channels.queue_waiting.is_empty() {
+            let is_full = channels.producer.borrow_mut().is_full();
             match is_full {
                 Ok(true) => {}
-                Ok(false) => lanes.queue_waiting.wake_all(),
+                Ok(false) => channels.queue_waiting.wake_all(),
                 Err(error) => self.fail(error.into()),
             }
         }
         if !self.credit.returning.is_empty() {
             self.credit.returning.wake_expired(now);
         }
-        if !lanes.pool_waiting.is_empty() {
-            if lanes.manager.might_allocate() {
-                lanes.pool_waiting.wake_all();
+        if !channels.pool_waiting.is_empty() {
+            if channels.manager.might_allocate() {
+                channels.pool_waiting.wake_all();
             } else {
-                lanes.pool_waiting.wake_expired(now);
+                channels.pool_waiting.wake_expired(now);
             }
         }
     }
@@ -288,7 +288,7 @@ impl SessionInner {
     /// Puts the session before the poller.
     #[inline]
     pub(crate) fn activate(self: &Rc<Self>) {
-        if self.activity.place.get() != Place::Active && !self.is_over() {
+        if self.activity.residency.get() != Residency::Active && !self.is_over() {
             self.poller.activate(self);
         }
     }
@@ -297,7 +297,7 @@ impl SessionInner {
 impl Pollable for SessionInner {
     type Shared = Lingering;
 
-    fn activity(&self) -> &Activity {
+    fn activity(&self) -> &PollState {
         &self.activity
     }
 
@@ -312,7 +312,7 @@ impl Pollable for SessionInner {
     }
 
     #[inline]
-    fn turn(self: &Rc<Self>, now: Instant) -> Stay {
+    fn turn(self: &Rc<Self>, now: Instant) -> PollOutcome {
         self.turn(now)
     }
 
@@ -325,7 +325,7 @@ impl Pollable for SessionInner {
     }
 
     fn set_working(&self) {
-        self.lanes.consumer.borrow().set_working();
+        self.channels.consumer.borrow().set_working();
     }
 
     fn fall_asleep(self: &Rc<Self>) -> bool {
@@ -333,10 +333,10 @@ impl Pollable for SessionInner {
     }
 
     fn set_resting(&self, is_resting: bool) {
-        self.lanes.manager.set_resting(is_resting);
+        self.channels.manager.set_resting(is_resting);
     }
 
-    fn stall_limit(&self) -> Option<Duration> {
+    fn stall_timeout(&self) -> Option<Duration> {
         self.config.settings().limits.stall
     }
 
@@ -361,7 +361,7 @@ mod tests {
     use futures_lite::future::zip;
     use glommio::LocalExecutorBuilder;
 
-    use crate::reactor::poll_state::Place;
+    use crate::reactor::poll_state::Residency;
     use crate::{Config, Connector, Listener, Session, Spin};
 
     async fn pair(number: u32, spin: Spin) -> [Session; 2] {
@@ -385,8 +385,8 @@ mod tests {
             near.write_all(b"first").await.unwrap();
             let mut far = server.accept().await.unwrap();
             assert_eq!(far.recv().await.unwrap().unwrap().into_bytes(), b"first"[..]);
-            let place = &server.inner().activity.place;
-            while place.get() != Place::Company {
+            let place = &server.inner().activity.residency;
+            while place.get() != Residency::Standby {
                 glommio::timer::sleep(Duration::from_millis(1)).await;
             }
             // None of this lets another task run.
@@ -395,9 +395,9 @@ mod tests {
             assert!(server.inner().has_events());
             server.inner().drain_all();
             assert!(!server.inner().has_events());
-            assert_eq!(place.get(), Place::Active);
+            assert_eq!(place.get(), Residency::Active);
 
-            let in_flight = || client.inner().lanes.producer.borrow_mut().in_flight().unwrap().1;
+            let in_flight = || client.inner().channels.producer.borrow_mut().in_flight().unwrap().1;
             assert_eq!(in_flight(), 1);
             while in_flight() > 0 {
                 glommio::timer::sleep(Duration::from_millis(1)).await;

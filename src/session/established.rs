@@ -3,14 +3,14 @@
 
 use std::rc::Rc;
 
-use crate::net::admission::Admitted;
+use crate::net::admission::SessionPermit;
 use crate::net::credentials::PeerCredentials;
 use crate::net::socket::Socket;
 use crate::session::wakeup::Doorbell;
-use shmipc_core::proto::Agreement;
-use shmipc_core::proto::session::Role;
-use shmipc_core::shm::manager::BufferManager;
-use shmipc_core::shm::queue::{Consumer, Producer};
+use shmipc_core::proto::Negotiated;
+use shmipc_core::proto::stream_table::Role;
+use shmipc_core::shm::event_queue::{Consumer, Producer};
+use shmipc_core::shm::pool::SlicePool;
 use shmipc_core::shm::region::{Region, SharedFile};
 
 /// What two sides agreed on, ready to carry a session.
@@ -18,7 +18,7 @@ pub(crate) struct Established {
     pub(crate) role: Role,
     pub(crate) peer: PeerCredentials,
     pub(crate) socket: Socket,
-    pub(crate) agreement: Agreement,
+    pub(crate) agreement: Negotiated,
     pub(crate) memory: SessionMemory,
     pub(crate) doorbell: Doorbell,
 }
@@ -30,7 +30,7 @@ pub(crate) struct SessionMemory {
     pub(crate) files: Vec<SharedFile>,
     pub(crate) producer: Producer<Region>,
     pub(crate) consumer: Consumer<Region>,
-    pub(crate) manager: Rc<BufferManager>,
+    pub(crate) manager: Rc<SlicePool>,
     /// What a listener counts it by.
-    pub(crate) admitted: Option<Admitted>,
+    pub(crate) admitted: Option<SessionPermit>,
 }

@@ -6,8 +6,8 @@
 //! more; only a peer of this crate says so.
 //!
 //! Both are waits that a dropped future may leave behind, and that the next one does not continue.
-//! [`Alloc`](crate::session::stream::send::Alloc) ends its own when it is dropped; a write has no
-//! future to do that.
+//! [`AllocFuture`](crate::session::stream::send::AllocFuture) ends its own when it is dropped; a
+//! write has no future to do that.
 
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -97,7 +97,7 @@ impl ComingBack {
         context: &Context<'_>,
     ) -> Poll<bool> {
         // What is free is for those that are in shared memory.
-        if session.lanes.manager.is_short() {
+        if session.channels.manager.is_short() {
             return Poll::Ready(false);
         }
         if session.may_return_to_memory(stream) {
@@ -106,7 +106,7 @@ impl ComingBack {
         let credited = stream.sending.credited();
         let is_worth_it = session.credit.is_known()
             && credited >= self.not_before
-            && session.lanes.manager.might_allocate();
+            && session.channels.manager.might_allocate();
         if !is_worth_it {
             return Poll::Ready(false);
         }
@@ -134,17 +134,18 @@ impl WriteHalf {
     pub(crate) fn poll_pool(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
         let session = self.session.inner();
         let now = Instant::now();
-        let (until, is_new) = self.pool_wait.until(now, session.config.settings().pool_wait);
+        let (until, is_new) =
+            self.fallback_after.until(now, session.config.settings().fallback_after);
         if is_new {
             session.counters.pool_empty.add(1);
         }
         if now < until {
             self.waiting.begin(session, WaitsFor::Memory(Some(until)), context);
             ready!(self.deadline.poll(context));
-            self.pool_wait.end();
+            self.fallback_after.end();
             return Poll::Ready(Err(Error::DeadlinePassed));
         }
-        self.pool_wait.expire();
+        self.fallback_after.expire();
         self.inner.life().fall_back();
         Poll::Ready(Ok(()))
     }
@@ -154,14 +155,14 @@ impl WriteHalf {
     #[cold]
     pub(crate) fn move_to_memory(&self, chain: Chain, context: &Context<'_>) -> Result<Chain> {
         let session = self.session();
-        if !chain.is_of(&session.lanes.manager) {
+        if !chain.is_of(&session.channels.manager) {
             return Err(Error::ForeignLoan);
         }
         session.activate();
-        if session.lanes.manager.is_short() && !self.may_use_reserve(context, chain.len()) {
+        if session.channels.manager.is_short() && !self.may_use_reserve(context, chain.len()) {
             return Ok(chain);
         }
-        let slices = session.lanes.manager.allocate(chain.len(), false);
+        let slices = session.channels.manager.allocate(chain.len(), false);
         let Some(mut slices) = slices.map_err(|error| session.broken(error))? else {
             return Ok(chain);
         };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the two sides of a session know of each other beyond the protocol, and the credit that
 //! readers give for what they have taken. The arithmetic is in
-//! [`window`](shmipc_core::proto::window).
+//! [`window`](shmipc_core::proto::flow_control).
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -13,10 +13,10 @@ use crate::exec::wakers::WakerList;
 use crate::session::state::SessionInner;
 use crate::session::stream::StreamInner;
 use shmipc_core::config::{Config, ProtocolVersion};
-use shmipc_core::proto::session::Role;
-use shmipc_core::proto::window::Due;
+use shmipc_core::proto::flow_control::CreditUpdate;
+use shmipc_core::proto::stream_table::Role;
 use shmipc_core::shm::chain::{Chain, SOCKET_MESSAGE_COST};
-use shmipc_core::shm::manager::BufferManager;
+use shmipc_core::shm::pool::SlicePool;
 use shmipc_core::wire::layout::{MANAGER_CLIENT_EXTENSION_OFFSET, MANAGER_SERVER_EXTENSION_OFFSET};
 use shmipc_core::wire::{Deframer, Event, EventState, Extension, READER_WAITS_STATUS};
 
@@ -90,19 +90,19 @@ fn cost_of(len: usize) -> u64 {
     (Deframer::held_by(len) + SOCKET_MESSAGE_COST) as u64
 }
 
-fn extension(manager: &BufferManager, config: &Config) -> Extension {
+fn extension(manager: &SlicePool, config: &Config) -> Extension {
     let default = manager.memory_len() as u64 / 16;
     Extension::with_window(config.settings().limits.stream_window.unwrap_or(default))
 }
 
 /// Tells the peer that this side has the extension. Before the peer is told that the memory is
 /// there, or mapped.
-pub(crate) fn show_extension(manager: &BufferManager, config: &Config, role: Role) {
+pub(crate) fn show_extension(manager: &SlicePool, config: &Config, role: Role) {
     manager.show_extension(places(role).0, extension(manager, config));
 }
 
 impl Credit {
-    pub(crate) fn new(manager: &BufferManager, config: &Config, role: Role) -> Self {
+    pub(crate) fn new(manager: &SlicePool, config: &Config, role: Role) -> Self {
         let credit = Self {
             ours: extension(manager, config).window(),
             window_here: Cell::new(UNBOUNDED),
@@ -123,7 +123,7 @@ impl Credit {
     }
 
     /// Looks whether the peer has said by now what it knows.
-    fn look(&self, manager: &BufferManager, role: Role) {
+    fn look(&self, manager: &SlicePool, role: Role) {
         if let Some(extension) = manager.peer_extension(places(role).1) {
             self.looks.set(0);
             self.window_here.set(self.ours);
@@ -158,7 +158,7 @@ impl SessionInner {
         if self.credit.is_known() {
             return;
         }
-        self.credit.look(&self.lanes.manager, self.role);
+        self.credit.look(&self.channels.manager, self.role);
         if self.credit.is_known() {
             // What it could not have been told before.
             let streams = self.streams.borrow().all();
@@ -314,17 +314,17 @@ impl SessionInner {
         let is_known = window != UNBOUNDED;
         let done = over_socket && is_known && stream.inbound.borrow().socket_len() == 0;
         match stream.receiving.note_taken(occupied, over_socket, done, window) {
-            Due::Not => {}
+            CreditUpdate::Not => {}
             // It would take the event for data, whatever came over the socket.
             _ if !is_known => {}
-            Due::Soon => self.give_credit_soon(stream),
-            Due::Now => self.send_credit(stream, stream.receiving.take()),
+            CreditUpdate::Soon => self.give_credit_soon(stream),
+            CreditUpdate::Now => self.send_credit(stream, stream.receiving.take()),
         }
     }
 
     #[inline(never)]
     fn give_credit_soon(self: &Rc<Self>, stream: &StreamInner) {
-        if !self.lanes.producer.borrow().is_peer_asleep() {
+        if !self.channels.producer.borrow().is_peer_asleep() {
             self.send_credit(stream, stream.receiving.take());
         } else if !stream.has_waiting_credit.replace(true) {
             self.credit.waiting.borrow_mut().push(stream.id());
@@ -348,8 +348,8 @@ impl SessionInner {
         if self.credit.waiting.borrow().is_empty() {
             return;
         }
-        let is_woken = self.lanes.must_look.get();
-        if is_woken || !self.lanes.producer.borrow().is_peer_asleep() {
+        let is_woken = self.channels.must_look.get();
+        if is_woken || !self.channels.producer.borrow().is_peer_asleep() {
             self.send_all_waiting_credit();
         }
     }

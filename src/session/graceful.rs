@@ -16,7 +16,7 @@ use crate::session::stream::StreamInner;
 
 /// Which streams get their end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Drain {
+pub(crate) enum DrainPhase {
     /// None yet: this is the first look at what moves.
     Look,
     /// Those that are not in the middle of something.
@@ -35,14 +35,14 @@ impl SessionInner {
 
     /// Looks at the streams, and lets end those whose turn it is. Whether nothing is left: no
     /// stream, and nothing that waits for the socket.
-    pub(crate) fn drain_streams(&self, drain: Drain) -> bool {
+    pub(crate) fn drain_streams(&self, drain: DrainPhase) -> bool {
         let streams = self.streams.borrow().all();
         for stream in &streams {
             let is_in_the_middle = stream.is_in_the_middle();
             let ends = match drain {
-                Drain::Look => false,
-                Drain::Quiet => !is_in_the_middle,
-                Drain::All => true,
+                DrainPhase::Look => false,
+                DrainPhase::Quiet => !is_in_the_middle,
+                DrainPhase::All => true,
             };
             if ends && stream.life().can_receive() {
                 self.end_reading(stream);

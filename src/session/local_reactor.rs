@@ -11,7 +11,7 @@ use crate::session::close::end_lingering;
 use crate::session::state::SessionInner;
 
 /// The reactor that drives sessions.
-pub(crate) type Poller = Reactor<SessionInner>;
+pub(crate) type LocalReactor = Reactor<SessionInner>;
 
 /// How long the executor is given to close what is left, when it is shut down.
 const LAST_LOOK: Duration = Duration::from_millis(1);
@@ -39,7 +39,7 @@ const LAST_LOOK: Duration = Duration::from_millis(1);
 ///         let _listener = Listener::bind(&path, Config::default())?;
 ///         let session = Connector::new(Config::default()).connect(&path).await?;
 ///         drop(session);
-///         shmipc_glommio::shut_down().await;
+///         shmipc_glommio::shutdown_executor().await;
 ///         shmipc_glommio::Result::<()>::Ok(())
 ///     })
 ///     .unwrap()
@@ -47,7 +47,7 @@ const LAST_LOOK: Duration = Duration::from_millis(1);
 ///     .unwrap()?;
 /// # shmipc_glommio::Result::<()>::Ok(())
 /// ```
-pub async fn shut_down() {
+pub async fn shutdown_executor() {
     // Not a new one, if there is none.
     let executor = executor_id();
     let Some(poller) = Current::get().filter(|poller| poller.executor() == executor) else {
@@ -71,14 +71,14 @@ thread_local! {
 }
 
 /// The poller of this thread's executor.
-struct Current(RefCell<Option<Rc<Poller>>>);
+struct Current(RefCell<Option<Rc<LocalReactor>>>);
 
 impl Current {
-    fn get() -> Option<Rc<Poller>> {
+    fn get() -> Option<Rc<LocalReactor>> {
         CURRENT.with(|current| current.0.borrow().clone())
     }
 
-    fn set(poller: Option<Rc<Poller>>) {
+    fn set(poller: Option<Rc<LocalReactor>>) {
         let before = CURRENT.with(|current| current.0.replace(poller));
         // An executor that has ended, and left what it had.
         if let Some(before) = before {
@@ -96,7 +96,7 @@ impl Drop for Current {
     }
 }
 
-impl Poller {
+impl LocalReactor {
     /// The poller of the executor that runs this task; started if need be.
     pub(crate) fn current() -> Rc<Self> {
         let executor = executor_id();
@@ -117,7 +117,7 @@ impl Poller {
 }
 
 /// Ends with the poller's task: there is another one from then on.
-struct Forget(Rc<Poller>);
+struct Forget(Rc<LocalReactor>);
 
 impl Drop for Forget {
     fn drop(&mut self) {

@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A session: one connection, its shared memory, and its streams.
+//! A running session: one connection, its shared memory, and its streams.
 //!
-//! A session, and all it is made of, lives on one executor, without lock or atomic: state that
-//! several tasks of the core share is in cells, and no cell is borrowed across an `await`.
+//! All of it lives on one executor. State that several tasks of the core share is in cells, without
+//! a lock, and no cell is borrowed across an `await`.
 //!
-//! - [`state`]: what a session has, and the handle of users; [`guard`]: what ends it with the last
-//!   handle.
-//! - [`established`]: what a handshake hands over.
-//! - [`driver`]: its turns; [`receive`]: what arrives; [`transmit`]: what is sent; [`outbox`]: what
-//!   waits for the socket; [`path_order`]: what must not go over it yet; [`wakeup`]: how the peer
-//!   is woken.
-//! - [`flow_control`]: how far a sender may go; [`fallback`]: when a stream leaves shared memory,
-//!   and comes back; [`send_wait`]: what a sender waits for.
-//! - [`graceful`], [`close`]: how a session ends without losing anything.
-//! - [`local_reactor`]: the reactor that drives them; [`stall`]: peers that do not move.
-//! - [`serve`], [`supervised`]: a task for each stream, and what its end means to the peer.
-//! - [`stream`]: the handles of streams.
+//! - [`state`]: the state of a session, and the handle `Session`; [`guard`]: ends the session with
+//!   the last handle; [`established`]: what a handshake hands over.
+//! - [`driver`]: one turn of the poll loop, and the short wait in place; [`receive`]: what arrives;
+//!   [`transmit`]: what is sent.
+//! - [`outbox`]: bytes that the socket has not taken yet; [`wakeup`]: how the peer is woken, and
+//!   this side by it.
+//! - [`flow_control`]: credit; [`fallback`]: when a stream leaves shared memory for the socket, and
+//!   returns; [`send_wait`]: what a sender waits for.
+//! - [`path_order`]: keeps the socket from overtaking the queue; [`close`], [`graceful`]: ending
+//!   without losing what was sent.
+//! - [`local_reactor`]: the poll loop of this thread's executor; [`stall`]: detects a peer that
+//!   takes nothing.
+//! - [`serve`]: a task for each stream; [`supervised`]: resets the streams of a handler that fails.
+//! - [`stream`]: the handles of streams, loans and messages.
 
 pub(crate) mod close;
 pub(crate) mod driver;

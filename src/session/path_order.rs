@@ -26,9 +26,9 @@ use crate::session::state::SessionInner;
 use crate::session::stream::StreamInner;
 use crate::session::wakeup::Doorbell;
 use shmipc_core::error::{Error, Result};
-use shmipc_core::proto::session::NO_STREAM;
-use shmipc_core::proto::stream::Path;
-use shmipc_core::shm::manager::SliceId;
+use shmipc_core::proto::stream_state::DataPath;
+use shmipc_core::proto::stream_table::NO_STREAM;
+use shmipc_core::shm::pool::SliceId;
 use shmipc_core::wire::{Event, EventState};
 
 /// How many closes may wait for room, beyond one for each stream that can be open.
@@ -44,7 +44,7 @@ const MAX_UNREAD_CLOSES: usize = 1024;
 
 /// A close of which the peer is told later.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct KeptClose {
+pub(crate) struct DeferredClose {
     stream_id: u32,
     /// What the peer is to have read before.
     unread: Option<Unread>,
@@ -70,7 +70,7 @@ enum Last {
 
 /// How far a stream is on its way to the socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum Overtaking {
+pub(crate) enum PathBarrier {
     /// It has not used the socket.
     #[default]
     Never,
@@ -89,22 +89,22 @@ impl SessionInner {
     /// Waits until a stream that uses the socket from now on overtakes nothing of its own.
     pub(crate) fn poll_overtaking(
         self: &Rc<Self>,
-        state: &mut Overtaking,
+        state: &mut PathBarrier,
         wait: &mut SendWait,
         context: &Context<'_>,
     ) -> Poll<Result<()>> {
-        if *state == Overtaking::Nothing || self.orders_paths() {
+        if *state == PathBarrier::Nothing || self.orders_paths() {
             return Poll::Ready(Ok(()));
         }
-        if *state == Overtaking::Never && self.put_event(closed(NO_STREAM))? {
-            *state = Overtaking::Barrier(self.lanes.producer.borrow().pushed());
+        if *state == PathBarrier::Never && self.put_event(closed(NO_STREAM))? {
+            *state = PathBarrier::Barrier(self.channels.producer.borrow().pushed());
         }
         self.flush_queue();
-        if let Overtaking::Barrier(number) = *state {
-            let in_flight = self.lanes.producer.borrow_mut().in_flight();
+        if let PathBarrier::Barrier(number) = *state {
+            let in_flight = self.channels.producer.borrow_mut().in_flight();
             let (taken, _) = in_flight.map_err(|error| self.broken(error))?;
             if taken >= number {
-                *state = Overtaking::Nothing;
+                *state = PathBarrier::Nothing;
                 return Poll::Ready(Ok(()));
             }
         }
@@ -117,19 +117,19 @@ impl SessionInner {
     /// Tells a peer that does not order its paths of a close, by the queue: now, or when there is
     /// room.
     pub(crate) fn tell_closed_by_queue(self: &Rc<Self>, stream_id: u32) {
-        let waiting = self.lanes.kept_closes.borrow().len();
+        let waiting = self.channels.kept_closes.borrow().len();
         // A peer can open and close streams without taking anything.
         if waiting > self.config.settings().limits.streams.saturating_add(SPARE_CLOSES) {
             return self.fail(Error::PeerNotReading);
         }
         // Not before those that wait already.
         if waiting > 0 || matches!(self.send_event(closed(stream_id)), Ok(false)) {
-            self.keep_close(KeptClose { stream_id, unread: None });
+            self.keep_close(DeferredClose { stream_id, unread: None });
         }
     }
 
-    fn keep_close(self: &Rc<Self>, close: KeptClose) {
-        self.lanes.kept_closes.borrow_mut().push_back(close);
+    fn keep_close(self: &Rc<Self>, close: DeferredClose) {
+        self.channels.kept_closes.borrow_mut().push_back(close);
         self.activate();
     }
 
@@ -137,24 +137,26 @@ impl SessionInner {
     /// told when it has read the last of it, or has had its time for that: an asynchronous stream
     /// of shmipc-go hands nothing to its user any more once it has seen the close, also of what it
     /// had received before.
-    pub(crate) fn tell_closed_when_read(self: &Rc<Self>, stream: &StreamInner, path: Path) {
+    pub(crate) fn tell_closed_when_read(self: &Rc<Self>, stream: &StreamInner, path: DataPath) {
         let stream_id = stream.id();
         if !self.credit.is_known() {
             let unconfirmed = stream.unconfirmed();
             let in_all = &self.credit.unconfirmed;
             in_all.set(in_all.get().saturating_add(unconfirmed));
             let last = match path {
-                Path::Socket if unconfirmed == 0 => None,
-                Path::Socket => Some(Last::Socket { unconfirmed, until: self.outbox().taken_in() }),
-                Path::SharedMemory => {
-                    let slice = self.lanes.manager.sent_at(stream.last_sent.get());
-                    slice.map(|slice| Last::Slice(slice, self.lanes.producer.borrow().pushed()))
+                DataPath::Socket if unconfirmed == 0 => None,
+                DataPath::Socket => {
+                    Some(Last::Socket { unconfirmed, until: self.outbox().taken_in() })
+                }
+                DataPath::SharedMemory => {
+                    let slice = self.channels.manager.sent_at(stream.last_sent.get());
+                    slice.map(|slice| Last::Slice(slice, self.channels.producer.borrow().pushed()))
                 }
             };
-            let is_room = self.lanes.kept_closes.borrow().len() < MAX_UNREAD_CLOSES;
+            let is_room = self.channels.kept_closes.borrow().len() < MAX_UNREAD_CLOSES;
             if let Some(last) = last.filter(|_| is_room) {
                 let unread = Some(Unread { last, until: None });
-                return self.keep_close(KeptClose { stream_id, unread });
+                return self.keep_close(DeferredClose { stream_id, unread });
             }
         }
         self.tell_closed(stream_id, path);
@@ -163,7 +165,7 @@ impl SessionInner {
     /// The peer has closed a stream that this side has closed too. It needs not be told any more,
     /// and has read what it wanted to.
     pub(crate) fn note_closed_by_both(&self, id: u32) {
-        self.lanes.kept_closes.borrow_mut().retain(|close| match close.unread {
+        self.channels.kept_closes.borrow_mut().retain(|close| match close.unread {
             Some(Unread { last: Last::Socket { unconfirmed, .. }, .. })
                 if close.stream_id == id =>
             {
@@ -191,7 +193,7 @@ impl SessionInner {
     #[inline(never)]
     fn send_due_closes(self: &Rc<Self>) {
         let now = Instant::now();
-        let in_flight = self.lanes.producer.borrow_mut().in_flight();
+        let in_flight = self.channels.producer.borrow_mut().in_flight();
         // What is wrong with the queue is found, and named, when it is used.
         let taken = in_flight.map_or(i64::MAX, |(head, _)| head);
         let read = LazyCell::new(|| self.read_from_socket());
@@ -200,17 +202,17 @@ impl SessionInner {
             Last::Socket { until, .. } => *read >= until,
         };
         // Those that are told again find the list empty, and their place behind the others.
-        let mut kept = std::mem::take(&mut *self.lanes.kept_closes.borrow_mut());
+        let mut kept = std::mem::take(&mut *self.channels.kept_closes.borrow_mut());
         let mut is_full = false;
-        kept.retain_mut(|KeptClose { stream_id, unread }| match unread {
+        kept.retain_mut(|DeferredClose { stream_id, unread }| match unread {
             Some(unread) if !has_come(unread.last) => true,
             Some(unread) => {
                 let until = *unread.until.get_or_insert(now + TIME_TO_READ);
                 let (is_unread, path) = match unread.last {
                     Last::Slice(slice, _) => {
-                        (self.lanes.manager.is_with_peer(slice), Path::SharedMemory)
+                        (self.channels.manager.is_with_peer(slice), DataPath::SharedMemory)
                     }
-                    Last::Socket { .. } => (true, Path::Socket),
+                    Last::Socket { .. } => (true, DataPath::Socket),
                 };
                 let is_waited_for = now < until && is_unread;
                 if !is_waited_for {
@@ -224,13 +226,13 @@ impl SessionInner {
                 is_full
             }
         });
-        let mut again = self.lanes.kept_closes.borrow_mut();
+        let mut again = self.channels.kept_closes.borrow_mut();
         kept.append(&mut again);
         *again = kept;
     }
 
     pub(crate) fn has_kept_closes(&self) -> bool {
-        !self.lanes.kept_closes.borrow().is_empty()
+        !self.channels.kept_closes.borrow().is_empty()
     }
 }
 

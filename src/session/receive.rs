@@ -22,7 +22,7 @@ use crate::net::socket::Received;
 use crate::session::state::SessionInner;
 use crate::session::stream::StreamInner;
 use shmipc_core::error::{Error, HandshakeError, MemoryError};
-use shmipc_core::proto::stream::{Path, StreamLife};
+use shmipc_core::proto::stream_state::{DataPath, StreamState};
 use shmipc_core::shm::chain::Chain;
 use shmipc_core::wire::{Deframer, Event, EventState, Header, Message, is_reset};
 
@@ -94,7 +94,7 @@ impl SessionInner {
 
     #[inline(always)]
     pub(crate) fn adopt(&self, offset: u32) -> Result<Chain, MemoryError> {
-        let chain = self.lanes.manager.adopt(offset)?;
+        let chain = self.channels.manager.adopt(offset)?;
         self.activity.note_received();
         self.counters.bytes_received.add(chain.len() as u64);
         Ok(chain)
@@ -138,7 +138,7 @@ impl SessionInner {
             self.tell_refused(id);
             return None;
         }
-        let stream = Rc::new(StreamInner::new(id, &self.lanes.manager));
+        let stream = Rc::new(StreamInner::new(id, &self.channels.manager));
         self.streams.borrow_mut().insert(id, Rc::clone(&stream));
         Some(stream)
     }
@@ -166,9 +166,9 @@ impl SessionInner {
     #[cold]
     fn tell_refused(self: &Rc<Self>, id: u32) {
         if self.peer_knows_extension() {
-            self.tell_reset(id, Path::SharedMemory);
+            self.tell_reset(id, DataPath::SharedMemory);
         } else {
-            self.tell_closed(id, Path::SharedMemory);
+            self.tell_closed(id, DataPath::SharedMemory);
         }
     }
 
@@ -230,17 +230,17 @@ impl SessionInner {
     }
 
     fn peer_closed(&self, id: u32) {
-        self.peer_ended(id, StreamLife::peer_closed);
+        self.peer_ended(id, StreamState::peer_closed);
     }
 
     /// The peer ended a stream as a failure. Unlike a close, this need not wait for what may still
     /// be in the socket: that is read before the failure when it comes in time, and else is lost.
     #[cold]
     fn peer_reset(&self, id: u32) {
-        self.peer_ended(id, StreamLife::peer_reset);
+        self.peer_ended(id, StreamState::peer_reset);
     }
 
-    fn peer_ended(&self, id: u32, how: fn(&StreamLife)) {
+    fn peer_ended(&self, id: u32, how: fn(&StreamState)) {
         let stream = self.streams.borrow().get(id).cloned();
         match stream {
             Some(stream) => {
@@ -391,7 +391,7 @@ impl SessionInner {
             EventState::Open | EventState::HalfClosed => {
                 if !data.is_empty() {
                     let held = Deframer::held_by(data.len());
-                    let data = Chain::received(Rc::clone(&self.lanes.manager), data, held);
+                    let data = Chain::received(Rc::clone(&self.channels.manager), data, held);
                     let unread = &self.inbox.unread_bytes;
                     unread.set(unread.get() + data.socket_cost());
                     self.deliver(stream_id, data);

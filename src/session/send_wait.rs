@@ -61,8 +61,8 @@ impl SendWait {
 
 fn waiting(session: &SessionInner, what: WaitsFor) -> &WakerList {
     match what {
-        WaitsFor::Room => &session.lanes.queue_waiting,
-        WaitsFor::Memory(_) => &session.lanes.pool_waiting,
+        WaitsFor::Room => &session.channels.queue_waiting,
+        WaitsFor::Memory(_) => &session.channels.pool_waiting,
         WaitsFor::Socket => session.outbox().waiting(),
         WaitsFor::Return(_) => &session.credit.returning,
         WaitsFor::Readers => &session.credit.budget_waiting,

@@ -15,7 +15,7 @@ const PARTS_OF_FIRST: u32 = 8;
 
 /// What is known of how a session's peer moves.
 #[derive(Default)]
-pub(crate) struct Movement {
+pub(crate) struct StallClock {
     /// Whether it has to show that it is there at all, by taking the first event.
     is_unproven: Cell<bool>,
     head: Cell<i64>,
@@ -43,7 +43,7 @@ async fn await_first_event_taken(session: Weak<SessionInner>) {
     }
 }
 
-impl Movement {
+impl StallClock {
     /// `is_unproven`: nothing has shown yet that the peer is there.
     pub(crate) fn of_peer(is_unproven: bool) -> Self {
         Self { is_unproven: Cell::new(is_unproven), ..Self::default() }
@@ -62,7 +62,7 @@ impl SessionInner {
 
     fn has_taken_any(&self) -> bool {
         // What is wrong with the queue is found, and named, elsewhere.
-        self.lanes.producer.borrow_mut().in_flight().map_or(true, |(head, _)| head > 0)
+        self.channels.producer.borrow_mut().in_flight().map_or(true, |(head, _)| head > 0)
     }
 
     /// Whether the peer has taken something of what there was to take since the last look, which
@@ -71,16 +71,16 @@ impl SessionInner {
     /// These are added up, and not the clock asked: when both sides were stopped and go on, it has
     /// gone on without them.
     pub(crate) fn look_after(&self, passed: Duration) {
-        if self.lanes.are_lost() {
+        if self.channels.are_lost() {
             return self.fail(MemoryError::Lost.into());
         }
         let Some(limit) = self.config.settings().limits.stall else { return };
-        let in_flight = self.lanes.producer.borrow_mut().in_flight();
+        let in_flight = self.channels.producer.borrow_mut().in_flight();
         let (head, count) = match in_flight {
             Ok(in_flight) => in_flight,
             Err(error) => return self.fail(error.into()),
         };
-        let Movement { head: last, still, .. } = &self.movement;
+        let StallClock { head: last, still, .. } = &self.movement;
         let has_moved = last.replace(head) != head;
         if has_moved || count == 0 {
             return still.set(None);

@@ -16,29 +16,29 @@ use std::time::Duration;
 
 use crate::exec::wake_audit::counting_foreign_wakes;
 use crate::exec::wakers::WakerList;
-use crate::net::admission::Admitted;
+use crate::net::admission::SessionPermit;
 use crate::net::credentials::PeerCredentials;
 use crate::net::socket::Socket;
-use crate::reactor::poll_state::Activity;
+use crate::reactor::poll_state::PollState;
 use crate::reactor::sweep::SweepList;
 use crate::session::established::{Established, SessionMemory};
 use crate::session::flow_control::Credit;
 use crate::session::guard::SessionGuard;
-use crate::session::local_reactor::Poller;
+use crate::session::local_reactor::LocalReactor;
 use crate::session::outbox::Outbox;
-use crate::session::path_order::KeptClose;
+use crate::session::path_order::DeferredClose;
 use crate::session::receive;
 use crate::session::send_wait::{SendWait, WaitsFor};
-use crate::session::stall::Movement;
+use crate::session::stall::StallClock;
 use crate::session::stream::{Stream, StreamInner};
 use crate::session::wakeup::Doorbell;
 use crate::stats::{Counters, PoolUsage, SessionStats};
 use shmipc_core::config::{Config, ProtocolVersion, Wakeup};
 use shmipc_core::error::{Error, MemoryError, Result};
-use shmipc_core::proto::Agreement;
-use shmipc_core::proto::session::{Role, StreamTable};
-use shmipc_core::shm::manager::BufferManager;
-use shmipc_core::shm::queue::{Consumer, Producer};
+use shmipc_core::proto::Negotiated;
+use shmipc_core::proto::stream_table::{Role, StreamTable};
+use shmipc_core::shm::event_queue::{Consumer, Producer};
+use shmipc_core::shm::pool::SlicePool;
 use shmipc_core::shm::region::{Region, SharedFile};
 use shmipc_core::wire::{Deframer, ShardIdentity};
 
@@ -48,37 +48,37 @@ const UNANSWERED: (Role, ProtocolVersion) = (Role::Client, ProtocolVersion::V2);
 /// Everything that both handles and tasks of a session share.
 pub(crate) struct SessionInner {
     pub(crate) role: Role,
-    pub(crate) agreement: Agreement,
+    pub(crate) agreement: Negotiated,
     pub(crate) config: Rc<Config>,
-    pub(crate) lanes: Lanes,
+    pub(crate) channels: Channels,
     pub(crate) streams: RefCell<StreamTable<Rc<StreamInner>>>,
-    pub(crate) accepts: Accepts,
+    pub(crate) accepts: AcceptQueue,
     pub(crate) supervision: crate::session::supervised::Supervision,
-    pub(crate) activity: Activity,
+    pub(crate) activity: PollState,
     pub(crate) counters: Counters,
-    pub(crate) inbox: Inbox,
+    pub(crate) inbox: SocketReader,
     pub(crate) credit: Credit,
-    pub(crate) poller: Rc<Poller>,
-    pub(crate) movement: Movement,
+    pub(crate) poller: Rc<LocalReactor>,
+    pub(crate) movement: StallClock,
     pub(crate) peer: PeerCredentials,
     socket: Socket,
     doorbell: Doorbell,
     outbox: Outbox,
-    ending: Ending,
-    _admitted: Option<Admitted>,
+    ending: CloseState,
+    _admitted: Option<SessionPermit>,
 }
 
 /// The shared memory of a session.
-pub(crate) struct Lanes {
+pub(crate) struct Channels {
     pub(crate) producer: RefCell<Producer<Region>>,
     pub(crate) consumer: RefCell<Consumer<Region>>,
-    pub(crate) manager: Rc<BufferManager>,
+    pub(crate) manager: Rc<SlicePool>,
     /// Tasks that wait for room in the send queue.
     pub(crate) queue_waiting: WakerList,
     /// Tasks that wait for free slices.
     pub(crate) pool_waiting: WakerList,
     /// Streams whose close waits for room in the send queue, or until the peer has read.
-    pub(crate) kept_closes: RefCell<VecDeque<KeptClose>>,
+    pub(crate) kept_closes: RefCell<VecDeque<DeferredClose>>,
     /// Streams that were dropped unused, and that the peer is not told of yet.
     pub(crate) unused: RefCell<Vec<u32>>,
     /// Whether something was published since the peer's working flag was last looked at.
@@ -87,14 +87,14 @@ pub(crate) struct Lanes {
 
 /// Streams that the peer opened and nobody has taken yet.
 #[derive(Default)]
-pub(crate) struct Accepts {
+pub(crate) struct AcceptQueue {
     pub(crate) ready: RefCell<VecDeque<Rc<StreamInner>>>,
     pub(crate) waiting: WakerList,
     /// Whether no more are taken in.
     pub(crate) is_over: Cell<bool>,
 }
 
-impl Lanes {
+impl Channels {
     /// Whether memory of the session is gone.
     #[inline]
     pub(crate) fn are_lost(&self) -> bool {
@@ -103,7 +103,7 @@ impl Lanes {
 }
 
 /// What came over the socket and is not yet handled.
-pub(crate) struct Inbox {
+pub(crate) struct SocketReader {
     pub(crate) deframer: RefCell<Deframer>,
     /// Streams whose close came by the queue, while data of them may still be in the socket.
     pub(crate) closing: SweepList<u32>,
@@ -117,7 +117,7 @@ pub(crate) struct Inbox {
 
 /// Why and whether the session is over.
 #[derive(Default)]
-struct Ending {
+struct CloseState {
     is_over: Cell<bool>,
     error: RefCell<Option<Error>>,
     waiting: WakerList,
@@ -160,7 +160,7 @@ impl SessionInner {
             return;
         }
         // What is found in memory that is gone is no more than a consequence.
-        let is_lost = matches!(error, Error::Memory(_)) && self.lanes.are_lost();
+        let is_lost = matches!(error, Error::Memory(_)) && self.channels.are_lost();
         let error = if is_lost { MemoryError::Lost.into() } else { error };
         if error.is_peer_fault() {
             tracing::warn!(%error, "session ends");
@@ -174,17 +174,17 @@ impl SessionInner {
             self.wake_reader(&stream);
             stream.writer.wake();
         }
-        self.lanes.queue_waiting.wake_all();
+        self.channels.queue_waiting.wake_all();
         self.credit.budget_waiting.wake_all();
         self.credit.returning.wake_all();
-        self.lanes.pool_waiting.wake_all();
+        self.channels.pool_waiting.wake_all();
         self.accepts.waiting.wake_all();
         self.inbox.paused.wake_all();
         self.ending.waiting.wake_all();
         self.outbox.clear();
-        self.lanes.manager.set_resting(true);
+        self.channels.manager.set_resting(true);
         // The peer can see what was taken. Who is in the middle of taking fails for another reason.
-        if let Ok(mut consumer) = self.lanes.consumer.try_borrow_mut() {
+        if let Ok(mut consumer) = self.channels.consumer.try_borrow_mut() {
             consumer.publish();
         }
         // Wakes the reader, and tells the peer.
@@ -316,7 +316,7 @@ impl Session {
             role,
             agreement,
             config: Rc::clone(config),
-            lanes: Lanes {
+            channels: Channels {
                 producer: RefCell::new(producer),
                 consumer: RefCell::new(consumer),
                 manager,
@@ -327,11 +327,11 @@ impl Session {
                 must_look: Cell::new(false),
             },
             streams: RefCell::new(StreamTable::new(role, config.settings().limits.streams)),
-            accepts: Accepts::default(),
+            accepts: AcceptQueue::default(),
             supervision: Default::default(),
-            activity: Activity::new(),
+            activity: PollState::new(),
             counters: Counters::default(),
-            inbox: Inbox {
+            inbox: SocketReader {
                 deframer: RefCell::new(Deframer::new(config.settings().limits.message_len)),
                 closing: SweepList::default(),
                 unread_bytes: Cell::new(0),
@@ -339,18 +339,18 @@ impl Session {
                 paused: WakerList::default(),
             },
             credit,
-            poller: Poller::current(),
-            movement: Movement::of_peer((role, agreement.version) == UNANSWERED),
+            poller: LocalReactor::current(),
+            movement: StallClock::of_peer((role, agreement.version) == UNANSWERED),
             peer,
             socket,
             doorbell,
             outbox: Outbox::default(),
-            ending: Ending { files: RefCell::new(files), ..Ending::default() },
+            ending: CloseState { files: RefCell::new(files), ..CloseState::default() },
             _admitted: admitted,
         });
-        inner.lanes.manager.trust(trust);
+        inner.channels.manager.trust(trust);
         let session = Rc::downgrade(&inner);
-        inner.lanes.manager.on_broken(move || {
+        inner.channels.manager.on_broken(move || {
             // Its turn with the poller finds out what it is.
             if let Some(session) = session.upgrade() {
                 session.activate();
@@ -388,7 +388,7 @@ impl Session {
             return Err(Error::NotClient);
         }
         let mut streams = inner.streams.borrow_mut();
-        let opened = streams.open(|id| Rc::new(StreamInner::new(id, &inner.lanes.manager)));
+        let opened = streams.open(|id| Rc::new(StreamInner::new(id, &inner.channels.manager)));
         let stream = opened.ok_or(Error::TooManyStreams(inner.config.settings().limits.streams))?;
         Ok(Stream::new(Rc::clone(&self.guard), stream))
     }
@@ -430,8 +430,8 @@ impl Session {
     ///
     /// Streams end with [`Error::SessionClosed`]. Dropping every handle ends the session in the
     /// same way, in the background, as long as the executor runs: a program whose executor ends
-    /// waits here, or for [`shut_down`](crate::shut_down). Cancel-safe: a session that has not
-    /// ended goes on.
+    /// waits here, or for [`shutdown_executor`](crate::shutdown_executor). Cancel-safe: a session
+    /// that has not ended goes on.
     ///
     /// # Errors
     ///
@@ -469,9 +469,9 @@ impl Session {
     }
 
     /// Whether each side takes slices from lists that are its own
-    /// (see [`single_popper_lists`](crate::ConfigBuilder::single_popper_lists)).
+    /// (see [`owned_free_lists`](crate::ConfigBuilder::owned_free_lists)).
     pub fn has_single_popper_lists(&self) -> bool {
-        self.inner().agreement.single_popper_lists
+        self.inner().agreement.owned_free_lists
     }
 
     /// Whether the peer knows the end of one direction of a stream and a reset, as far as it has
@@ -541,7 +541,7 @@ impl Session {
 
     /// How many slices of the buffer memory are free at this moment.
     pub fn pool_usage(&self) -> PoolUsage {
-        let manager = &self.inner().lanes.manager;
+        let manager = &self.inner().channels.manager;
         PoolUsage { lists: manager.usage(), held: manager.held() }
     }
 }

@@ -10,8 +10,8 @@ use crate::session::stream::{Half, Halves, StreamInner};
 use crate::session::wakeup::Doorbell;
 use shmipc_core::config::ProtocolVersion;
 use shmipc_core::error::Error;
-use shmipc_core::proto::session::Role;
-use shmipc_core::proto::stream::{OnClose, Path};
+use shmipc_core::proto::stream_state::{CloseNotice, DataPath};
+use shmipc_core::proto::stream_table::Role;
 use shmipc_core::wire::{Event, EventState, Message, RESET_STATUS, fallback_header, sync_event};
 
 /// How many events are shown to the peer with one store, in the middle of a batch.
@@ -37,7 +37,7 @@ impl SessionInner {
     /// [`send_event`](Self::send_event) for events that are not the user's.
     #[inline]
     pub(crate) fn put_event(self: &Rc<Self>, event: Event) -> Result<bool, Error> {
-        let mut producer = self.lanes.producer.borrow_mut();
+        let mut producer = self.channels.producer.borrow_mut();
         match producer.push(event) {
             Ok(true) => {}
             Ok(false) => return Ok(false),
@@ -46,7 +46,7 @@ impl SessionInner {
                 return Err(self.broken(error));
             }
         }
-        if !self.lanes.must_look.replace(true) || producer.unpublished() >= PUBLISH_EVERY {
+        if !self.channels.must_look.replace(true) || producer.unpublished() >= PUBLISH_EVERY {
             producer.publish();
         }
         drop(producer);
@@ -57,7 +57,7 @@ impl SessionInner {
     /// Shows the peer every event so far, and wakes it if it sleeps.
     #[inline]
     pub(crate) fn flush_queue(self: &Rc<Self>) {
-        if self.lanes.must_look.replace(false) && !self.is_over() {
+        if self.channels.must_look.replace(false) && !self.is_over() {
             self.publish_and_ring();
         }
     }
@@ -66,10 +66,10 @@ impl SessionInner {
     fn publish_and_ring(self: &Rc<Self>) {
         self.activity.note_flushed();
         let must_ring = {
-            let mut producer = self.lanes.producer.borrow_mut();
+            let mut producer = self.channels.producer.borrow_mut();
             if !producer.publish() {
                 // It waits for the peer to sleep. The next turn tries again.
-                self.lanes.must_look.set(true);
+                self.channels.must_look.set(true);
             }
             // A peer that looks from time to time is never woken.
             let is_woken = !matches!(self.doorbell(), Doorbell::Polling(_));
@@ -149,7 +149,7 @@ impl SessionInner {
         });
     }
 
-    fn end_stream(self: &Rc<Self>, stream: &StreamInner, tell: impl FnOnce(Path)) {
+    fn end_stream(self: &Rc<Self>, stream: &StreamInner, tell: impl FnOnce(DataPath)) {
         self.note_unread(stream.discard());
         self.note_socket_taken(stream.sending.take_socket_cost());
         let on_close = stream.life().close();
@@ -158,14 +158,15 @@ impl SessionInner {
         if self.streams.borrow_mut().remove(stream.id()).is_none() || self.is_over() {
             return;
         }
-        if let OnClose::Tell(path) = on_close {
+        if let CloseNotice::Tell(path) = on_close {
             // A stream on which nothing was sent is one that the peer never heard of.
             if !stream.is_known_to_peer() {
                 self.note_unused(stream.id());
             } else {
                 // One that was about to use the socket may still have something in the queue.
                 let has_used = stream.sending.has_used_socket();
-                let path = if has_used || self.orders_paths() { path } else { Path::SharedMemory };
+                let path =
+                    if has_used || self.orders_paths() { path } else { DataPath::SharedMemory };
                 tell(path);
             }
         }
@@ -177,7 +178,7 @@ impl SessionInner {
         if !self.credit.is_known() {
             return;
         }
-        let mut unused = self.lanes.unused.borrow_mut();
+        let mut unused = self.channels.unused.borrow_mut();
         unused.push(stream_id);
         if unused.len() < TELL_UNUSED {
             return;
@@ -201,10 +202,10 @@ impl SessionInner {
         self.look_for_extension();
         stream.writer.wake();
         match on_close {
-            OnClose::Nothing => {}
-            OnClose::Tell(_) if self.credit.is_known() => self.tell_half_closed(stream),
+            CloseNotice::Nothing => {}
+            CloseNotice::Tell(_) if self.credit.is_known() => self.tell_half_closed(stream),
             // A server that is met in version 2 may say later that it knows of this.
-            OnClose::Tell(_) => stream.owes_end.set(true),
+            CloseNotice::Tell(_) => stream.owes_end.set(true),
         }
     }
 
@@ -216,7 +217,7 @@ impl SessionInner {
         let state = EventState::HalfClosed;
         let id = stream.id();
         match stream.life().path() {
-            Path::SharedMemory => {
+            DataPath::SharedMemory => {
                 let event = Event { stream_id: id, offset: 0, status: state.to_status() };
                 if matches!(self.send_event(event), Ok(false)) {
                     // The queue is full: behind everything that is in it, since the peer drains it
@@ -225,7 +226,7 @@ impl SessionInner {
                     self.send_fallback(id, &[], state);
                 }
             }
-            Path::Socket => {
+            DataPath::Socket => {
                 self.flush_queue();
                 self.send_fallback(id, &[], state);
             }
@@ -266,20 +267,20 @@ impl SessionInner {
         }
     }
 
-    pub(crate) fn tell_reset(self: &Rc<Self>, stream_id: u32, path: Path) {
+    pub(crate) fn tell_reset(self: &Rc<Self>, stream_id: u32, path: DataPath) {
         let event = Event { stream_id, offset: 0, status: RESET_STATUS };
-        if path == Path::SharedMemory && !matches!(self.send_event(event), Ok(false)) {
+        if path == DataPath::SharedMemory && !matches!(self.send_event(event), Ok(false)) {
             return;
         }
         self.flush_queue();
         self.send_fallback_with_status(stream_id, &[], RESET_STATUS);
     }
 
-    pub(crate) fn tell_closed(self: &Rc<Self>, stream_id: u32, path: Path) {
-        if path == Path::SharedMemory && !self.orders_paths() {
+    pub(crate) fn tell_closed(self: &Rc<Self>, stream_id: u32, path: DataPath) {
+        if path == DataPath::SharedMemory && !self.orders_paths() {
             return self.tell_closed_by_queue(stream_id);
         }
-        if path == Path::SharedMemory {
+        if path == DataPath::SharedMemory {
             let status = EventState::Closed.to_status();
             match self.send_event(Event { stream_id, offset: 0, status }) {
                 Ok(true) => return,

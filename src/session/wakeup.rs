@@ -50,7 +50,7 @@ pub(crate) enum Doorbell {
     /// An eventfd each way.
     EventFds {
         /// Rings at the peer's. The ring's bookkeeping is large, and few sessions have one.
-        theirs: Box<Bell>,
+        theirs: Box<EventFdNotifier>,
         /// What the peer rings at, until somebody listens.
         ours: Cell<Option<OwnedFd>>,
     },
@@ -62,7 +62,8 @@ impl Doorbell {
     /// Takes over the eventfd that the peer reads, and the one that this side reads. They are known
     /// to be that.
     pub(crate) fn event_fds(theirs: OwnedFd, ours: OwnedFd) -> Result<Self, Error> {
-        let theirs = Bell::at(&theirs).map_err(|error| Error::os("set up an eventfd", error))?;
+        let theirs =
+            EventFdNotifier::at(&theirs).map_err(|error| Error::os("set up an eventfd", error))?;
         Ok(Self::EventFds { theirs: Box::new(theirs), ours: Cell::new(Some(ours)) })
     }
 }
@@ -81,14 +82,14 @@ pub(crate) fn create_event_fds() -> Result<[OwnedFd; 2], Error> {
 }
 
 /// Counts up an eventfd without ever waiting.
-pub(crate) struct Bell {
+pub(crate) struct EventFdNotifier {
     /// Has the eventfd registered.
     ring: RefCell<IoUring>,
     /// Whether it could not be rung at, for want of memory.
     is_owed: Cell<bool>,
 }
 
-impl Bell {
+impl EventFdNotifier {
     /// Does not keep the descriptor: the kernel has the file.
     fn at(fd: &OwnedFd) -> io::Result<Self> {
         let ring = IoUring::new(1)?;
@@ -130,13 +131,13 @@ impl Doorbell {
 
 impl SessionInner {
     /// Wakes the peer, which sleeps.
-    pub(crate) fn ring_event_fd(&self, bell: &Bell) {
+    pub(crate) fn ring_event_fd(&self, bell: &EventFdNotifier) {
         if let Err(error) = bell.ring() {
             return self.fail(Error::os("ring at an eventfd", error));
         }
         if bell.is_owed.get() {
             // The next turn tries again.
-            self.lanes.must_look.set(true);
+            self.channels.must_look.set(true);
         }
     }
 
@@ -157,11 +158,11 @@ impl SessionInner {
 }
 
 /// The end of an eventfd that this side reads.
-struct Heard {
+struct EventFdListener {
     file: BufferedFile,
 }
 
-impl Heard {
+impl EventFdListener {
     fn new(fd: OwnedFd) -> Self {
         // SAFETY: `into_raw_fd` gave up the ownership that the file takes over.
         Self { file: unsafe { BufferedFile::from_raw_fd(fd.into_raw_fd()) } }
@@ -196,7 +197,7 @@ impl Heard {
 
 /// Reads the eventfd for as long as the session lives.
 async fn read_event_fd(session: Rc<SessionInner>, fd: OwnedFd) {
-    let heard = Heard::new(fd);
+    let heard = EventFdListener::new(fd);
     if let Err(error) = heard.make_blocking() {
         return session.fail(error);
     }
@@ -220,7 +221,7 @@ async fn read_event_fd(session: Rc<SessionInner>, fd: OwnedFd) {
         }
     };
     or(async { drop(session.over().await) }, reading).await;
-    let Heard { file } = heard;
+    let EventFdListener { file } = heard;
     // Not at the next look at io_uring, when that may be: descriptors are counted by others.
     let _ = file.close().await;
 }

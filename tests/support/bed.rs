@@ -257,7 +257,7 @@ impl Host {
         ];
         for listener in &listeners {
             let fates = self.fates.clone();
-            listener.on_refused(move |error| {
+            listener.on_rejected(move |error| {
                 // The test may be over.
                 let _ = fates.send(Fate::Refused(error.clone()));
             });

@@ -301,7 +301,7 @@ impl Foreign {
     }
 
     /// Sends data of a stream over the socket.
-    pub(crate) fn fall_back(&mut self, stream_id: u32, data: &[u8]) {
+    pub(crate) fn allow_v3_fallback(&mut self, stream_id: u32, data: &[u8]) {
         let mut payload = stream_id.to_be_bytes().to_vec();
         payload.extend([0; 4]);
         payload.extend(data);

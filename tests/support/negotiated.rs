@@ -27,8 +27,8 @@ pub(crate) const KINDS: [Features; 6] = [
 ];
 pub(crate) const WITH_EVENT_FDS: Features = KINDS[3];
 
-const fn kind(eventfd: bool, polling: Option<Duration>, single_popper_lists: bool) -> Features {
-    Features { polling, eventfd, single_popper_lists }
+const fn kind(eventfd: bool, polling: Option<Duration>, owned_free_lists: bool) -> Features {
+    Features { polling, eventfd, owned_free_lists }
 }
 
 /// How a client of ours asks for the wake-ups of these features.
@@ -85,7 +85,7 @@ fn terms(features: Features, event_fds: Option<[File; 2]>) -> Terms {
         None => Bell::Socket,
     };
     let version = ProtocolVersion::V4;
-    Terms { version, lists_are_apart: features.single_popper_lists, bell }
+    Terms { version, lists_are_apart: features.owned_free_lists, bell }
 }
 
 /// Shakes hands as an honest client does.

@@ -357,7 +357,7 @@ pub(crate) struct Rig {
     half: u64,
     capacity: u32,
     /// Whether the other side sends on our stream over the socket.
-    pub(crate) is_fallen_back: bool,
+    pub(crate) is_on_socket: bool,
     /// Where the lists stand, and what their headers said at the start.
     pub(crate) lists: Vec<(u32, ListHeader)>,
     /// Slices by their capacity that are this side's: what it has taken, and what it has received.
@@ -416,8 +416,8 @@ impl Rig {
         let own = own.collect();
         let half = queue.metadata().unwrap().len() / 2;
         let capacity = read_u32(&queue, 0);
-        let is_fallen_back = false;
-        Self { raw, queue, buffer, is_client, terms, half, capacity, is_fallen_back, lists, own }
+        let is_on_socket = false;
+        Self { raw, queue, buffer, is_client, terms, half, capacity, is_on_socket, lists, own }
     }
 
     /// Shakes hands in version 2, with memory in files of this directory.
@@ -603,7 +603,7 @@ impl Rig {
 
     /// The payload of the next event, whose slice is this side's from now on.
     pub(crate) fn receive(&mut self) -> Vec<u8> {
-        if self.is_fallen_back {
+        if self.is_on_socket {
             return self.receive_data();
         }
         let event = self.next_event();
@@ -618,7 +618,7 @@ impl Rig {
     }
 
     /// Sends a message with data over the socket.
-    pub(crate) fn fall_back(&mut self, stream: u32, status: u32, data: &[u8]) {
+    pub(crate) fn allow_v3_fallback(&mut self, stream: u32, status: u32, data: &[u8]) {
         let mut payload = stream.to_be_bytes().to_vec();
         payload.extend(status.to_be_bytes());
         payload.extend(data);
@@ -661,7 +661,7 @@ impl Rig {
     /// Sends a byte over the socket. Whether an answer to it comes by the queue.
     fn is_answered(&mut self, limit: Duration) -> bool {
         let before = read_i64(&self.queue, self.received_tail_at());
-        self.fall_back(STREAM, 0, b"x");
+        self.allow_v3_fallback(STREAM, 0, b"x");
         // One at a time, since the other side may answer several at once.
         let start = Instant::now();
         while read_i64(&self.queue, self.received_tail_at()) == before {
@@ -684,7 +684,7 @@ impl Rig {
     pub(crate) fn is_answered_while(&mut self, sleeps: bool) -> bool {
         let (tail_at, kept) = (self.received_tail_at(), self.raw.kept.len());
         let tail = read_i64(&self.queue, tail_at);
-        self.fall_back(STREAM, 0, b"x");
+        self.allow_v3_fallback(STREAM, 0, b"x");
         let start = Instant::now();
         while start.elapsed() < DEADLINE {
             if self.raw.is_at_end() {

@@ -26,7 +26,7 @@ pub(crate) struct Peers {
 impl Peers {
     /// The shards of the server at this path.
     pub(crate) fn new(path: &Path, config: Config) -> io::Result<Self> {
-        let client = Client::builder(path).config(config).patience(PATIENCE).build()?;
+        let client = Client::builder(path).config(config).acquire_timeout(PATIENCE).build()?;
         Ok(Self { client })
     }
 

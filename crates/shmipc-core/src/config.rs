@@ -84,13 +84,13 @@ impl Config {
     }
 
     /// The highest protocol version that a server of this configuration takes.
-    pub fn accepted_protocol(&self) -> ProtocolVersion {
-        self.0.accepted_protocol
+    pub fn max_accepted_protocol(&self) -> ProtocolVersion {
+        self.0.max_accepted_protocol
     }
 
     /// Whether lists that each side has for itself may be agreed on.
-    pub fn single_popper_lists(&self) -> bool {
-        self.0.single_popper_lists
+    pub fn owned_free_lists(&self) -> bool {
+        self.0.owned_free_lists
     }
 
     /// How many events each of the two IO queues holds.
@@ -120,7 +120,7 @@ impl Config {
 
     /// Whether a client of this configuration offers lists that each side has for itself: if it
     /// may, and every list of half a class' share could hand out a slice.
-    pub fn offers_single_popper_lists(&self) -> bool {
+    pub fn offers_owned_free_lists(&self) -> bool {
         let overhead = MANAGER_OVERHEAD + 2 * LIST_OVERHEAD * self.0.slice_classes.len() as u64;
         let room = u64::from(self.0.buffer_size).saturating_sub(overhead);
         // The last slice of a list is never handed out (`docs/protocol.md#taking-slices`).
@@ -128,7 +128,7 @@ impl Config {
             let stride = u64::from(class.capacity) + SLICE_OVERHEAD;
             room * u64::from(class.percent) / 100 / 2 / stride >= 2
         };
-        self.0.single_popper_lists && self.0.slice_classes.iter().all(suffices)
+        self.0.owned_free_lists && self.0.slice_classes.iter().all(suffices)
     }
 }
 
@@ -139,7 +139,7 @@ impl Config {
 /// use std::time::Duration;
 /// use shmipc_glommio::{Config, Spin};
 ///
-/// let builder = Config::builder().buffer_size(8 << 20).pool_wait(Duration::from_millis(5));
+/// let builder = Config::builder().buffer_size(8 << 20).fallback_after(Duration::from_millis(5));
 /// // What was set so far can be the start of several configurations.
 /// let busy = builder.clone().spin(Spin::Forever).build()?;
 /// let quiet = builder.spin(Spin::Never).build()?;
@@ -161,10 +161,10 @@ impl ConfigBuilder {
     }
 
     /// The highest protocol version that a client speaks. Default: version 3. Servers take all, see
-    /// [`accepted_protocol`](Self::accepted_protocol).
+    /// [`max_accepted_protocol`](Self::max_accepted_protocol).
     ///
     /// A server that does not know version 4 closes the connection, or says nothing; the client
-    /// then [falls back](Self::fall_back).
+    /// then [falls back](Self::allow_v3_fallback).
     pub fn protocol(mut self, protocol: ProtocolVersion) -> Self {
         self.settings.protocol = protocol;
         self
@@ -177,15 +177,15 @@ impl ConfigBuilder {
     /// with a refusal is taken at its word. Default: yes.
     ///
     /// Without, such a server is [`Version4Unanswered`](crate::HandshakeError::Version4Unanswered).
-    pub fn fall_back(mut self, falls_back: bool) -> Self {
+    pub fn allow_v3_fallback(mut self, falls_back: bool) -> Self {
         self.settings.falls_back = falls_back;
         self
     }
 
     /// The highest protocol version that a server takes; for one of version 4 it is then a server
     /// that does not know it. Default: [`ProtocolVersion::HIGHEST`].
-    pub fn accepted_protocol(mut self, protocol: ProtocolVersion) -> Self {
-        self.settings.accepted_protocol = protocol;
+    pub fn max_accepted_protocol(mut self, protocol: ProtocolVersion) -> Self {
+        self.settings.max_accepted_protocol = protocol;
         self
     }
 
@@ -202,8 +202,8 @@ impl ConfigBuilder {
     /// be corrupted by a side that stalls (see `SECURITY.md`), and each side has half of the memory
     /// for what it sends. Not offered if a class would have less than two slices a side.
     /// Default: yes.
-    pub fn single_popper_lists(mut self, offers: bool) -> Self {
-        self.settings.single_popper_lists = offers;
+    pub fn owned_free_lists(mut self, offers: bool) -> Self {
+        self.settings.owned_free_lists = offers;
         self
     }
 
@@ -211,8 +211,8 @@ impl ConfigBuilder {
     /// [`Wakeup::Polling`], at most: one that asks for a shorter interval is granted this one. A
     /// core with such sessions wakes up at the shortest of their intervals. From
     /// [`Wakeup::SHORTEST_INTERVAL`], the default, to [`Wakeup::LONGEST_INTERVAL`].
-    pub fn shortest_polling(mut self, interval: Duration) -> Self {
-        self.settings.shortest_polling = interval;
+    pub fn min_polling_interval(mut self, interval: Duration) -> Self {
+        self.settings.min_polling_interval = interval;
         self
     }
 
@@ -286,7 +286,7 @@ impl ConfigBuilder {
     /// groups. The pages of file memory are taken at once then, 8 ms for the default 32 MiB, so
     /// that they are there when they are needed. Default: yes. Without, whoever touches a page that
     /// cannot be had is killed.
-    pub fn check_memory(mut self, checks: bool) -> Self {
+    pub fn preflight_memory(mut self, checks: bool) -> Self {
         self.settings.checks_memory = checks;
         self
     }
@@ -316,8 +316,8 @@ impl ConfigBuilder {
 
     /// How long a sender waits for free slices before its data goes over the socket instead.
     /// Default: one millisecond. Zero: at once.
-    pub fn pool_wait(mut self, wait: Duration) -> Self {
-        self.settings.pool_wait = wait;
+    pub fn fallback_after(mut self, wait: Duration) -> Self {
+        self.settings.fallback_after = wait;
         self
     }
 
@@ -398,7 +398,7 @@ impl ConfigBuilder {
     /// [`Error::PeerStalled`](crate::Error::PeerStalled): somebody has stopped it, or it hangs. A
     /// peer takes what is sent to it when it comes, whether or not somebody reads the stream.
     /// `None`: for ever. Default: a minute.
-    pub fn stall_limit(mut self, limit: Option<Duration>) -> Self {
+    pub fn stall_timeout(mut self, limit: Option<Duration>) -> Self {
         self.settings.limits.stall = limit;
         self
     }
@@ -480,8 +480,8 @@ impl ConfigBuilder {
         at_least("max_handshakes", limits.handshakes as u64, 1)?;
         at_least("max_handshakes_per_user", limits.handshakes_per_user as u64, 1)?;
         at_least("max_sessions", limits.sessions as u64, 1)?;
-        let stall_limit = limits.stall.unwrap_or(Duration::MAX).as_millis().min(1) as u64;
-        at_least("stall_limit in milliseconds", stall_limit, 1)?;
+        let stall_timeout = limits.stall.unwrap_or(Duration::MAX).as_millis().min(1) as u64;
+        at_least("stall_timeout in milliseconds", stall_timeout, 1)?;
         at_least("max_streams", limits.streams as u64, 1)?;
         at_least("max_message_len", u64::from(limits.message_len), 4096)?;
         at_least("max_unread_fallback_bytes", limits.unread_fallback_bytes as u64, 4096)?;

@@ -332,8 +332,8 @@ pub enum Error {
     #[error("the peer does not read its socket")]
     PeerNotReading,
     /// The peer has left what was sent to it where it is for so long
-    /// (see [`stall_limit`](crate::ConfigBuilder::stall_limit)).
-    #[error("the peer has not moved for {0:?} (`stall_limit`)")]
+    /// (see [`stall_timeout`](crate::ConfigBuilder::stall_timeout)).
+    #[error("the peer has not moved for {0:?} (`stall_timeout`)")]
     PeerStalled(Duration),
     /// The session was closed here, and the peer was not known to have taken all that was sent to
     /// it when the time for that was over

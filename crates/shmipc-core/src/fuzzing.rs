@@ -10,13 +10,13 @@ use std::sync::atomic::Ordering;
 
 use crate::config::{MemoryKind, ProtocolVersion, SliceClass, Wakeup};
 use crate::proto::handshake_client::{ClientHandshake, ClientStep};
-use crate::proto::handshake_server::{Abilities, ServerHandshake, ServerStep};
+use crate::proto::handshake_server::{ServerCapabilities, ServerHandshake, ServerStep};
 use crate::shm::access::Memory;
 use crate::shm::chain::Chain;
-use crate::shm::manager::BufferManager;
-use crate::shm::queue;
+use crate::shm::event_queue;
+use crate::shm::format::{ListSets, Side};
+use crate::shm::pool::SlicePool;
 use crate::shm::region::Region;
-use crate::shm::setup::{ListSets, Side};
 use crate::wire::layout::QueueLayout;
 use crate::wire::{Deframer, Event, Features, Header, MemoryPaths, Message, ShardIdentity};
 
@@ -104,11 +104,11 @@ pub fn handshake(data: &[u8]) {
         messages.push_back(message);
     }
     if first & 1 == 0 {
-        let abilities = Abilities {
+        let abilities = ServerCapabilities {
             highest: if first & 2 == 0 { ProtocolVersion::V4 } else { ProtocolVersion::V3 },
             has_descriptors: first & 4 == 0,
-            single_popper_lists: true,
-            shortest_polling: Wakeup::SHORTEST_INTERVAL,
+            owned_free_lists: true,
+            min_polling_interval: Wakeup::SHORTEST_INTERVAL,
             shard: Some(ShardIdentity { index: 0, count: 1 }),
         };
         server_handshake(abilities, actions, messages);
@@ -124,7 +124,7 @@ pub fn handshake(data: &[u8]) {
 }
 
 fn server_handshake(
-    abilities: Abilities,
+    abilities: ServerCapabilities,
     actions: &[u8],
     mut messages: VecDeque<(Header, Message)>,
 ) {
@@ -172,7 +172,7 @@ fn client_handshake(
 ) {
     let paths = MemoryPaths { queue: "/dev/shm/q".into(), buffer: "/dev/shm/b".into() };
     let eventfd = kind == MemoryKind::Memfd;
-    let features = Features { polling: None, eventfd, single_popper_lists: false };
+    let features = Features { polling: None, eventfd, owned_free_lists: false };
     let Ok(mut client) = ClientHandshake::new(version, kind, features, paths) else {
         assert_eq!((version, kind), (ProtocolVersion::V2, MemoryKind::Memfd));
         return;
@@ -185,7 +185,7 @@ fn client_handshake(
             let agreed = agreement.version;
             assert!(is_created && !has_failed && agreed <= version && sent > 0);
             assert!(agreed > ProtocolVersion::V2 || kind == MemoryKind::File);
-            assert!(!agreement.single_popper_lists, "it was not offered");
+            assert!(!agreement.owned_free_lists, "it was not offered");
             assert!(agreed == ProtocolVersion::V4 || agreement.wakeup == Wakeup::Socket);
             return;
         }
@@ -223,16 +223,16 @@ pub fn memories(data: &[u8]) {
     let capacity = if is_odd { ODD_CAPACITIES[usize::from(first >> 6)] } else { QUEUE_CAPACITY };
     let classes = if is_odd { &ODD_CLASSES } else { &CLASSES };
     let buffer = Rc::new(Region::heap(BUFFER_LEN));
-    let queues = Rc::new(Region::heap(queue::queues_len(capacity)));
-    drop(BufferManager::create(&buffer, classes, sets(Side::Client)).expect("there is room"));
-    drop(queue::create(&queues, capacity, layout));
+    let queues = Rc::new(Region::heap(event_queue::queues_len(capacity)));
+    drop(SlicePool::create(&buffer, classes, sets(Side::Client)).expect("there is room"));
+    drop(event_queue::create(&queues, capacity, layout));
     if !is_honest {
         for _ in 0..input.byte().unwrap_or(0) {
             poke(&mut input, &*buffer, &*queues);
         }
     }
     let (Ok(manager), Ok((mut producer, mut consumer))) =
-        (BufferManager::map(&buffer, sets(Side::Server)), queue::map(&queues, layout))
+        (SlicePool::map(&buffer, sets(Side::Server)), event_queue::map(&queues, layout))
     else {
         return;
     };

@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The shmipc protocol without a runtime: no executor, no clock, no waiting.
 //!
-//! `shmipc-glommio` is built on this crate, and exports what its users need of it. Depend on this
-//! crate directly to write another front end, or a peer for tests.
+//! `shmipc-glommio` is built on this crate and re-exports what its users need. Depend on this crate
+//! directly to write another front end, or a peer for tests.
 //!
 //! | module | what it has |
 //! |---|---|
+//! | [`error`] | all errors, and which side they blame |
+//! | [`limits`] | limits of the process that memory runs into |
+//! | [`config`] | what a caller can choose, checked once |
 //! | [`wire`] | bytes and types: headers, messages, events, memory layouts |
-//! | [`config`] | what a caller can choose |
-//! | [`proto`] | the handshakes, streams, and credit, as state machines |
-//! | [`shm`] | mapped memory, the pool of slices, and the event queues |
+//! | [`proto`] | state machines: handshakes, the stream table, stream state, credit |
+//! | [`shm`] | mapped memory, the pool of slices, chains, and the event queues |
+//! | [`footprint`] | how much memory sessions take, and whether there is as much |
 //!
-//! Each imports those above it, and [`error`]. Only [`shm`] has `unsafe` code.
+//! A module imports only modules above it; [`proto`] and [`shm`] do not import each other. Only
+//! [`shm`] has `unsafe` code.
 
 // Pages of modules are for whoever works on them, too.
 #![allow(rustdoc::private_intra_doc_links)]
@@ -39,7 +43,7 @@ pub use error::{
 };
 pub use footprint::Footprint;
 pub use shm::access::PeerTrust;
-pub use shm::fault::disable_sigbus_guard;
-pub use shm::leftovers::remove_leftovers;
-pub use shm::manager::{ListOwner, SliceUsage};
+pub use shm::pool::{ListOwner, SliceUsage};
+pub use shm::sigbus::disable_sigbus_guard;
+pub use shm::stale_files::remove_leftovers;
 pub use wire::ShardIdentity;

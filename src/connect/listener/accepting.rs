@@ -10,7 +10,7 @@ use futures_lite::future::{or, yield_now};
 use super::{Arrival, Ready, Shared, Ticket, within};
 use crate::connect::handshake_server::Acceptance;
 use crate::exec::runtime::sleep;
-use crate::net::admission::PlaceTaken;
+use crate::net::admission::HandshakePermit;
 use crate::net::bound_socket::is_passing;
 use crate::net::fd_disposal;
 use crate::net::socket::{ListenerSocket, Socket};
@@ -106,7 +106,7 @@ pub(crate) async fn begin_waiting(shared: Weak<Shared>) {
     }
 }
 
-pub(crate) async fn shake_hands(arrival: Arrival, shared: Weak<Shared>, place: PlaceTaken) {
+pub(crate) async fn shake_hands(arrival: Arrival, shared: Weak<Shared>, place: HandshakePermit) {
     let Arrival { connection, peer, ticket } = arrival;
     let parts = |shared: Rc<Shared>| {
         let (config, admission) = (Rc::clone(&shared.config), Rc::clone(&shared.admission));

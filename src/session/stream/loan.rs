@@ -17,7 +17,7 @@ use shmipc_core::shm::views::{SliceViews, SpareViews};
 /// It has one slice when one is large enough, otherwise several. What is sent is what was written,
 /// so a loan may be larger than its message. Dropping it gives the memory back.
 ///
-/// When the pool stays empty for as long as [configured](crate::ConfigBuilder::pool_wait), the
+/// When the pool stays empty for as long as [configured](crate::ConfigBuilder::fallback_after), the
 /// loan is private memory and goes over the socket; nothing else changes.
 ///
 /// ```
@@ -105,13 +105,13 @@ impl Loan {
 /// use shmipc_glommio::{Connector, PeerTrust};
 ///
 /// // SAFETY: both sides are this program. Neither writes to what it has sent.
-/// let trust = unsafe { PeerTrust::promise() };
+/// let trust = unsafe { PeerTrust::new_unchecked() };
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-views-mut-{}", std::process::id()));
 /// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
 /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
 /// # let config = config.build().unwrap();
 /// # let listener = shmipc_glommio::Listener::bind(&path, config.clone())?;
-/// let session = Connector::new(config).trusting(&trust).connect(&path).await?;
+/// let session = Connector::new(config).trust_peer(&trust).connect(&path).await?;
 /// # let peer = listener.accept().await?;
 /// let mut stream = session.open_stream()?;
 /// let mut loan = stream.alloc(1000).await?;
@@ -296,12 +296,12 @@ impl Message {
 /// use shmipc_glommio::{Listener, PeerTrust};
 ///
 /// // SAFETY: both sides are this program. Neither writes to what it has sent.
-/// let trust = unsafe { PeerTrust::promise() };
+/// let trust = unsafe { PeerTrust::new_unchecked() };
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-buf-{}", std::process::id()));
 /// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
 /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
 /// # let config = config.build().unwrap();
-/// let listener = Listener::bind(&path, config.clone())?.trusting(&trust);
+/// let listener = Listener::bind(&path, config.clone())?.trust_peer(&trust);
 /// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
 /// # let peer = listener.accept().await?;
 /// # let mut other = session.open_stream()?;
@@ -347,12 +347,12 @@ impl Buf for MessageBuf<'_> {
 /// use shmipc_glommio::{Listener, PeerTrust};
 ///
 /// // SAFETY: both sides are this program. Neither writes to what it has sent.
-/// let trust = unsafe { PeerTrust::promise() };
+/// let trust = unsafe { PeerTrust::new_unchecked() };
 /// # let path = std::env::temp_dir().join(format!("shmipc-doc-views-{}", std::process::id()));
 /// # glommio::LocalExecutorBuilder::default().spawn(move || async move {
 /// # let config = shmipc_glommio::Config::builder().buffer_size(1 << 20).queue_capacity(64);
 /// # let config = config.build().unwrap();
-/// let listener = Listener::bind(&path, config.clone())?.trusting(&trust);
+/// let listener = Listener::bind(&path, config.clone())?.trust_peer(&trust);
 /// # let session = shmipc_glommio::Connector::new(config).connect(&path).await?;
 /// # let peer = listener.accept().await?;
 /// # let mut other = session.open_stream()?;

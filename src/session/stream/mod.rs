@@ -20,20 +20,20 @@ use crate::exec::wakers::WakerSlot;
 use crate::session::guard::SessionGuard;
 use crate::session::state::Session;
 use crate::session::stream::loan::{Loan, Message};
-use crate::session::stream::read_half::{Messages, ReadHalf, Recv};
-use crate::session::stream::send::{Alloc, EndsWait, Send};
+use crate::session::stream::read_half::{Messages, ReadHalf, RecvFuture};
+use crate::session::stream::send::{AllocFuture, EndsWait, SendFuture};
 use crate::session::stream::write_half::WriteHalf;
 use shmipc_core::error::{Error, Result};
-use shmipc_core::proto::stream::{Side, StreamLife};
-use shmipc_core::proto::window::{ReceiveWindow, SendWindow};
+use shmipc_core::proto::flow_control::{ReceiveWindow, SendWindow};
+use shmipc_core::proto::stream_state::{HalfState, StreamState};
 use shmipc_core::shm::chain::Chain;
 use shmipc_core::shm::chain_queue::ChainQueue;
-use shmipc_core::shm::manager::BufferManager;
+use shmipc_core::shm::pool::SlicePool;
 
 /// What a stream's halves and its session share.
 pub(crate) struct StreamInner {
     id: u32,
-    life: StreamLife,
+    life: StreamState,
     pub(crate) inbound: RefCell<ChainQueue>,
     pub(crate) reader: WakerSlot,
     /// The task that waits for the peer's reader.
@@ -76,10 +76,10 @@ pub(crate) enum Half {
 }
 
 impl StreamInner {
-    pub(crate) fn new(id: u32, manager: &Rc<BufferManager>) -> Self {
+    pub(crate) fn new(id: u32, manager: &Rc<SlicePool>) -> Self {
         Self {
             id,
-            life: StreamLife::new(),
+            life: StreamState::new(),
             inbound: RefCell::new(ChainQueue::new(manager)),
             reader: WakerSlot::default(),
             writer: WakerSlot::default(),
@@ -104,7 +104,7 @@ impl StreamInner {
     }
 
     #[inline]
-    pub(crate) fn life(&self) -> &StreamLife {
+    pub(crate) fn life(&self) -> &StreamState {
         &self.life
     }
 
@@ -128,8 +128,8 @@ impl StreamInner {
     /// it has read.
     pub(crate) fn unconfirmed(&self) -> u64 {
         match self.life.peer() {
-            Side::Open | Side::HalfClosed => self.unanswered.get(),
-            Side::Closed | Side::Reset => 0,
+            HalfState::Open | HalfState::HalfClosed => self.unanswered.get(),
+            HalfState::Closed | HalfState::Reset => 0,
         }
     }
 
@@ -282,7 +282,8 @@ impl Stream {
     /// Whether nothing of what it was used for before is left on it.
     pub(crate) fn is_reusable(&self) -> bool {
         let inner = self.writer.inner();
-        let is_whole = inner.life().here() == Side::Open && inner.life().peer() == Side::Open;
+        let is_whole =
+            inner.life().here() == HalfState::Open && inner.life().peer() == HalfState::Open;
         let session = self.writer.session();
         // A peer that does not know the extension never returns to memory on a stream whose data
         // went over the socket, whichever side began with that, nor can this side
@@ -307,7 +308,7 @@ impl Stream {
     /// Whether the peer sends nothing more: it has closed the stream, or its direction of it. What
     /// it sent before may still wait to be read.
     pub fn is_closed_by_peer(&self) -> bool {
-        self.writer.inner().life().peer() != Side::Open
+        self.writer.inner().life().peer() != HalfState::Open
     }
 
     /// Whether the peer knows the end of one direction, and a reset: see
@@ -318,8 +319,8 @@ impl Stream {
 
     /// Whether this stream sends over the socket now, because the pool had no slice for it. With a
     /// peer of this crate that ends when its reader has taken what went that way.
-    pub fn is_fallen_back(&self) -> bool {
-        self.writer.is_fallen_back()
+    pub fn is_on_socket(&self) -> bool {
+        self.writer.is_on_socket()
     }
 
     /// Until when reads wait: see [`ReadHalf::set_deadline`].
@@ -334,16 +335,17 @@ impl Stream {
 
     /// Borrows shared memory for a message of up to `len` bytes.
     ///
-    /// Waits while the pool is empty, up to [`pool_wait`](crate::ConfigBuilder::pool_wait); then,
-    /// and while the stream is [fallen back](Self::is_fallen_back), the loan is private memory.
-    /// Cancel-safe: nothing is taken until it is given.
+    /// Waits while the pool is empty, up to
+    /// [`fallback_after`](crate::ConfigBuilder::fallback_after); then, and while the stream is
+    /// [fallen back](Self::is_on_socket), the loan is private memory. Cancel-safe: nothing is taken
+    /// until it is given.
     ///
     /// # Errors
     ///
     /// The stream is closed, the session over, or the
     /// [deadline](Self::set_write_deadline) has passed.
     #[inline]
-    pub fn alloc(&mut self, len: usize) -> Alloc<'_> {
+    pub fn alloc(&mut self, len: usize) -> AllocFuture<'_> {
         self.writer.alloc(len)
     }
 
@@ -360,14 +362,14 @@ impl Stream {
     /// passed, or [`Error::ForeignLoan`](crate::Error::ForeignLoan). In any case the loan is
     /// spent: what is not sent goes back to the pool.
     #[inline]
-    pub fn send(&mut self, loan: Loan) -> Send<'_> {
+    pub fn send(&mut self, loan: Loan) -> SendFuture<'_> {
         self.writer.send(loan)
     }
 
     /// Passes a message on that was received on this stream or another one of the same session,
     /// without a copy: what of it is unread, as one flush. For the rest as [`send`](Self::send).
     #[inline]
-    pub fn forward(&mut self, message: Message) -> Send<'_> {
+    pub fn forward(&mut self, message: Message) -> SendFuture<'_> {
         self.writer.forward(message)
     }
 
@@ -381,7 +383,7 @@ impl Stream {
     /// Everything that had arrived was taken, and the session is over, or the peer has
     /// [reset](Self::reset) the stream; or the [deadline](Self::set_read_deadline) has passed.
     #[inline]
-    pub fn recv(&mut self) -> Recv<'_> {
+    pub fn recv(&mut self) -> RecvFuture<'_> {
         self.reader.recv()
     }
 

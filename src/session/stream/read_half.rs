@@ -17,7 +17,7 @@ use crate::session::state::SessionInner;
 use crate::session::stream::loan::Message;
 use crate::session::stream::{Half, StreamInner};
 use shmipc_core::error::{Error, Result};
-use shmipc_core::proto::stream::Side;
+use shmipc_core::proto::stream_state::HalfState;
 use shmipc_core::shm::chain::Chain;
 
 /// How much [`AsyncBufRead`] copies out of shared memory at a time.
@@ -61,17 +61,17 @@ pub struct ReadHalf {
     inner: Rc<StreamInner>,
     /// What [`AsyncBufRead`] shows: a private copy, since the peer could change shared memory
     /// under a reference.
-    lent: Lent,
+    lent: ReadBuffer,
     deadline: Deadline,
 }
 
 #[derive(Default)]
-struct Lent {
+struct ReadBuffer {
     bytes: Vec<u8>,
     read: usize,
 }
 
-impl Lent {
+impl ReadBuffer {
     #[inline]
     fn rest(&self) -> &[u8] {
         &self.bytes[self.read..]
@@ -80,7 +80,7 @@ impl Lent {
 
 impl ReadHalf {
     pub(crate) fn new(session: Rc<SessionGuard>, inner: Rc<StreamInner>) -> Self {
-        Self { session, inner, lent: Lent::default(), deadline: Deadline::default() }
+        Self { session, inner, lent: ReadBuffer::default(), deadline: Deadline::default() }
     }
 
     #[inline]
@@ -119,8 +119,8 @@ impl ReadHalf {
     /// Everything that had arrived was taken, and the session is over, or the peer has
     /// [reset](crate::Stream::reset) the stream; or the [deadline](Self::set_deadline) has passed.
     #[inline]
-    pub fn recv(&mut self) -> Recv<'_> {
-        Recv { half: self }
+    pub fn recv(&mut self) -> RecvFuture<'_> {
+        RecvFuture { half: self }
     }
 
     /// The flushes of the peer as a [stream of futures](futures_lite::Stream), which ends with the
@@ -131,7 +131,7 @@ impl ReadHalf {
 
     /// What is shown no more to anybody: the stream was closed.
     pub(crate) fn forget_lent(&mut self) {
-        self.lent = Lent::default();
+        self.lent = ReadBuffer::default();
     }
 
     #[inline]
@@ -152,8 +152,8 @@ impl ReadHalf {
     #[cold]
     fn take_lent(&mut self) -> Message {
         let bytes = Bytes::copy_from_slice(self.lent.rest());
-        self.lent = Lent::default();
-        let manager = Rc::clone(&self.session().lanes.manager);
+        self.lent = ReadBuffer::default();
+        let manager = Rc::clone(&self.session().channels.manager);
         let held = bytes.len();
         Message { chain: Chain::received(manager, bytes, held) }
     }
@@ -175,11 +175,11 @@ impl ReadHalf {
     /// Nothing has arrived: for ever, or until now?
     fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<Chain>>> {
         let (session, inner) = (self.session.inner(), &*self.inner);
-        if inner.life().here() == Side::Closed {
+        if inner.life().here() == HalfState::Closed {
             return Poll::Ready(Err(Error::StreamClosed));
         }
         if !inner.life().can_receive() {
-            let is_reset = inner.life().peer() == Side::Reset;
+            let is_reset = inner.life().peer() == HalfState::Reset;
             return Poll::Ready(if is_reset { Err(Error::StreamReset) } else { Ok(None) });
         }
         if session.is_over() {
@@ -271,7 +271,7 @@ impl AsyncBufRead for ReadHalf {
             bytes.resize(len, 0);
             let count = this.read_inbound(&mut bytes);
             bytes.truncate(count);
-            this.lent = Lent { bytes, read: 0 };
+            this.lent = ReadBuffer { bytes, read: 0 };
         }
         Poll::Ready(Ok(this.lent.rest()))
     }
@@ -311,11 +311,11 @@ impl AsyncBufRead for ReadHalf {
 /// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
 /// ```
 #[must_use = "futures do nothing unless they are awaited"]
-pub struct Recv<'a> {
+pub struct RecvFuture<'a> {
     half: &'a mut ReadHalf,
 }
 
-impl Future for Recv<'_> {
+impl Future for RecvFuture<'_> {
     type Output = Result<Option<Message>>;
 
     #[inline]

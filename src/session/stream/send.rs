@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 use crate::session::stream::loan::Loan;
 use crate::session::stream::write_half::WriteHalf;
 use shmipc_core::error::Result;
-use shmipc_core::proto::stream::Path;
+use shmipc_core::proto::stream_state::DataPath;
 use shmipc_core::shm::chain::Chain;
 
 /// A half for one operation. When that ends, or is given up, it waits for nothing any more.
@@ -44,19 +44,19 @@ impl Drop for EndsWait<'_> {
 /// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
 /// ```
 #[must_use = "futures do nothing unless they are awaited"]
-pub struct Alloc<'a> {
+pub struct AllocFuture<'a> {
     half: EndsWait<'a>,
     len: usize,
 }
 
-impl<'a> Alloc<'a> {
+impl<'a> AllocFuture<'a> {
     #[inline]
     pub(crate) fn new(half: &'a mut WriteHalf, len: usize) -> Self {
         Self { half: EndsWait(half), len }
     }
 }
 
-impl Future for Alloc<'_> {
+impl Future for AllocFuture<'_> {
     type Output = Result<Loan>;
 
     #[inline]
@@ -90,13 +90,13 @@ impl Future for Alloc<'_> {
 /// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
 /// ```
 #[must_use = "futures do nothing unless they are awaited"]
-pub struct Send<'a> {
+pub struct SendFuture<'a> {
     half: EndsWait<'a>,
     /// Until it is sent, all at once: nothing is waited for between two parts of a message.
     chain: Option<Chain>,
 }
 
-impl Future for Send<'_> {
+impl Future for SendFuture<'_> {
     type Output = Result<()>;
 
     #[inline]
@@ -111,7 +111,7 @@ impl Future for Send<'_> {
     }
 }
 
-impl<'a> Send<'a> {
+impl<'a> SendFuture<'a> {
     #[inline]
     pub(crate) fn new(half: &'a mut WriteHalf, chain: Chain) -> Self {
         Self { half: EndsWait(half), chain: Some(chain) }
@@ -123,7 +123,7 @@ impl<'a> Send<'a> {
             let is_shared = chain.is_shared();
             // Also when the stream fell back after the loan was made: in order, it can only follow
             // that way.
-            if ready!(self.half.0.poll_path(context))? == Path::Socket {
+            if ready!(self.half.0.poll_path(context))? == DataPath::Socket {
                 return self.poll_socket(context);
             }
             ready!(self.half.0.poll_room(context))?;

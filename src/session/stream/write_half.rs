@@ -13,15 +13,15 @@ use futures_lite::AsyncWrite;
 use crate::exec::deadline::Deadline;
 use crate::session::fallback::{ComingBack, PoolWait};
 use crate::session::guard::SessionGuard;
-use crate::session::path_order::Overtaking;
+use crate::session::path_order::PathBarrier;
 use crate::session::send_wait::{SendWait, WaitsFor};
 use crate::session::state::SessionInner;
 use crate::session::stream::loan::{Loan, Message};
-use crate::session::stream::send::{Alloc, Send};
+use crate::session::stream::send::{AllocFuture, SendFuture};
 use crate::session::stream::{Half, StreamInner};
 use shmipc_core::error::{Error, Result};
-use shmipc_core::proto::stream::{Path, Side};
-use shmipc_core::shm::chain::{Chain, Parcel};
+use shmipc_core::proto::stream_state::{DataPath, HalfState};
+use shmipc_core::shm::chain::{Chain, SentChain};
 use shmipc_core::wire::{Event, EventState};
 
 /// The most bytes that one write puts behind one event. The peer reads the first piece while this
@@ -61,9 +61,9 @@ const FALLBACK_AT_MOST: usize = 64 << 10;
 pub struct WriteHalf {
     pub(crate) session: Rc<SessionGuard>,
     pub(crate) inner: Rc<StreamInner>,
-    pub(crate) pool_wait: PoolWait,
+    pub(crate) fallback_after: PoolWait,
     pub(crate) deadline: Deadline,
-    pub(crate) overtaking: Overtaking,
+    pub(crate) overtaking: PathBarrier,
     /// What the present operation waits for in the session.
     pub(crate) waiting: SendWait,
     /// While it uses the socket.
@@ -75,9 +75,9 @@ impl WriteHalf {
         Self {
             session,
             inner,
-            pool_wait: PoolWait::default(),
+            fallback_after: PoolWait::default(),
             deadline: Deadline::default(),
-            overtaking: Overtaking::default(),
+            overtaking: PathBarrier::default(),
             waiting: SendWait::default(),
             coming_back: None,
         }
@@ -99,8 +99,8 @@ impl WriteHalf {
     }
 
     /// Whether this stream sends over the socket now, because the pool had no slice for it.
-    pub fn is_fallen_back(&self) -> bool {
-        self.inner.life().path() == Path::Socket
+    pub fn is_on_socket(&self) -> bool {
+        self.inner.life().path() == DataPath::Socket
     }
 
     /// Until when writes, allocations and sends wait; `None`, the default, is for ever. One that
@@ -111,18 +111,18 @@ impl WriteHalf {
 
     /// Borrows shared memory for a message of up to `len` bytes.
     ///
-    /// Waits while the pool is empty, up to [`pool_wait`](crate::ConfigBuilder::pool_wait); then,
-    /// and while the stream is [fallen back](Self::is_fallen_back), the loan is private memory. A
-    /// stream that is fallen back waits a moment for the peer's reader when there are free slices,
-    /// to come back to shared memory. Cancel-safe: nothing is taken until it is given, and the next
-    /// one waits anew.
+    /// Waits while the pool is empty, up to
+    /// [`fallback_after`](crate::ConfigBuilder::fallback_after); then, and while the stream is
+    /// [fallen back](Self::is_on_socket), the loan is private memory. A stream that is fallen back
+    /// waits a moment for the peer's reader when there are free slices, to come back to shared
+    /// memory. Cancel-safe: nothing is taken until it is given, and the next one waits anew.
     ///
     /// # Errors
     ///
     /// The stream is closed, the session over, or the [deadline](Self::set_deadline) has passed.
     #[inline]
-    pub fn alloc(&mut self, len: usize) -> Alloc<'_> {
-        Alloc::new(self, len)
+    pub fn alloc(&mut self, len: usize) -> AllocFuture<'_> {
+        AllocFuture::new(self, len)
     }
 
     /// Sends what was written into a loan, as one flush.
@@ -142,15 +142,15 @@ impl WriteHalf {
     /// [`Error::ForeignLoan`]. In any case the loan is spent: what is not
     /// sent goes back to the pool.
     #[inline]
-    pub fn send(&mut self, loan: Loan) -> Send<'_> {
-        Send::new(self, loan.chain)
+    pub fn send(&mut self, loan: Loan) -> SendFuture<'_> {
+        SendFuture::new(self, loan.chain)
     }
 
     /// Passes a message on that was received on this stream or another one of the same session,
     /// without a copy: what of it is unread, as one flush. For the rest as [`send`](Self::send).
     #[inline]
-    pub fn forward(&mut self, message: Message) -> Send<'_> {
-        Send::new(self, message.chain)
+    pub fn forward(&mut self, message: Message) -> SendFuture<'_> {
+        SendFuture::new(self, message.chain)
     }
 
     /// Ends this direction: the peer reads the end after all that was sent. The other direction
@@ -207,11 +207,11 @@ impl WriteHalf {
         let session = self.session.inner();
         let life = self.inner.life();
         Poll::Ready(match (life.here(), life.peer()) {
-            (Side::Closed | Side::Reset, _) => Error::StreamClosed,
-            (_, Side::Reset) => Error::StreamReset,
-            (_, Side::Closed) => Error::StreamClosedByPeer,
+            (HalfState::Closed | HalfState::Reset, _) => Error::StreamClosed,
+            (_, HalfState::Reset) => Error::StreamReset,
+            (_, HalfState::Closed) => Error::StreamClosedByPeer,
             _ if session.is_over() => session.end_error(),
-            (Side::Open | Side::HalfClosed, Side::Open | Side::HalfClosed) => {
+            (HalfState::Open | HalfState::HalfClosed, HalfState::Open | HalfState::HalfClosed) => {
                 self.inner.writer.register(context);
                 return Poll::Pending;
             }
@@ -230,7 +230,7 @@ impl WriteHalf {
         if self.waiting.is_present() {
             self.waiting.end(self.session.inner());
             // The next one that needs memory waits anew.
-            self.pool_wait.end();
+            self.fallback_after.end();
         }
     }
 
@@ -247,13 +247,13 @@ impl WriteHalf {
     #[cold]
     fn why_not_open(&self) -> Result<()> {
         let life = self.inner.life();
-        if life.here() != Side::Open {
+        if life.here() != HalfState::Open {
             return Err(Error::StreamClosed);
         }
         match life.peer() {
-            Side::Closed => return Err(Error::StreamClosedByPeer),
-            Side::Reset => return Err(Error::StreamReset),
-            Side::Open | Side::HalfClosed => {}
+            HalfState::Closed => return Err(Error::StreamClosedByPeer),
+            HalfState::Reset => return Err(Error::StreamReset),
+            HalfState::Open | HalfState::HalfClosed => {}
         }
         Err(self.session().end_error())
     }
@@ -271,9 +271,9 @@ impl WriteHalf {
         let session = self.session.inner();
         // A slice without bytes. The peer gives it back as soon as it comes, not when somebody
         // reads, so no credit will be given for it and none is asked for.
-        let written = session.lanes.manager.write_message(&[], 0);
+        let written = session.channels.manager.write_message(&[], 0);
         if let Some(parcel) = written.map_err(|error| session.broken(error))? {
-            return Poll::Ready(self.send_parcel(Parcel { occupies: 0, ..parcel }));
+            return Poll::Ready(self.send_parcel(SentChain { occupies: 0, ..parcel }));
         }
         // Over the socket it would say nothing to the peer, so it waits for as long as it takes.
         self.waiting.begin(session, WaitsFor::Memory(None), context);
@@ -282,24 +282,24 @@ impl WriteHalf {
 
     /// Which way data goes now.
     #[inline]
-    pub(crate) fn poll_path(&mut self, context: &mut Context<'_>) -> Poll<Result<Path>> {
+    pub(crate) fn poll_path(&mut self, context: &mut Context<'_>) -> Poll<Result<DataPath>> {
         match self.inner.life().path() {
-            Path::SharedMemory => Poll::Ready(Ok(Path::SharedMemory)),
-            Path::Socket => self.poll_return(context),
+            DataPath::SharedMemory => Poll::Ready(Ok(DataPath::SharedMemory)),
+            DataPath::Socket => self.poll_return(context),
         }
     }
 
     #[cold]
-    fn poll_return(&mut self, context: &mut Context<'_>) -> Poll<Result<Path>> {
+    fn poll_return(&mut self, context: &mut Context<'_>) -> Poll<Result<DataPath>> {
         let session = self.session.inner();
         let attempts = self.coming_back.get_or_insert_default();
         match attempts.poll(session, &self.inner, &mut self.waiting, context) {
             Poll::Ready(true) => {
                 self.coming_back = None;
                 self.inner.life().return_to_memory();
-                Poll::Ready(Ok(Path::SharedMemory))
+                Poll::Ready(Ok(DataPath::SharedMemory))
             }
-            Poll::Ready(false) => Poll::Ready(Ok(Path::Socket)),
+            Poll::Ready(false) => Poll::Ready(Ok(DataPath::Socket)),
             Poll::Pending => {
                 // The credit comes by the queue.
                 session.activate();
@@ -315,19 +315,19 @@ impl WriteHalf {
         len: usize,
     ) -> Poll<Result<Loan>> {
         self.check_open()?;
-        if ready!(self.poll_path(context))? == Path::SharedMemory {
+        if ready!(self.poll_path(context))? == DataPath::SharedMemory {
             let session = self.session.inner();
             // Before any slice is taken: only an active session comes to rest again and gives back.
             session.activate();
-            if !session.lanes.manager.is_short() || self.may_use_reserve(context, len) {
-                let allocated = session.lanes.manager.allocate(len, false);
+            if !session.channels.manager.is_short() || self.may_use_reserve(context, len) {
+                let allocated = session.channels.manager.allocate(len, false);
                 if let Some(chain) = allocated.map_err(|error| session.broken(error))? {
                     return Poll::Ready(Ok(Loan { chain }));
                 }
             }
             ready!(self.poll_pool(context))?;
         }
-        let manager = Rc::clone(&self.session().lanes.manager);
+        let manager = Rc::clone(&self.session().channels.manager);
         Poll::Ready(Ok(Loan { chain: Chain::private(manager, len) }))
     }
 
@@ -344,22 +344,22 @@ impl WriteHalf {
             self.inner.writer.register(context);
             return false;
         }
-        len <= session.lanes.manager.smallest_slice()
+        len <= session.channels.manager.smallest_slice()
     }
 
     /// Sends a chain if nothing has to be waited for; otherwise gives it back.
     #[inline]
     pub(crate) fn send_now(&mut self, chain: Chain) -> Result<Option<Chain>> {
         self.check_open()?;
-        if chain.len() == 0 {
+        if chain.is_empty() {
             return Ok(None);
         }
         let session = self.session();
-        if !chain.is_of(&session.lanes.manager) {
+        if !chain.is_of(&session.channels.manager) {
             return Err(Error::ForeignLoan);
         }
         let must_wait = !chain.is_shared()
-            || self.inner.life().path() == Path::Socket
+            || self.inner.life().path() == DataPath::Socket
             || !session.has_window(&self.inner)
             || self.is_queue_full()?;
         if must_wait {
@@ -393,13 +393,13 @@ impl WriteHalf {
 
     #[inline(always)]
     fn is_queue_full(&self) -> Result<bool> {
-        let is_full = self.session().lanes.producer.borrow_mut().is_full();
+        let is_full = self.session().channels.producer.borrow_mut().is_full();
         is_full.map_err(|error| self.session().broken(error))
     }
 
     /// Sends the event that hands slices to the peer. There is room for it.
     #[inline(always)]
-    fn send_parcel(&self, parcel: Parcel) -> Result<()> {
+    fn send_parcel(&self, parcel: SentChain) -> Result<()> {
         let status = EventState::Open.to_status();
         let session = self.session();
         let event = Event { stream_id: self.inner.id(), offset: parcel.offset, status };
@@ -439,7 +439,7 @@ impl WriteHalf {
         if len == 0 {
             return Poll::Ready(Ok(0));
         }
-        if ready!(self.poll_path(context))? == Path::SharedMemory
+        if ready!(self.poll_path(context))? == DataPath::SharedMemory
             && let Some(count) = ready!(self.poll_send_slices(context, parts, len))?
         {
             return Poll::Ready(Ok(count));
@@ -458,7 +458,7 @@ impl WriteHalf {
         len: usize,
     ) -> Poll<Result<Option<usize>>> {
         ready!(self.poll_room(context))?;
-        let manager = &self.session().lanes.manager;
+        let manager = &self.session().channels.manager;
         let mut len = len.min(WRITE_AT_MOST);
         if manager.is_short() && self.session().credit.is_known() {
             len = len.min(manager.smallest_slice());
@@ -471,7 +471,7 @@ impl WriteHalf {
         let Some(parcel) = written else {
             return self.poll_pool(context).map_ok(|()| None);
         };
-        self.pool_wait.end();
+        self.fallback_after.end();
         self.send_parcel(parcel)?;
         Poll::Ready(Ok(Some(parcel.len)))
     }
@@ -489,8 +489,8 @@ impl Drop for WriteHalf {
 /// write collects its parts in the slices themselves.
 ///
 /// Waits while the send queue is full, and while the peer's reader is too far behind. While the
-/// pool is empty, waits for [`pool_wait`](crate::ConfigBuilder::pool_wait), and then goes over the
-/// socket.
+/// pool is empty, waits for [`fallback_after`](crate::ConfigBuilder::fallback_after), and then goes
+/// over the socket.
 ///
 /// # Errors
 ///
@@ -536,7 +536,7 @@ impl std::fmt::Debug for WriteHalf {
         formatter
             .debug_struct("WriteHalf")
             .field("id", &self.id())
-            .field("is_fallen_back", &self.is_fallen_back())
+            .field("is_on_socket", &self.is_on_socket())
             .finish_non_exhaustive()
     }
 }

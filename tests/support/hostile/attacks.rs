@@ -167,7 +167,7 @@ pub(crate) fn bad_states() -> Vec<Attack> {
     });
     let over_socket = [3, 4, 128, 255].map(|status| {
         attack(format!("state {status} over the socket"), IS_FIELD, move |rig| {
-            rig.fall_back(STREAM, status, b"x");
+            rig.allow_v3_fallback(STREAM, status, b"x");
         })
     });
     in_event.chain(over_socket).collect()
@@ -190,7 +190,7 @@ pub(crate) fn bad_indices() -> Vec<Attack> {
             write_i64(&rig.queue, head_at, capacity);
             rig.provoke(capacity);
             write_i64(&rig.queue, head_at, change(capacity));
-            rig.fall_back(STREAM, 0, b"x");
+            rig.allow_v3_fallback(STREAM, 0, b"x");
         })
     };
     vec![
@@ -252,7 +252,7 @@ pub(crate) fn bad_lists() -> Vec<Attack> {
         attack("tails off the grid", IS_FIELD, |rig| {
             rig.change_lists(|list| list.tail += 4);
             // It takes several slices at once, and gives back what it does not need.
-            rig.fall_back(STREAM, 0, b"x");
+            rig.allow_v3_fallback(STREAM, 0, b"x");
         }),
     ]
 }

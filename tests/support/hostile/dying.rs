@@ -303,7 +303,7 @@ fn in_handshakes(config: ConfigBuilder) -> Config {
 }
 
 fn in_sessions(config: ConfigBuilder) -> Config {
-    config.stall_limit(Some(PATIENCE)).build().unwrap()
+    config.stall_timeout(Some(PATIENCE)).build().unwrap()
 }
 
 const IS_LATE: IsDue = due!(Error::Handshake(HandshakeError::Timeout(_)));

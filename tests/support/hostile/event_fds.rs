@@ -330,7 +330,7 @@ fn closes_that_nobody_takes_end_their_session() {
         let mut rig = client(bed.path(), bed.name(), features);
         // As many as are kept, and those in the queue.
         for stream in 0..(1 << 16) + 2 * (STREAMS as u32 + CAPACITY) {
-            rig.fall_back(STREAM + stream, 0, b"x");
+            rig.allow_v3_fallback(STREAM + stream, 0, b"x");
         }
         bed.must_end(&format!("closes, with {features:?}"), is_due, rig);
     }

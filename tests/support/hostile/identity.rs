@@ -72,7 +72,7 @@ async fn fate_of(name: &str, end: fn(TcpStream)) -> Option<Error> {
     let listener = Listener::bind_tcp("127.0.0.1:0".parse().unwrap(), config).unwrap();
     let refused = Rc::new(RefCell::new(None));
     let told = Rc::clone(&refused);
-    listener.on_refused(move |error| *told.borrow_mut() = Some(error.clone()));
+    listener.on_rejected(move |error| *told.borrow_mut() = Some(error.clone()));
     listener.authorize(|peer| peer.uid == Some(0));
     let [queue, buffer] = directory.put_memory(&Memory::honest());
     let opening = message(BY_FILE, 2, &honest_paths(&queue, &buffer));

@@ -128,13 +128,13 @@ fn the_memory_of_all_sessions_is_bounded() {
 
 #[test]
 fn what_is_not_taken_from_the_queue_ends_the_session_in_time() {
-    let bed = Bed::start(config().stall_limit(Some(Duration::from_millis(400))).build().unwrap());
+    let bed = Bed::start(config().stall_timeout(Some(Duration::from_millis(400))).build().unwrap());
     let is_due: IsDue = due!(Error::PeerStalled(_));
     for _ in 0..3 {
         let mut rig = Rig::client(bed.path(), bed.name());
         rig.echo(b"alive");
         // Its answer is not taken.
-        rig.fall_back(STREAM, 0, b"x");
+        rig.allow_v3_fallback(STREAM, 0, b"x");
         bed.must_end("a peer that takes nothing", is_due, rig);
     }
     // One that has nothing to take may be as quiet as it likes.

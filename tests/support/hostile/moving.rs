@@ -75,7 +75,7 @@ fn fields_may_be_rewritten_while_they_are_read() {
 /// The same with lists that each side has for itself, and with every wake-up.
 #[test]
 fn fields_may_be_rewritten_while_they_are_read_in_version_4() {
-    for features in KINDS.into_iter().filter(|features| features.single_popper_lists) {
+    for features in KINDS.into_iter().filter(|features| features.owned_free_lists) {
         let bed = Bed::start(config().build().unwrap());
         let server = RawServer::new(&bed, asking(features));
         rewrite_everything(&bed, |side| match side {
@@ -134,7 +134,7 @@ fn rewrite_everything(bed: &Bed, next: impl Fn(&str) -> Rig) {
                         let stream_id = STREAM + (number as u32 % 3);
                         rig.try_push(&[Event { stream_id, ..open(slice) }]);
                     }
-                    rig.fall_back(STREAM, 0, b"answer me");
+                    rig.allow_v3_fallback(STREAM, 0, b"answer me");
                     let tail = read_i64(&rig.queue, rig.received_tail_at());
                     rig.queue.write_all_at(&tail.to_ne_bytes(), rig.head_at()).unwrap();
                 }
@@ -189,7 +189,7 @@ fn memory_that_is_truncated_in_use_ends_its_session() {
                 run(&mut rig);
                 // The first word of a page that is left may be read for long; so make it need all.
                 for _ in 0..400 {
-                    rig.fall_back(STREAM, 0, &[7; 200]);
+                    rig.allow_v3_fallback(STREAM, 0, &[7; 200]);
                 }
                 let fate = bed.fate();
                 if !matches!(&fate, Ok(Fate::Ended(error)) if is_due(error)) {

@@ -316,7 +316,7 @@ pub(super) fn asking(features: Features) -> ConfigBuilder {
     client_config()
         .protocol(ProtocolVersion::V4)
         .wakeup(wakeup(features))
-        .single_popper_lists(features.single_popper_lists)
+        .owned_free_lists(features.owned_free_lists)
 }
 
 /// The client's first connection, which has sent its request.
@@ -399,7 +399,7 @@ fn an_answer_that_is_wrong_is_an_error_and_no_reason_to_fall_back() {
         let names = [
             (features.polling.is_none(), "event_queue_polling"),
             (!features.eventfd, "eventfd_wakeup"),
-            (!features.single_popper_lists, "single_popper_lists"),
+            (!features.owned_free_lists, "single_popper_lists"),
         ];
         for (_, name) in names.iter().filter(|(is_new, _)| *is_new) {
             // Polling is none without an interval, which is then that of the offer.
@@ -429,7 +429,7 @@ fn an_answer_in_single_bytes_with_what_is_not_known_is_one() {
             let mut names = vec!["of_tomorrow"];
             names.extend(features.polling.map(|_| "event_queue_polling"));
             names.extend(features.eventfd.then_some("eventfd_wakeup"));
-            names.extend(features.single_popper_lists.then_some("single_popper_lists"));
+            names.extend(features.owned_free_lists.then_some("single_popper_lists"));
             let names = names.join("\",\"");
             // An interval that is left out is that of the request.
             let settings = format!(r#""settings":{{"shard":{shard},"of_tomorrow":{{}}}}"#);
@@ -486,7 +486,7 @@ fn a_connection_that_ends_without_an_answer_is_followed_by_one_of_version_3() {
         must_give_up(&bed, &server, "one that closes twice", closed, raw);
         drop(server);
         // And a client that was told not to, does not.
-        let server = RawServer::new(&bed, asking(features).fall_back(false));
+        let server = RawServer::new(&bed, asking(features).allow_v3_fallback(false));
         let raw = asked(&server, &bed);
         raw.socket.shutdown(Shutdown::Write).unwrap();
         let unanswered: IsDue = due!(Handshake(HandshakeError::Version4Unanswered { .. }));

@@ -22,9 +22,9 @@ pub(crate) fn nonsense() -> Vec<Nonsense> {
         ("the end of a stream that is not", |rig| push_state(rig, NOBODYS, 1)),
         ("half the end of a stream that is not", |rig| push_state(rig, NOBODYS, 2)),
         ("an end over the socket of a stream that is not", |rig| {
-            rig.fall_back(NOBODYS, 1, b"");
+            rig.allow_v3_fallback(NOBODYS, 1, b"");
         }),
-        ("data without bytes over the socket", |rig| rig.fall_back(STREAM, 0, b"")),
+        ("data without bytes over the socket", |rig| rig.allow_v3_fallback(STREAM, 0, b"")),
         ("a slice without bytes", |rig| {
             let offset = rig.fill(b"");
             rig.push(&[open(offset)]);
@@ -88,7 +88,7 @@ fn set_sizes(rig: &mut Rig, size: i32) {
 
 /// The other side finds no slice for its answer, and from then on sends over the socket.
 fn comes_over_the_socket(rig: &mut Rig) {
-    rig.fall_back(STREAM, 0, b"x");
+    rig.allow_v3_fallback(STREAM, 0, b"x");
     assert_eq!(rig.receive_data(), b"x");
-    rig.is_fallen_back = true;
+    rig.is_on_socket = true;
 }

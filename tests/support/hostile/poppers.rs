@@ -32,7 +32,7 @@ fn on_both_sides(features: Features, test: impl Fn(&Bed, &str, &dyn Fn() -> Rig)
 }
 
 fn kinds_with_lists_apart() -> impl Iterator<Item = Features> {
-    KINDS.into_iter().filter(|features| features.single_popper_lists)
+    KINDS.into_iter().filter(|features| features.owned_free_lists)
 }
 
 #[test]
@@ -202,11 +202,11 @@ fn deadly() -> Vec<Attack> {
         attack("tails off the grid", IS_FIELD, |rig| {
             write_heads(rig, LIST_TAIL_OFFSET, 5);
             // It takes several slices at once, and gives back what it has not needed for a while.
-            rig.fall_back(2, 0, b"x");
+            rig.allow_v3_fallback(2, 0, b"x");
         }),
         attack("tails outside", IS_FIELD, |rig| {
             write_heads(rig, LIST_TAIL_OFFSET, u32::MAX);
-            rig.fall_back(2, 0, b"x");
+            rig.allow_v3_fallback(2, 0, b"x");
         }),
     ]
 }
@@ -238,7 +238,7 @@ fn slices_of_the_other_set_are_given_back_to_it_or_found_out() {
             for round in 0..100_u32 {
                 // Received from the other side's set, and sent on.
                 let event = {
-                    rig.fall_back(2, 0, &round.to_ne_bytes());
+                    rig.allow_v3_fallback(2, 0, &round.to_ne_bytes());
                     rig.next_event()
                 };
                 rig.push(&[open(event.offset)]);
@@ -305,7 +305,7 @@ fn random_writes_end_no_more_than_their_session_of_version_4() {
                             let offset = slices[dice.next(slices.len() as u64) as usize];
                             rig.try_push(&[open(offset)]);
                         }
-                        1 => rig.fall_back(2, 0, b"answer me"),
+                        1 => rig.allow_v3_fallback(2, 0, b"answer me"),
                         _ => dice.scribble(&rig, &slices),
                     }
                 }
@@ -330,7 +330,7 @@ fn a_memory_for_the_other_kind_of_lists_is_refused() {
     for features in [KINDS[0], KINDS[1]] {
         let terms = Terms {
             version: shmipc_glommio::ProtocolVersion::V4,
-            lists_are_apart: !features.single_popper_lists,
+            lists_are_apart: !features.owned_free_lists,
             bell: Bell::Socket,
         };
         let [buffer, queue] = RawMemory::laid_out(CAPACITY, &terms).into_memfds(bed.name());

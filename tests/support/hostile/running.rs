@@ -217,7 +217,7 @@ fn random_writes_end_no_more_than_their_session() {
                         let stream_id = 2 + dice.next(3) as u32;
                         rig.try_push(&[Event { stream_id, offset, status }]);
                     }
-                    1 => rig.fall_back(2, 0, b"answer me"),
+                    1 => rig.allow_v3_fallback(2, 0, b"answer me"),
                     _ => dice.scribble(&rig, &slices),
                 }
             }

@@ -285,7 +285,7 @@ fn the_close_of_connections_that_were_not_read_stops_no_core() {
             let listener = Listener::bind(&there, config.build().unwrap()).unwrap();
             listener.authorize(move |_| let_in.load(Ordering::Relaxed));
             let refused = done_there.clone();
-            listener.on_refused(move |_| refused.send("refused").unwrap());
+            listener.on_rejected(move |_| refused.send("refused").unwrap());
             ready_there.send(()).unwrap();
             let session = listener.accept().await.unwrap();
             done_there.send("accepted").unwrap();

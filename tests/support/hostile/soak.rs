@@ -132,7 +132,7 @@ impl Soak<'_> {
                 let slices = rig.all_slices();
                 for _ in 0..self.dice.next(80) {
                     match self.dice.next(4) {
-                        0 => rig.fall_back(2, 0, b"answer me"),
+                        0 => rig.allow_v3_fallback(2, 0, b"answer me"),
                         1 => rig.ring(),
                         _ => self.dice.scribble(&rig, &slices),
                     }
@@ -147,7 +147,7 @@ impl Soak<'_> {
                 // Memory that our client has made is sealed.
                 let _ = file.set_len(self.dice.next(2) * 4096);
                 for _ in 0..20 {
-                    rig.fall_back(2, 0, &[7; 200]);
+                    rig.allow_v3_fallback(2, 0, &[7; 200]);
                 }
                 "memory that is truncated"
             }

@@ -39,7 +39,7 @@ pub(crate) async fn client_side(world: Arc<World>, path: &str) {
     let mut random = Random::new(world.seed());
     let config = random_config(Side::Client, &mut random);
     let common = Common::new();
-    let session = Connector::new(config).trusting(&common.trust).connect(path).await;
+    let session = Connector::new(config).trust_peer(&common.trust).connect(path).await;
     let session = session.unwrap_or_else(|error| panic!("{world}: {error}"));
     if session.protocol() == ProtocolVersion::V2 {
         meet(&world, session.open_stream().unwrap(), Side::Client).await;
@@ -90,7 +90,7 @@ async fn open_and_use(world: Arc<World>, session: Session, common: Rc<Common>, m
 pub(crate) async fn server_side(world: Arc<World>, listener: Listener) {
     let mut random = Random::new(!world.seed()).fork();
     let common = Common::new();
-    let listener = listener.trusting(&common.trust);
+    let listener = listener.trust_peer(&common.trust);
     let session = listener.accept().await.unwrap_or_else(|error| panic!("{world}: {error}"));
     if session.protocol() == ProtocolVersion::V2 {
         meet(&world, session.accept().await.unwrap(), Side::Server).await;

@@ -28,12 +28,12 @@ pub(crate) fn random_config(side: Side, random: &mut Random) -> Config {
         .protocol(protocol)
         .wakeup(wakeup)
         // Both sides have to want them.
-        .single_popper_lists(!random.one_in(5))
+        .owned_free_lists(!random.one_in(5))
         .spin(random.pick(&spins))
         .buffer_size(random.pick(&[64 << 10, 128 << 10, 256 << 10, 1 << 20]))
         .slice_classes(random_classes(random))
         .queue_capacity(random.pick(&[16, 32, 64]))
-        .pool_wait(random.pick(&[0, 50, 1000]).micros())
+        .fallback_after(random.pick(&[0, 50, 1000]).micros())
         .stream_window(random.pick(&[4096, 16 << 10, 64 << 10]))
         .reactor_interval(random.pick(&[50, 250]).micros());
     let config = match random.below(3) {

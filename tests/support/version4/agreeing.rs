@@ -25,7 +25,7 @@ fn both_sides_have_to_want_lists_of_their_own() {
     run(LIMIT, || async {
         for kind in KINDS {
             for (client, server) in [(true, true), (true, false), (false, true), (false, false)] {
-                let with = |wants| config(kind).single_popper_lists(wants);
+                let with = |wants| config(kind).owned_free_lists(wants);
                 let pair = Pair::new(with(client), with(server)).await;
                 assert_eq!(pair.client.has_single_popper_lists(), client && server);
                 exchange(&pair, &[100, 100_000, 1 << 20]).await;
@@ -168,7 +168,7 @@ fn a_server_selects_of_what_is_offered_one_wake_up_and_within_limits() {
             };
             let none = Features::default();
             assert_eq!(of(none), [none; 2]);
-            let lists = Features { single_popper_lists: true, ..none };
+            let lists = Features { owned_free_lists: true, ..none };
             assert_eq!(of(lists), [lists; 2]);
             // Descriptors do not go over TCP.
             let event_fd = Features { eventfd: true, ..none };

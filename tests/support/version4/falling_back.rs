@@ -26,7 +26,7 @@ struct Counted {
 impl Counted {
     fn new(accepted: ProtocolVersion) -> Self {
         let path = SocketPath::new();
-        let config = Config::builder().accepted_protocol(accepted).build().unwrap();
+        let config = Config::builder().max_accepted_protocol(accepted).build().unwrap();
         let listener = Listener::bind(path.as_str(), config).unwrap();
         let (connections, refused) = (Rc::new(Cell::new(0)), Rc::new(RefCell::default()));
         let counter = Rc::clone(&connections);
@@ -35,7 +35,7 @@ impl Counted {
             true
         });
         let keeper: Rc<RefCell<Vec<Error>>> = Rc::clone(&refused);
-        listener.on_refused(move |error| keeper.borrow_mut().push(error.clone()));
+        listener.on_rejected(move |error| keeper.borrow_mut().push(error.clone()));
         Self { path, listener, connections, refused }
     }
 
@@ -65,7 +65,7 @@ fn a_client_falls_back_on_a_second_connection() {
     run(LIMIT, || async {
         for kind in KINDS {
             let at = Counted::new(ProtocolVersion::V3);
-            let (client, server) = at.connect(config(kind).fall_back(true)).await;
+            let (client, server) = at.connect(config(kind).allow_v3_fallback(true)).await;
             for session in [&client, &server] {
                 let is = (session.protocol(), session.wakeup(), session.has_single_popper_lists());
                 assert_eq!(is, (ProtocolVersion::V3, Wakeup::Socket, false), "{kind:?}");
@@ -87,11 +87,12 @@ fn a_client_that_must_not_fall_back_says_why_it_has_no_session() {
         for kind in KINDS {
             for accepted in [ProtocolVersion::V3, ProtocolVersion::V2] {
                 let at = Counted::new(accepted);
-                let connector = Connector::new(config(kind).fall_back(false).build().unwrap());
+                let connector =
+                    Connector::new(config(kind).allow_v3_fallback(false).build().unwrap());
                 let error = connector.connect(at.path.as_str()).await.unwrap_err();
                 let Error::Handshake(error) = error else { panic!("{error}") };
                 let is_named = matches!(error, HandshakeError::Version4Unanswered { .. });
-                assert!(is_named && error.to_string().contains("`fall_back`"), "{error}");
+                assert!(is_named && error.to_string().contains("`allow_v3_fallback`"), "{error}");
                 assert_eq!(at.connections.get(), 1);
             }
         }
@@ -106,7 +107,7 @@ fn a_client_does_not_fall_back_further_than_to_version_3() {
     run(LIMIT, || async {
         for kind in KINDS {
             let at = Counted::new(ProtocolVersion::V2);
-            let connector = Connector::new(config(kind).fall_back(true).build().unwrap());
+            let connector = Connector::new(config(kind).allow_v3_fallback(true).build().unwrap());
             let error = connector.connect(at.path.as_str()).await.unwrap_err();
             let Error::Handshake(error) = error else { panic!("{error}") };
             assert_eq!(error, HandshakeError::Closed { waiting_for: "ExchangeMetadata" });
@@ -156,7 +157,7 @@ fn nobody_there_is_no_reason_to_fall_back() {
     let _turn = turn();
     run(LIMIT, || async {
         let path = SocketPath::new();
-        let connector = Connector::new(config(KINDS[0]).fall_back(true).build().unwrap());
+        let connector = Connector::new(config(KINDS[0]).allow_v3_fallback(true).build().unwrap());
         let error = connector.connect(path.as_str()).await.unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{error}");
     });

@@ -35,7 +35,7 @@ pub(crate) fn config((memory, wakeup): Kind) -> ConfigBuilder {
         .memory(memory)
         .protocol(ProtocolVersion::V4)
         .wakeup(wakeup)
-        .fall_back(false)
+        .allow_v3_fallback(false)
         .handshake_timeout(SOON)
         .buffer_size(8 << 20)
         .queue_capacity(64)

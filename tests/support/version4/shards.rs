@@ -19,7 +19,7 @@ const SHARDS: usize = 2;
 fn start(path: &SocketPath, accepted: ProtocolVersion) -> Server {
     Server::builder(path.as_str())
         .cores(Cores::Unpinned(SHARDS))
-        .config(Config::builder().container().accepted_protocol(accepted).build().unwrap())
+        .config(Config::builder().container().max_accepted_protocol(accepted).build().unwrap())
         .start(|shard: Shard| async move {
             Ok::<_, Error>(move |session: Session| {
                 let index = shard.index() as u8;
@@ -104,7 +104,7 @@ fn shards_of_a_server_that_takes_no_more_than_version_3_are_reached_all_the_same
     let server = start(&path, ProtocolVersion::V3);
     let at = path.as_str().to_owned();
     run(LIMIT, move || async move {
-        let config = config(KINDS[1]).fall_back(true).build().unwrap();
+        let config = config(KINDS[1]).allow_v3_fallback(true).build().unwrap();
         let connector = Connector::new(config.clone());
         let client = Client::builder(&at).config(config).build().unwrap();
         for index in 0..SHARDS {
@@ -154,7 +154,7 @@ fn a_client_notices_that_another_shard_answers() {
         let client = |patience| {
             let builder = Client::builder(&at).config(config(KINDS[1]).build().unwrap());
             let backoff = (Duration::from_millis(1), Duration::from_millis(5));
-            builder.backoff(backoff.0, backoff.1).patience(patience).build().unwrap()
+            builder.backoff(backoff.0, backoff.1).acquire_timeout(patience).build().unwrap()
         };
         let error = client(Duration::from_millis(500)).session(1).await.unwrap_err();
         let Error::Unavailable { shard: 1, source, .. } = &error else { panic!("{error}") };

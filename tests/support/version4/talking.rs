@@ -35,7 +35,7 @@ fn messages_of_all_sizes_both_ways() {
     in_every_kind(|kind| async move {
         let spins = [Spin::Never, config(kind).build().unwrap().spin()];
         for (spin, is_apart) in [(spins[0], true), (spins[1], true), (spins[1], false)] {
-            let config = config(kind).spin(spin).single_popper_lists(is_apart).buffer_size(3 << 20);
+            let config = config(kind).spin(spin).owned_free_lists(is_apart).buffer_size(3 << 20);
             let pair = Pair::of(kind, config).await;
             assert_eq!(pair.client.has_single_popper_lists(), is_apart);
             exchange(&pair, &LENGTHS).await;

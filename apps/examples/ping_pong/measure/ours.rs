@@ -32,12 +32,12 @@ fn config(ours: Ours) -> Config {
     };
     let builder = match ours {
         Ours::Spin | Ours::Adaptive | Ours::Sleep => builder,
-        _ => builder.protocol(ProtocolVersion::V4).fall_back(false),
+        _ => builder.protocol(ProtocolVersion::V4).allow_v3_fallback(false),
     };
     let builder = match ours {
         Ours::V4SleepEventFd => builder.wakeup(Wakeup::EventFd),
         Ours::V4TwiceTheMemory => builder.buffer_size(64 << 20),
-        Ours::V4SharedLists => builder.single_popper_lists(false),
+        Ours::V4SharedLists => builder.owned_free_lists(false),
         _ => builder,
     };
     builder.build().expect("a valid configuration")
@@ -49,7 +49,7 @@ pub(crate) fn serve(path: &Path, ours: Ours, point: Point, ready: impl FnOnce() 
     run(async move {
         let trust = Rc::new(trust());
         let listener = Listener::bind(&path, config(ours)).expect("a free path");
-        let listener = listener.trusting(&trust);
+        let listener = listener.trust_peer(&trust);
         ready();
         let session = listener.accept().await.expect("a client");
         while let Ok(stream) = session.accept().await {
@@ -94,14 +94,14 @@ async fn receive(stream: &mut Stream, point: &Point, trust: &PeerTrust) -> Resul
 
 fn trust() -> PeerTrust {
     // SAFETY: both processes are this program.
-    unsafe { PeerTrust::promise() }
+    unsafe { PeerTrust::new_unchecked() }
 }
 
 pub(crate) fn measure(path: &Path, ours: Ours, point: Point) -> Slice {
     let path = path.to_owned();
     run(async move {
         let trust = Rc::new(trust());
-        let connector = Connector::new(config(ours)).trusting(&trust);
+        let connector = Connector::new(config(ours)).trust_peer(&trust);
         let session = connector.connect(&path).await.expect("the server listens");
         // Warm: pages are touched, tasks are placed.
         let warm = Stopwatch::start(point.slice / 8, 1);
@@ -145,7 +145,7 @@ async fn ping(
 /// Round trips for the time of a slice, on the executor of the caller. Gives how many.
 pub(crate) async fn ping_until_over(path: &Path, ours: Ours, point: Point) -> u64 {
     let trust = Rc::new(trust());
-    let connector = Connector::new(config(ours)).trusting(&trust);
+    let connector = Connector::new(config(ours)).trust_peer(&trust);
     let session = connector.connect(path).await.expect("the server listens");
     let stream = session.open_stream().expect("an open session");
     let watch = Rc::new(RefCell::new(Stopwatch::start(point.slice, 1)));

@@ -21,7 +21,7 @@ pub(super) fn check_wakeup(config: &Settings) -> Result<(), ConfigError> {
         Wakeup::Polling(interval) => Some(("the interval of polling in microseconds", interval)),
         _ => None,
     };
-    let granted = ("shortest_polling in microseconds", config.shortest_polling);
+    let granted = ("min_polling_interval in microseconds", config.min_polling_interval);
     match asked.into_iter().chain([granted]).find(|(_, interval)| !range.contains(interval)) {
         None => Ok(()),
         Some((what, interval)) => Err(ConfigError::Limit {

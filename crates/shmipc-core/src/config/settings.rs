@@ -19,13 +19,13 @@ pub struct Settings {
     /// Whether a client goes back to version 3 when version 4 gets no answer.
     pub falls_back: bool,
     /// The highest version that a server takes.
-    pub accepted_protocol: ProtocolVersion,
+    pub max_accepted_protocol: ProtocolVersion,
     /// How a client asks to be woken, and wakes its servers.
     pub wakeup: Wakeup,
     /// Whether lists that each side has for itself may be agreed on.
-    pub single_popper_lists: bool,
+    pub owned_free_lists: bool,
     /// The shortest interval of polling that a server grants.
-    pub shortest_polling: Duration,
+    pub min_polling_interval: Duration,
     /// Events in each of the two queues.
     pub queue_capacity: u32,
     /// Bytes of buffer memory that a client creates for a session.
@@ -39,7 +39,7 @@ pub struct Settings {
     /// How often the kernel's rings are looked at while a session polls.
     pub reactor_interval: Duration,
     /// How long a sender waits for a free slice before it uses the socket.
-    pub pool_wait: Duration,
+    pub fallback_after: Duration,
     /// Who can connect to a Unix socket.
     pub socket_file: SocketFile,
     /// Whether it is checked that the memory is there before it is mapped.
@@ -56,10 +56,10 @@ impl Default for Settings {
             memory: MemoryKind::Memfd,
             protocol: ProtocolVersion::V3,
             falls_back: true,
-            accepted_protocol: ProtocolVersion::HIGHEST,
+            max_accepted_protocol: ProtocolVersion::HIGHEST,
             wakeup: Wakeup::Socket,
-            single_popper_lists: true,
-            shortest_polling: Wakeup::SHORTEST_INTERVAL,
+            owned_free_lists: true,
+            min_polling_interval: Wakeup::SHORTEST_INTERVAL,
             queue_capacity: 8192,
             buffer_size: 32 << 20,
             slice_classes: vec![
@@ -70,7 +70,7 @@ impl Default for Settings {
             path_prefix: PathBuf::from("/dev/shm/shmipc"),
             spin: Spin::For(Duration::from_micros(100)),
             reactor_interval: Duration::from_micros(250),
-            pool_wait: Duration::from_millis(1),
+            fallback_after: Duration::from_millis(1),
             socket_file: SocketFile { mode: 0o600, user: None, group: None },
             checks_memory: true,
             allowed_peers: AllowedPeers::SameUser,
@@ -88,8 +88,12 @@ impl Settings {
         }
         let Limits { stall, handshake_timeout, close_timeout, .. } = &mut self.limits;
         let stall = stall.iter_mut();
-        let others =
-            [handshake_timeout, close_timeout, &mut self.pool_wait, &mut self.reactor_interval];
+        let others = [
+            handshake_timeout,
+            close_timeout,
+            &mut self.fallback_after,
+            &mut self.reactor_interval,
+        ];
         for duration in stall.chain(others) {
             *duration = LONGEST.min(*duration);
         }

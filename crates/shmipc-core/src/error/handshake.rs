@@ -151,10 +151,10 @@ pub enum HandshakeError {
     #[error("the client negotiates, and does not offer version 4")]
     Version4NotOffered,
     /// The server did not answer the opening of version 4, as one that does not know it, and this
-    /// side must not [fall back](crate::ConfigBuilder::fall_back).
+    /// side must not [fall back](crate::ConfigBuilder::allow_v3_fallback).
     #[error(
         "the server did not answer the opening of version 4 ({how}): it may not know that version, \
-         and falling back to version 3 is not allowed (`fall_back`)"
+         and falling back to version 3 is not allowed (`allow_v3_fallback`)"
     )]
     Version4Unanswered {
         /// What it did instead, in words.

@@ -15,7 +15,7 @@ use nix::sys::resource::{Resource, getrlimit};
 ///
 /// let config = Config::builder().memory(MemoryKind::File).build()?;
 /// // No machine has a million gigabytes in `/dev/shm`.
-/// let error = config.footprint(1, 1 << 20, 1 << 15).check().unwrap_err();
+/// let error = config.footprint(1, 1 << 20, 1 << 15).check_memory().unwrap_err();
 /// assert!(matches!(error, Error::Resource(ResourceError::SharedMemory { .. })));
 /// # shmipc_glommio::Result::<()>::Ok(())
 /// ```

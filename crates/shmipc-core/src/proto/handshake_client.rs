@@ -10,7 +10,7 @@
 //!
 //! Trust: none in the server's messages.
 
-use super::{Agreement, NOT_YET, NOTHING_AFTER_FAILURE, NOTHING_MORE, require_version};
+use super::{NOT_YET, NOTHING_AFTER_FAILURE, NOTHING_MORE, Negotiated, require_version};
 use crate::error::{ConfigError, Error, HandshakeError};
 use crate::wire::{
     Features, HEADER_LEN, Header, MemoryKind, MemoryPaths, Message, MessageType,
@@ -29,7 +29,7 @@ const VERSION_AT: usize = 6;
 pub enum ClientStep<'a> {
     /// Create and initialise both memories as agreed, then call
     /// [`ClientHandshake::memory_created`].
-    CreateMemory(&'a Agreement),
+    CreateMemory(&'a Negotiated),
     /// Send these bytes, then call [`ClientHandshake::sent`].
     Send(&'a [u8]),
     /// Send one byte with the descriptors, buffer first, behind both memories those of the eventfds
@@ -38,21 +38,21 @@ pub enum ClientStep<'a> {
     /// Receive a message for [`ClientHandshake::receive`]; what is due, in words.
     AwaitMessage(&'static str),
     /// Done: the session is one of this kind.
-    Established(&'a Agreement),
+    Established(&'a Negotiated),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
     SendNegotiation,
     AwaitNegotiation,
-    CreateMemory(Agreement),
+    CreateMemory(Negotiated),
     SendExchange,
     AwaitExchange,
-    SendAnnouncement(Agreement),
-    AwaitReady(Agreement),
-    SendDescriptors(Agreement),
-    AwaitAck(Agreement),
-    Established(Agreement),
+    SendAnnouncement(Negotiated),
+    AwaitReady(Negotiated),
+    SendDescriptors(Negotiated),
+    AwaitAck(Negotiated),
+    Established(Negotiated),
     Failed(HandshakeError),
 }
 
@@ -108,7 +108,7 @@ impl ClientHandshake {
                 return Err(ConfigError::EventFdNeedsMemfd.into());
             }
             (ProtocolVersion::V4, _) => State::SendNegotiation,
-            _ => State::CreateMemory(Agreement::plain(version)),
+            _ => State::CreateMemory(Negotiated::plain(version)),
         };
         if let Some(path) = paths.misfit() {
             return Err(ConfigError::PathPrefix(path.to_owned()).into());
@@ -220,7 +220,7 @@ impl ClientHandshake {
             }
             (State::AwaitExchange, Message::ExchangeMetadata) => {
                 let version = self.agree(version)?;
-                Ok(State::SendAnnouncement(Agreement::plain(version)))
+                Ok(State::SendAnnouncement(Negotiated::plain(version)))
             }
             (&State::AwaitReady(agreement), Message::AckReadyRecvFd) => {
                 require_version(agreement.version, version, message)?;
@@ -244,7 +244,7 @@ impl ClientHandshake {
     }
 
     /// What the server selected, if it was offered.
-    fn selected(&self, json: &[u8]) -> Result<Agreement, HandshakeError> {
+    fn selected(&self, json: &[u8]) -> Result<Negotiated, HandshakeError> {
         let response = NegotiationResponse::decode(json, self.features);
         match response.map_err(HandshakeError::Negotiation)? {
             NegotiationResponse::Refused { code, message } => {
@@ -260,7 +260,7 @@ impl ClientHandshake {
                 // Not more often than this side has asked for, whatever the server does itself.
                 let polling = features.polling.max(features.polling.and(self.features.polling));
                 let features = Features { polling, ..features };
-                Ok(Agreement::negotiated(features, shard))
+                Ok(Negotiated::by_features(features, shard))
             }
         }
     }
@@ -496,7 +496,7 @@ mod tests {
         let message = Message::decode(&header, payload);
         assert_eq!(message, Ok(Message::ShareMemoryByFilePath(paths())));
         client.sent();
-        assert_eq!(client.step(), ClientStep::Established(&Agreement::plain(ProtocolVersion::V2)));
+        assert_eq!(client.step(), ClientStep::Established(&Negotiated::plain(ProtocolVersion::V2)));
     }
 
     #[test]
@@ -516,7 +516,7 @@ mod tests {
     #[test]
     fn what_is_agreed_on_is_what_the_server_selected() {
         let millisecond = Some(std::time::Duration::from_millis(1));
-        let all = Features { polling: millisecond, eventfd: true, single_popper_lists: true };
+        let all = Features { polling: millisecond, eventfd: true, owned_free_lists: true };
         let agreed = |offered, response: &NegotiationResponse| {
             let (version, kind) = (ProtocolVersion::V4, MemoryKind::Memfd);
             let mut client = ClientHandshake::new(version, kind, offered, paths()).unwrap();
@@ -530,7 +530,7 @@ mod tests {
             receive(&mut client, 0, &Message::AckShareMemory)?;
             assert_eq!(client.step(), ClientStep::Established(&agreement));
             assert_eq!(agreement.version, version);
-            Ok((agreement.wakeup, agreement.single_popper_lists, agreement.shard))
+            Ok((agreement.wakeup, agreement.owned_free_lists, agreement.shard))
         };
         let shard = Some(ShardIdentity { index: 1, count: 2 });
         let none = Features::default();
@@ -538,7 +538,7 @@ mod tests {
         assert_eq!(agreed(all, &select(none, shard)), Ok((Wakeup::Socket, false, shard)));
         let eventfd = Features { eventfd: true, ..none };
         assert_eq!(agreed(all, &select(eventfd, None)), Ok((Wakeup::EventFd, false, None)));
-        let lists = Features { single_popper_lists: true, ..none };
+        let lists = Features { owned_free_lists: true, ..none };
         assert_eq!(agreed(all, &select(lists, None)), Ok((Wakeup::Socket, true, None)));
         // Polling goes before eventfd, and at the server's interval, but not more often than this
         // side has asked for, nor as seldom as never.

@@ -12,7 +12,7 @@
 use std::mem;
 use std::time::Duration;
 
-use super::{Agreement, NOT_YET, NOTHING_AFTER_FAILURE, NOTHING_MORE, require_version};
+use super::{NOT_YET, NOTHING_AFTER_FAILURE, NOTHING_MORE, Negotiated, require_version};
 use crate::config::Wakeup;
 use crate::error::HandshakeError;
 use crate::wire::negotiation::{JSON_PARSE_ERROR, VERSION_NOT_SUPPORTED};
@@ -34,7 +34,7 @@ const fn replies(message: MessageType) -> [[u8; HEADER_LEN]; 2] {
 }
 
 /// The one of two replies that fits the version.
-fn reply<'a>(replies: &'a [[u8; HEADER_LEN]; 2], agreement: &Agreement) -> &'a [u8] {
+fn reply<'a>(replies: &'a [[u8; HEADER_LEN]; 2], agreement: &Negotiated) -> &'a [u8] {
     &replies[usize::from(agreement.version == ProtocolVersion::V4)]
 }
 
@@ -44,29 +44,29 @@ const EVENT_FDS: usize = 2;
 
 /// What this side can do on a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Abilities {
+pub struct ServerCapabilities {
     /// The highest version.
     pub highest: ProtocolVersion,
     /// Whether the connection carries descriptors.
     pub has_descriptors: bool,
     /// Whether each side may have lists for itself.
-    pub single_popper_lists: bool,
+    pub owned_free_lists: bool,
     /// How often it is willing to look at a queue.
-    pub shortest_polling: Duration,
+    pub min_polling_interval: Duration,
     /// Which shard this is.
     pub shard: Option<ShardIdentity>,
 }
 
-impl Abilities {
+impl ServerCapabilities {
     /// The features of those offered that the session gets: one kind of wake-up at most.
     fn select(&self, offered: Features) -> Features {
-        let shortest = self.shortest_polling.min(Wakeup::LONGEST_INTERVAL);
+        let shortest = self.min_polling_interval.min(Wakeup::LONGEST_INTERVAL);
         let polling =
             offered.polling.map(|interval| interval.clamp(shortest, Wakeup::LONGEST_INTERVAL));
         Features {
             polling,
             eventfd: polling.is_none() && offered.eventfd && self.has_descriptors,
-            single_popper_lists: offered.single_popper_lists && self.single_popper_lists,
+            owned_free_lists: offered.owned_free_lists && self.owned_free_lists,
         }
     }
 }
@@ -83,12 +83,12 @@ pub enum ServerStep<'a> {
     /// [`ServerHandshake::descriptors_received`].
     ReceiveDescriptors(usize),
     /// Open and map the files of these paths, then call [`ServerHandshake::mapped`].
-    MapFiles(&'a Agreement, &'a MemoryPaths),
+    MapFiles(&'a Negotiated, &'a MemoryPaths),
     /// Map the descriptors received; the paths are only names. Then call
     /// [`ServerHandshake::mapped`].
-    MapDescriptors(&'a Agreement, &'a MemoryPaths),
+    MapDescriptors(&'a Negotiated, &'a MemoryPaths),
     /// Done: the session is one of this kind.
-    Established(&'a Agreement),
+    Established(&'a Negotiated),
     /// Over: the client has been told.
     Refused(&'a HandshakeError),
 }
@@ -98,17 +98,17 @@ enum State {
     AwaitOpening,
     SendExchange,
     /// The whole message.
-    SendSelection(Vec<u8>, Agreement),
+    SendSelection(Vec<u8>, Negotiated),
     /// The whole message, and why.
     SendRefusal(Vec<u8>, HandshakeError),
     Refused(HandshakeError),
-    AwaitAnnouncement(Agreement),
-    SendReady(Agreement, MemoryPaths),
-    ReceiveDescriptors(Agreement, MemoryPaths),
-    MapDescriptors(Agreement, MemoryPaths),
-    MapFiles(Agreement, MemoryPaths),
-    SendAck(Agreement),
-    Established(Agreement),
+    AwaitAnnouncement(Negotiated),
+    SendReady(Negotiated, MemoryPaths),
+    ReceiveDescriptors(Negotiated, MemoryPaths),
+    MapDescriptors(Negotiated, MemoryPaths),
+    MapFiles(Negotiated, MemoryPaths),
+    SendAck(Negotiated),
+    Established(Negotiated),
     Failed(HandshakeError),
 }
 
@@ -141,12 +141,12 @@ impl State {
 #[derive(Debug, Clone)]
 pub struct ServerHandshake {
     state: State,
-    abilities: Abilities,
+    abilities: ServerCapabilities,
 }
 
 impl ServerHandshake {
     /// A handshake of which nothing has happened yet.
-    pub fn new(abilities: Abilities) -> Self {
+    pub fn new(abilities: ServerCapabilities) -> Self {
         Self { state: State::AwaitOpening, abilities }
     }
 
@@ -178,7 +178,7 @@ impl ServerHandshake {
     /// Without effect when nothing was to be sent.
     pub fn sent(&mut self) {
         self.advance(|state| match state {
-            State::SendExchange => State::AwaitAnnouncement(Agreement::plain(ProtocolVersion::V3)),
+            State::SendExchange => State::AwaitAnnouncement(Negotiated::plain(ProtocolVersion::V3)),
             State::SendSelection(_, agreement) => State::AwaitAnnouncement(agreement),
             State::SendRefusal(_, error) => State::Refused(error),
             State::SendReady(agreement, paths) => State::ReceiveDescriptors(agreement, paths),
@@ -268,7 +268,7 @@ impl ServerHandshake {
                 Err(HandshakeError::NoCommonVersion { peer: version, needed })
             }
             Message::ShareMemoryByFilePath(paths) if version == v2.message_byte() => {
-                Ok(State::MapFiles(Agreement::plain(v2), paths.clone()))
+                Ok(State::MapFiles(Negotiated::plain(v2), paths.clone()))
             }
             Message::Negotiation(json) if highest >= v4 => Ok(self.negotiate(json)),
             // As one that does not know the message: the client may fall back.
@@ -287,7 +287,7 @@ impl ServerHandshake {
                 let shard = self.abilities.shard;
                 State::SendSelection(
                     answer(NegotiationResponse::selecting(features, shard)),
-                    Agreement::negotiated(features, shard),
+                    Negotiated::by_features(features, shard),
                 )
             }
             Ok(_) => State::SendRefusal(
@@ -353,11 +353,11 @@ mod tests {
     use super::super::tests::{every_message, paths};
     use super::*;
 
-    const ALL: Abilities = Abilities {
+    const ALL: ServerCapabilities = ServerCapabilities {
         highest: ProtocolVersion::V4,
         has_descriptors: true,
-        single_popper_lists: true,
-        shortest_polling: Wakeup::SHORTEST_INTERVAL,
+        owned_free_lists: true,
+        min_polling_interval: Wakeup::SHORTEST_INTERVAL,
         shard: None,
     };
 
@@ -602,7 +602,7 @@ mod tests {
 
     /// What a server with these abilities says to a request, and agrees on.
     fn negotiate(
-        abilities: Abilities,
+        abilities: ServerCapabilities,
         request: &Message,
     ) -> (NegotiationResponse, ServerHandshake) {
         let mut server = ServerHandshake::new(abilities);
@@ -619,7 +619,7 @@ mod tests {
     #[test]
     fn what_is_offered_is_selected_if_this_side_has_it() {
         let polling = |micros| Some(Duration::from_micros(micros));
-        let all = Features { polling: polling(70), eventfd: true, single_popper_lists: true };
+        let all = Features { polling: polling(70), eventfd: true, owned_free_lists: true };
         let two = Features { polling: None, ..all };
         let none = Features::default();
         let shard = Some(ShardIdentity { index: 1, count: 2 });
@@ -641,26 +641,26 @@ mod tests {
                 Wakeup::Polling(Duration::from_secs(1)),
             ),
             (
-                Abilities { shortest_polling: Duration::from_millis(5), ..ALL },
+                ServerCapabilities { min_polling_interval: Duration::from_millis(5), ..ALL },
                 all,
                 Features { polling: polling(5000), eventfd: false, ..all },
                 Wakeup::Polling(Duration::from_millis(5)),
             ),
             (
-                Abilities { has_descriptors: false, ..ALL },
+                ServerCapabilities { has_descriptors: false, ..ALL },
                 two,
                 Features { eventfd: false, ..two },
                 Wakeup::Socket,
             ),
             (
-                Abilities { single_popper_lists: false, ..ALL },
+                ServerCapabilities { owned_free_lists: false, ..ALL },
                 two,
-                Features { single_popper_lists: false, ..two },
+                Features { owned_free_lists: false, ..two },
                 Wakeup::EventFd,
             ),
         ];
         for (abilities, offered, selected, wakeup) in table {
-            let abilities = Abilities { shard, ..abilities };
+            let abilities = ServerCapabilities { shard, ..abilities };
             let (response, mut server) = negotiate(abilities, &request(offered));
             assert_eq!(response, NegotiationResponse::selecting(selected, shard));
             receive(&mut server, 0, &Message::ShareMemoryByMemfd(paths())).unwrap();
@@ -670,9 +670,9 @@ mod tests {
             server.descriptors_received();
             server.mapped();
             server.sent();
-            let single_popper_lists = selected.single_popper_lists;
+            let owned_free_lists = selected.owned_free_lists;
             let version = ProtocolVersion::V4;
-            let agreement = Agreement { version, wakeup, single_popper_lists, shard };
+            let agreement = Negotiated { version, wakeup, owned_free_lists, shard };
             assert_eq!(server.step(), ServerStep::Established(&agreement));
         }
     }
@@ -713,7 +713,7 @@ mod tests {
 
     #[test]
     fn a_server_of_an_older_version_does_not_know_the_newer_ones() {
-        let of = |highest| ServerHandshake::new(Abilities { highest, ..ALL });
+        let of = |highest| ServerHandshake::new(ServerCapabilities { highest, ..ALL });
         let v3 = of(ProtocolVersion::V3);
         let opening = request(Features::default());
         assert_eq!(

@@ -1,23 +1,25 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The state machines of the protocol, without socket, clock or runtime.
 //!
-//! - [`handshake_client`] and [`handshake_server`]: from a fresh connection to an agreed version
-//!   and shared memory (spec chapter 4; `docs/protocol.md#handshakes`).
-//! - [`session`]: which streams there are and were. - [`stream`]: what a stream may do next.
+//! - [`handshake_client`], [`handshake_server`]: from a fresh connection to an agreed version and
+//!   shared memory (spec chapter 4; `docs/protocol.md#handshakes`).
+//! - [`stream_table`]: which streams there are, and which numbers were used.
+//! - [`stream_state`]: what one stream may do next.
+//! - [`flow_control`]: the arithmetic of credit.
 //!
-//! They are pulled: the driver asks for the next step, carries it out, and says so. Time is the
-//! driver's; a handshake that takes too long is dropped.
+//! The handshakes are pulled: the driver asks for the next step, carries it out, and reports it.
+//! Time is the driver's, which drops a handshake that takes too long.
 //!
-//! Invariants: a handshake is established only after every message that its version asks for, in
-//! its order. After an error it never is.
+//! Invariants: a handshake is established only after every message that its version requires, in
+//! order, and never after an error.
 //!
 //! Trust: none in the peer's messages. The driver is trusted to report only what it has done.
 
+pub mod flow_control;
 pub mod handshake_client;
 pub mod handshake_server;
-pub mod session;
-pub mod stream;
-pub mod window;
+pub mod stream_state;
+pub mod stream_table;
 
 use crate::config::Wakeup;
 use crate::error::HandshakeError;
@@ -25,25 +27,25 @@ use crate::wire::{Features, Message, ProtocolVersion, ShardIdentity};
 
 /// What the two sides of a session have agreed on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Agreement {
+pub struct Negotiated {
     /// The version that both speak.
     pub version: ProtocolVersion,
     /// How each side wakes the other one.
     pub wakeup: Wakeup,
     /// Whether each side has buffer lists for itself.
-    pub single_popper_lists: bool,
+    pub owned_free_lists: bool,
     /// Which shard the server is, if it said so.
     pub shard: Option<ShardIdentity>,
 }
 
-impl Agreement {
+impl Negotiated {
     /// A session of a version that has no features.
     pub const fn plain(version: ProtocolVersion) -> Self {
-        Self { version, wakeup: Wakeup::Socket, single_popper_lists: false, shard: None }
+        Self { version, wakeup: Wakeup::Socket, owned_free_lists: false, shard: None }
     }
 
     /// A session of version 4 with these features.
-    fn negotiated(features: Features, shard: Option<ShardIdentity>) -> Self {
+    fn by_features(features: Features, shard: Option<ShardIdentity>) -> Self {
         let wakeup = match features.polling {
             // A server that grants another interval than it was asked for looks that often itself;
             // this side looks as often as a timer can.
@@ -53,8 +55,8 @@ impl Agreement {
             None if features.eventfd => Wakeup::EventFd,
             None => Wakeup::Socket,
         };
-        let single_popper_lists = features.single_popper_lists;
-        Self { version: ProtocolVersion::V4, wakeup, single_popper_lists, shard }
+        let owned_free_lists = features.owned_free_lists;
+        Self { version: ProtocolVersion::V4, wakeup, owned_free_lists, shard }
     }
 }
 
@@ -87,7 +89,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::handshake_client::{ClientHandshake, ClientStep};
-    use super::handshake_server::{Abilities, ServerHandshake, ServerStep};
+    use super::handshake_server::{ServerCapabilities, ServerHandshake, ServerStep};
     use super::*;
     use crate::wire::{Deframer, Header, MemoryKind, MemoryPaths, MessageType};
 
@@ -135,11 +137,11 @@ mod tests {
     }
 
     fn server() -> ServerHandshake {
-        ServerHandshake::new(Abilities {
+        ServerHandshake::new(ServerCapabilities {
             highest: ProtocolVersion::HIGHEST,
             has_descriptors: true,
-            single_popper_lists: true,
-            shortest_polling: Wakeup::SHORTEST_INTERVAL,
+            owned_free_lists: true,
+            min_polling_interval: Wakeup::SHORTEST_INTERVAL,
             shard: None,
         })
     }
@@ -159,7 +161,7 @@ mod tests {
     fn run(
         client: &mut ClientHandshake,
         server: &mut ServerHandshake,
-    ) -> (Transcript, Agreement, Agreement) {
+    ) -> (Transcript, Negotiated, Negotiated) {
         let mut transcript = Transcript::default();
         let (mut to_client, mut to_server) = (Deframer::new(10_000), Deframer::new(10_000));
         let put = |deframer: &mut Deframer, bytes: &[u8]| {
@@ -246,12 +248,12 @@ mod tests {
             types
         };
         for (version, kind, client_sends, server_sends, descriptors) in table {
-            let features = Features { single_popper_lists: true, ..Features::default() };
+            let features = Features { owned_free_lists: true, ..Features::default() };
             let mut client = ClientHandshake::new(version, kind, features, paths()).unwrap();
             let (transcript, client, server) = run(&mut client, &mut server());
             assert_eq!(client, server);
             assert_eq!(client.version, version);
-            assert_eq!(client.single_popper_lists, version == V4);
+            assert_eq!(client.owned_free_lists, version == V4);
             assert_eq!(types(&transcript.client_sent, version), client_sends);
             assert_eq!(types(&transcript.server_sent, version), server_sends);
             assert_eq!(transcript.descriptors_sent, descriptors);

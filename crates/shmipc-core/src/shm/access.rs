@@ -162,16 +162,17 @@ impl Region {
 ///
 /// Shared memory stays writable for the peer, also while it is this side's turn. A Rust reference
 /// to memory that changes under it is undefined behaviour, so without this token messages are
-/// copied. With it, `Message::views` and
-/// `Loan::views` give references into the shared memory itself.
+/// copied. With it, `Message::views` and `Loan::views` give references into the shared memory
+/// itself.
 ///
 /// ```
 /// # extern crate shmipc_core as shmipc_glommio;
-/// use shmipc_glommio::{Config, Connector, PeerTrust};
+/// use shmipc_glommio::PeerTrust;
 ///
 /// // SAFETY: the store is ours; it writes a slice only between allocating and sending it.
-/// let trust = unsafe { PeerTrust::promise() };
-/// let connector = Connector::new(Config::default()).trusting(&trust);
+/// let trust = unsafe { PeerTrust::new_unchecked() };
+/// // It is for `Connector::trust_peer`, and for those of listeners, clients and servers.
+/// # let _ = trust;
 /// ```
 #[derive(Debug, Clone, Copy)]
 pub struct PeerTrust {
@@ -188,7 +189,7 @@ impl PeerTrust {
     /// has sent and not received back, for as long as this process can hold a reference to it.
     /// This is what every honest implementation of the protocol does; a peer that is buggy or
     /// hostile breaks it, as a program that writes to a file breaks `memmap2`'s promise.
-    pub unsafe fn promise() -> Self {
+    pub unsafe fn new_unchecked() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         // Relaxed: only the numbers must differ.
         Self { id: NEXT.fetch_add(1, Ordering::Relaxed) }

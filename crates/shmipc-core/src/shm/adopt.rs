@@ -8,12 +8,12 @@ use std::rc::Rc;
 
 use super::access::Memory;
 use super::chain::Chain;
-use super::ledger::SliceId;
-use super::manager::BufferManager;
+use super::pool::SlicePool;
+use super::slice_table::SliceId;
 use crate::error::MemoryError;
 use crate::wire::layout::FLAG_HAS_NEXT;
 
-impl<M: Memory> BufferManager<M> {
+impl<M: Memory> SlicePool<M> {
     /// Takes over the chain that starts at `offset`, as an event of the peer names it.
     ///
     /// Reads every header once.

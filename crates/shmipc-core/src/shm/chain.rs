@@ -20,7 +20,7 @@ use std::rc::Rc;
 use bytes::{Buf, Bytes};
 
 use super::access::Memory;
-use super::manager::{BufferManager, NO_SLICE, SliceId};
+use super::pool::{NO_SLICE, SliceId, SlicePool};
 use super::region::Region;
 
 /// What a message that came over the socket costs besides its bytes, about.
@@ -30,14 +30,14 @@ const SMALL_BLOCK: usize = 4096;
 
 /// An owned chain of buffer slices, or private memory, and how many of its bytes count.
 pub struct Chain<M: Memory = Region> {
-    pub(super) manager: Rc<BufferManager<M>>,
+    pub(super) manager: Rc<SlicePool<M>>,
     /// Always there, but for the moment in which the chain ends.
     pub(super) state: Option<Box<ChainState>>,
 }
 
 /// Slices that are the peer's from now on, if their event is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Parcel {
+pub struct SentChain {
     /// Where the first one starts.
     pub offset: u32,
     /// How many bytes there are to read.
@@ -89,7 +89,7 @@ impl ChainState {
 
 impl<M: Memory> Chain<M> {
     #[inline(always)]
-    pub(super) fn empty(manager: Rc<BufferManager<M>>) -> Self {
+    pub(super) fn empty(manager: Rc<SlicePool<M>>) -> Self {
         let mut state = manager.new_chain_state();
         (state.first, state.last, state.filling) = (NO_SLICE, NO_SLICE, NO_SLICE);
         (state.len, state.capacity) = (0, 0);
@@ -98,7 +98,7 @@ impl<M: Memory> Chain<M> {
 
     /// A chain of one held slice, to be written.
     #[inline]
-    pub(super) fn of(manager: Rc<BufferManager<M>>, id: SliceId) -> Self {
+    pub(super) fn of(manager: Rc<SlicePool<M>>, id: SliceId) -> Self {
         let mut chain = Self::empty(manager);
         let state = chain.state_mut();
         (state.first, state.last, state.filling) = (id, id, id);
@@ -106,14 +106,14 @@ impl<M: Memory> Chain<M> {
     }
 
     /// Private memory for up to `capacity` bytes, to be written. It grows as it is written.
-    pub fn private(manager: Rc<BufferManager<M>>, capacity: usize) -> Self {
+    pub fn private(manager: Rc<SlicePool<M>>, capacity: usize) -> Self {
         let mut chain = Self::empty(manager).with_capacity(capacity);
         chain.state_mut().private = Private::Writing(Vec::new());
         chain
     }
 
     /// Bytes that came over the socket, and that are part of a block of `held` bytes at most.
-    pub fn received(manager: Rc<BufferManager<M>>, bytes: Bytes, held: usize) -> Self {
+    pub fn received(manager: Rc<SlicePool<M>>, bytes: Bytes, held: usize) -> Self {
         let mut chain = Self::empty(manager);
         let state = chain.state_mut();
         (state.len, state.capacity) = (bytes.len(), bytes.len());
@@ -288,7 +288,7 @@ impl<M: Memory> Chain<M> {
 
     /// Whether the slices are those of this memory.
     #[inline]
-    pub fn is_of(&self, manager: &Rc<BufferManager<M>>) -> bool {
+    pub fn is_of(&self, manager: &Rc<SlicePool<M>>) -> bool {
         Rc::ptr_eq(&self.manager, manager)
     }
 
@@ -447,7 +447,7 @@ impl<M: Memory> Chain<M> {
     ///
     /// From here on the slices are the peer's, so the event must be on its way without fail.
     #[inline]
-    pub fn into_parcel(mut self) -> Option<Parcel> {
+    pub fn into_parcel(mut self) -> Option<SentChain> {
         let manager = &self.manager;
         let state = self.state.as_deref_mut().expect("a chain that has not ended");
         if state.len == 0 || state.first == NO_SLICE {
@@ -475,7 +475,7 @@ impl<M: Memory> Chain<M> {
         while id != NO_SLICE {
             id = manager.forget(id);
         }
-        Some(Parcel { offset, len: state.len, occupies })
+        Some(SentChain { offset, len: state.len, occupies })
     }
 }
 

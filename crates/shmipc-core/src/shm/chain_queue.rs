@@ -6,12 +6,12 @@ use std::rc::Rc;
 
 use super::access::Memory;
 use super::chain::{Chain, ChainState};
-use super::manager::BufferManager;
+use super::pool::SlicePool;
 use super::region::Region;
 
 /// Chains in the order in which they came, and how many bytes they hold together.
 pub struct ChainQueue<M: Memory = Region> {
-    manager: Rc<BufferManager<M>>,
+    manager: Rc<SlicePool<M>>,
     states: VecDeque<Box<ChainState>>,
     len: usize,
     /// How much of it came over the socket.
@@ -22,7 +22,7 @@ pub struct ChainQueue<M: Memory = Region> {
 
 impl<M: Memory> ChainQueue<M> {
     /// An empty queue.
-    pub fn new(manager: &Rc<BufferManager<M>>) -> Self {
+    pub fn new(manager: &Rc<SlicePool<M>>) -> Self {
         Self {
             manager: Rc::clone(manager),
             states: VecDeque::new(),
@@ -121,7 +121,7 @@ impl<M: Memory> Drop for ChainQueue<M> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::setup::ListSets;
+    use super::super::format::ListSets;
     use super::*;
     use crate::config::SliceClass;
     use crate::shm::chain::SOCKET_MESSAGE_COST;
@@ -132,7 +132,7 @@ mod tests {
         const LEN: usize = 100_000;
         let memory = Rc::new(Region::heap(1 << 16));
         let classes = [SliceClass::new(64, 100)];
-        let manager = BufferManager::create(&memory, &classes, ListSets::Shared).unwrap();
+        let manager = SlicePool::create(&memory, &classes, ListSets::Shared).unwrap();
         let mut queue = ChainQueue::new(&manager);
         let bytes: Vec<u8> = (0..LEN).map(|at| at as u8).collect();
         for _ in 0..2 {

@@ -42,10 +42,10 @@ use nix::unistd::Pid;
 
 use self::player::{EVENTS, Finding, Kind, LONG, Random, TASK, books};
 use super::access::Memory;
-use super::popper::Popper;
-use super::queue;
+use super::event_queue;
+use super::format::map_lists;
+use super::owned_list::OwnedList;
 use super::region::Region;
-use super::setup::map_lists;
 
 mod player;
 
@@ -170,7 +170,7 @@ fn check_whole(kind: Kind, capacity: u32, memory: &Region, books: &Region) {
         assert_eq!(list.capacity(), capacity);
         assert_eq!(list.free(memory), capacity.cast_signed(), "list {number}");
         // Nobody else takes from it any more, whatever it was.
-        let popper = Popper::new(memory, list).unwrap();
+        let popper = OwnedList::new(memory, list).unwrap();
         let mut all = HashSet::new();
         loop {
             let batch = popper.take(memory, 8).unwrap();
@@ -193,7 +193,7 @@ fn check_whole(kind: Kind, capacity: u32, memory: &Region, books: &Region) {
 fn one_memory(kind: Kind, capacity: u32, takes: u64, random: &mut Random) -> Outcome {
     let memory = |len| Region::create_memfd(Path::new("list-stress"), len).unwrap();
     let (buffer, buffer_fd) = memory(kind.memory_len(capacity));
-    let (_queues, queues_fd) = memory(queue::queues_len(EVENTS));
+    let (_queues, queues_fd) = memory(event_queue::queues_len(EVENTS));
     let (books, books_fd) = memory(books::LEN);
     let fds = [&buffer_fd, &queues_fd, &books_fd].map(OwnedFd::as_raw_fd);
     let seed = random.below(u64::MAX);

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! How a [`BufferManager`] comes to be: over memory that this side lays out, or that the peer did.
+//! How a [`SlicePool`] comes to be: over memory that this side lays out, or that the peer did.
 
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
 use super::access::Memory;
 use super::chain::ChainState;
-use super::ledger::Entry;
-use super::manager::BufferManager;
-use super::setup::{ListSets, create_lists, map_lists};
+use super::format::{ListSets, create_lists, map_lists};
+use super::pool::SlicePool;
+use super::slice_table::Entry;
 use crate::config::{PRIVATE_BYTES_PER_SLICE, SliceClass};
 use crate::error::MemoryError;
 use crate::wire::Extension;
@@ -20,7 +20,7 @@ const _: () = assert!(
         <= PRIVATE_BYTES_PER_SLICE as usize
 );
 
-impl<M: Memory> BufferManager<M> {
+impl<M: Memory> SlicePool<M> {
     /// Lays out the memory: every class gets its share of what the headers leave.
     pub fn create(
         memory: &Rc<M>,

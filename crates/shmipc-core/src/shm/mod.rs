@@ -1,47 +1,47 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The only room that touches raw memory.
+//! Shared memory: mappings, the pool of slices, chains, and the event queues. The only room of the
+//! core with `unsafe` code.
 //!
-//! Whom it trusts: nobody on the other side. A peer may write anything, anywhere in the memory, at
-//! any time. So a field that the peer can write is read once, into a local, checked, and only then
-//! used; everything that this side must be able to rely on (where lists stand, how large slices
-//! are, which slices this side holds, its own queue index) is kept in private memory.
+//! Trust: none. A peer may write anything, anywhere in the memory, at any time. A field that it can
+//! write is read once into a local, checked, and then used. What this side relies on (where lists
+//! are, the size of their slices, which slices it holds, its own queue index) is in private memory.
 //!
-//! - [`access`]: loads, stores and copies by offset, the one place with pointers to shared memory.
-//! - [`region`]: memory that is created or mapped, and its descriptors and files, in a
-//!   [`directory`] that is kept open.
-//! - [`queue`]: the two IO queues. - [`list`]: the lists of free slices. - [`popper`]: the one side
-//!   that takes from a list, where the sides have agreed on that.
-//! - [`manager`]: all lists of one memory, by way of the [`ledger`] of slices that this side holds
-//!   and of a [`magazine`] for each size ([`classes`]); [`setup`] lays a memory out, or checks one.
-//! - [`chain`]: slices that belong together, as owned values that give themselves back;
-//!   [`chain_queue`]: several of them; [`views`]: references into them.
+//! - [`access`]: loads, stores and copies by offset; the only pointers into shared memory.
+//! - [`region`]: creates and maps memory; [`directory`]: opens files below a directory; [`claims`]:
+//!   which memories accepted sessions use; [`stale_files`]: files of dead processes; [`sigbus`]:
+//!   the guard against SIGBUS.
+//! - [`event_queue`]: the two IO queues.
+//! - [`free_list`]: a list of free slices; [`owned_list`]: one that only this side takes from;
+//!   [`prefetcher`]: prefetches the links of a list; [`magazine`]: a private stack of free slices.
+//! - [`pool`]: all lists of one memory; [`size_class`]: the sizes of slices; [`slice_table`]: which
+//!   slices this side holds; [`mod@format`], [`made`]: lay a memory out, or check one.
+//! - [`chain`]: the slices of one message, as an owned value; [`adopt`]: takes over what arrived;
+//!   [`chain_queue`]: messages that wait to be read; [`views`]: references under a user's promise.
 //!
-//! `unsafe` stands in `access`, `region` and [`fault`], and in `views`, where a promise of the
-//! user's lets it.
-//! The algorithms are generic over [`access::Memory`], so that tests run them on the heap and model
-//! checkers on memory of their own.
+//! `unsafe` is in `access`, `region`, `sigbus` and `views`. The algorithms are generic over
+//! [`access::Memory`], so that tests run them on the heap and under a model checker.
 
 pub mod access;
 mod adopt;
 pub mod chain;
 pub mod chain_queue;
 pub mod claims;
-mod classes;
 pub mod directory;
-pub mod fault;
-mod ledger;
-pub mod leftovers;
-pub mod list;
+pub mod event_queue;
+pub mod format;
+pub mod free_list;
 #[cfg(test)]
 mod list_stress;
 mod made;
 mod magazine;
-pub mod manager;
 #[cfg(test)]
 mod models;
-mod popper;
-pub mod queue;
+mod owned_list;
+pub mod pool;
+mod prefetcher;
 pub mod region;
-mod scout;
-pub mod setup;
+pub mod sigbus;
+mod size_class;
+mod slice_table;
+pub mod stale_files;
 pub mod views;

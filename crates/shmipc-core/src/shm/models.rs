@@ -17,10 +17,10 @@ use loom::thread;
 
 use super::access::Memory;
 use super::chain::Chain;
-use super::list::BufferList;
-use super::manager::BufferManager;
-use super::queue::{self, Consumer, Producer};
-use super::setup::{ListSets, Side};
+use super::event_queue::{self, Consumer, Producer};
+use super::format::{ListSets, Side};
+use super::free_list::FreeList;
+use super::pool::SlicePool;
 use crate::config::SliceClass;
 use crate::error::MemoryError;
 use crate::wire::Event;
@@ -49,7 +49,7 @@ impl Modelled {
     }
 
     fn queues(capacity: u32) -> Self {
-        let len = queue::queues_len(capacity);
+        let len = event_queue::queues_len(capacity);
         let indices = [LAYOUT.head_offset(), LAYOUT.tail_offset()];
         let longs: Vec<usize> = indices.iter().flat_map(|&at| [at, len / 2 + at]).collect();
         Self::new(len, &longs)
@@ -230,8 +230,8 @@ type Ends = (Producer<Modelled>, Consumer<Modelled>);
 
 fn ends(capacity: u32) -> (Ends, Ends) {
     let memory = Rc::new(Modelled::queues(capacity));
-    let client = queue::create(&memory, capacity, LAYOUT);
-    (client, queue::map(&memory, LAYOUT).unwrap())
+    let client = event_queue::create(&memory, capacity, LAYOUT);
+    (client, event_queue::map(&memory, LAYOUT).unwrap())
 }
 
 #[test]
@@ -252,14 +252,14 @@ fn no_event_and_no_wake_up_is_lost() {
 /// A list without payload, and for each of its slices a cell that its holder writes to.
 struct Held {
     memory: Rc<Modelled>,
-    list: BufferList,
+    list: FreeList,
     holders: Vec<UnsafeCell<u32>>,
 }
 
 impl Held {
     fn new(capacity: u32) -> Rc<Self> {
         let memory = Rc::new(Modelled::new(list_len(capacity, 4) as usize, &[]));
-        let list = BufferList::create(&*memory, 0, capacity, 4);
+        let list = FreeList::create(&*memory, 0, capacity, 4);
         let holders = (0..capacity).map(|_| UnsafeCell::new(0)).collect();
         Rc::new(Self { memory, list, holders })
     }
@@ -403,8 +403,8 @@ fn payload_through_a_queue([our_sets, their_sets]: [ListSets; 2]) {
         let lists = if our_sets == ListSets::Shared { 1 } else { 2 };
         let len = 8 + lists * list_len(SLICES as u32, 4) as usize;
         let memory = Rc::new(Modelled::new(len.next_multiple_of(4), &[]));
-        let ours = BufferManager::create(&memory, &[SliceClass::new(4, 100)], our_sets).unwrap();
-        let theirs = BufferManager::map(&memory, their_sets).unwrap();
+        let ours = SlicePool::create(&memory, &[SliceClass::new(4, 100)], our_sets).unwrap();
+        let theirs = SlicePool::map(&memory, their_sets).unwrap();
         let ((mut producer, _), (_, mut consumer)) = ends(4);
         let bell = Rc::new(Bell::default());
         let heard = Rc::clone(&bell);

@@ -4,7 +4,7 @@
 //! Invariants: a [`Region`] is mapped, readable and writable from creation to drop, and starts at a
 //! multiple of 64. Its length is what `fstat` said once, checked against a limit; nothing that the
 //! peer writes changes it. A memfd that this side creates is sealed against shrinking and growing;
-//! what else is truncated under us is [caught](super::fault).
+//! what else is truncated under us is [caught](super::sigbus).
 
 use std::alloc::Layout;
 use std::collections::BTreeMap;
@@ -26,8 +26,8 @@ use nix::sys::stat::Mode;
 
 use super::claims::{Claim, Purpose};
 use super::directory::{Directory, FileIdentity, beneath};
-use super::fault::Guarded;
-use super::leftovers;
+use super::sigbus::Guarded;
+use super::stale_files;
 use crate::error::{Error, HandshakeError, MemoryError};
 use crate::limits;
 
@@ -131,7 +131,7 @@ impl Region {
     }
 
     /// Whether a page of it was not there, and all of it is private zeroes since
-    /// (see [`fault`](super::fault)).
+    /// (see [`sigbus`](super::sigbus)).
     #[inline]
     pub fn is_lost(&self) -> bool {
         match &self.backing {
@@ -192,7 +192,7 @@ impl Region {
         let file = loop {
             let file = nix::fcntl::openat(&*directory, &*name, flags, mode);
             let file = File::from(file.map_err(|errno| failed(errno.into()))?);
-            if let Some(file) = leftovers::lock_as_creator(file).map_err(failed)? {
+            if let Some(file) = stale_files::lock_as_creator(file).map_err(failed)? {
                 break file;
             }
         };
@@ -358,7 +358,7 @@ impl NewFile {
 /// is no error, since the other side removes it too.
 pub struct SharedFile {
     place: FoundFile,
-    /// Says that its creator lives, if that is who this is (see [`leftovers`]).
+    /// Says that its creator lives, if that is who this is (see [`stale_files`]).
     lock: Option<Flock<File>>,
 }
 

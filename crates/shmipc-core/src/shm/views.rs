@@ -5,7 +5,7 @@
 
 use super::access::PeerTrust;
 use super::chain::{Chain, Private};
-use super::manager::{BufferManager, NO_SLICE, SliceId};
+use super::pool::{NO_SLICE, SliceId, SlicePool};
 use super::region::Region;
 
 /// References into the memory itself, for peers that a promise speaks for.
@@ -48,7 +48,7 @@ impl Chain<Region> {
 
 /// The bytes of a chain's slices.
 pub struct SliceViews<'a> {
-    manager: &'a BufferManager,
+    manager: &'a SlicePool,
     next: SliceId,
     private: Option<&'a [u8]>,
 }
@@ -73,7 +73,7 @@ impl<'a> Iterator for SliceViews<'a> {
 
 /// The room in a chain's slices.
 pub struct SpareViews<'a> {
-    manager: &'a BufferManager,
+    manager: &'a SlicePool,
     next: SliceId,
     private: Option<&'a mut [u8]>,
     remaining: usize,

@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Bytes to types and back: everything of the protocol that needs no state. What stands where, and
-//! what other implementations make of it, is in `docs/protocol.md`.
+//! Bytes to types and back: everything of the protocol that needs no state. `docs/protocol.md`
+//! describes every byte, and what other implementations do with it.
 //!
-//! - [`header`]: the eight bytes before every message on the socket, and the protocol versions.
-//! - [`message`]: the messages themselves.
-//! - [`deframe`]: messages out of a byte stream that arrives in arbitrary pieces.
+//! - [`header`]: the eight bytes before every message on the socket.
+//! - [`message`]: the messages on the socket. - [`deframe`]: cuts a byte stream into messages.
 //! - [`event`]: the elements of an IO queue.
+//! - [`negotiation`]: the JSON that two sides of version 4 exchange first.
 //! - [`extension`]: what two sides of this crate do beyond versions 2 and 3.
-//! - [`negotiation`]: what two sides of version 4 tell each other first.
-//! - [`layout`]: where things stand in the shared memory, and snapshots of its headers.
+//! - [`layout`]: offsets in the shared memory, and snapshots of its headers.
 //!
-//! Invariants: whatever these modules encode they also decode to the same value, and nothing that
-//! they are given to decode makes them panic, loop or allocate more than what was given.
+//! Invariants: what is encoded decodes to the same value. No input makes decoding panic, loop, or
+//! allocate more than the input's own length.
 //!
-//! Trust: none. Every input is taken to come from a hostile peer.
+//! Trust: none. Every input may come from a hostile peer.
 
 pub mod deframe;
 pub mod event;

@@ -85,7 +85,7 @@ pub struct Features {
     pub eventfd: bool,
     /// `single_popper_lists`: the buffer memory has every list twice, and each side takes slices
     /// from its own set only. A feature of this crate.
-    pub single_popper_lists: bool,
+    pub owned_free_lists: bool,
 }
 
 /// Which shard of a server a session is with (setting `shard`). A setting of this crate.
@@ -245,7 +245,7 @@ impl Features {
         let all = [
             (self.polling.is_some(), EVENT_QUEUE_POLLING),
             (self.eventfd, EVENTFD_WAKEUP),
-            (self.single_popper_lists, SINGLE_POPPER_LISTS),
+            (self.owned_free_lists, SINGLE_POPPER_LISTS),
         ];
         all.iter().filter(|(has, _)| *has).map(|&(_, name)| Cow::Borrowed(name)).collect()
     }
@@ -256,7 +256,7 @@ impl Features {
         Self {
             polling: interval.filter(|_| has(EVENT_QUEUE_POLLING)),
             eventfd: has(EVENTFD_WAKEUP),
-            single_popper_lists: has(SINGLE_POPPER_LISTS),
+            owned_free_lists: has(SINGLE_POPPER_LISTS),
         }
     }
 
@@ -266,7 +266,7 @@ impl Features {
             Some(EVENT_QUEUE_POLLING)
         } else if self.eventfd && !offered.eventfd {
             Some(EVENTFD_WAKEUP)
-        } else if self.single_popper_lists && !offered.single_popper_lists {
+        } else if self.owned_free_lists && !offered.owned_free_lists {
             Some(SINGLE_POPPER_LISTS)
         } else {
             None
@@ -426,7 +426,7 @@ mod tests {
         let features = Features {
             polling: Some(Duration::from_micros(250)),
             eventfd: true,
-            single_popper_lists: true,
+            owned_free_lists: true,
         };
         let json = NegotiationRequest::offering(features).encode();
         let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
@@ -567,11 +567,7 @@ mod tests {
     fn any_features() -> impl Strategy<Value = Features> {
         let interval = (1u64..).prop_map(Duration::from_micros);
         (prop::option::of(interval), any::<bool>(), any::<bool>()).prop_map(
-            |(polling, eventfd, single_popper_lists)| Features {
-                polling,
-                eventfd,
-                single_popper_lists,
-            },
+            |(polling, eventfd, owned_free_lists)| Features { polling, eventfd, owned_free_lists },
         )
     }
 

@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use super::super::access::Memory;
-use super::super::classes::Classes;
-use super::super::ledger::{Entry, SliceId};
-use super::super::queue::{self, Consumer, Producer};
+use super::super::event_queue::{self, Consumer, Producer};
+use super::super::format::{ListSets, Side, create_lists, map_lists};
 use super::super::region::Region;
-use super::super::setup::{ListSets, Side, create_lists, map_lists};
+use super::super::size_class::Classes;
+use super::super::slice_table::{Entry, SliceId};
 use crate::config::SliceClass;
 use crate::error::MemoryError;
 use crate::wire::Event;
@@ -183,13 +183,13 @@ impl Player {
         let sets = [Kind::Shared, Kind::Apart, Kind::Mistaken][kind as usize].sets(side);
         let (lists, (producer, consumer)) = if side == 0 {
             let lists = create_lists(&memory, &[SliceClass::new(SLICE, 100)], sets).unwrap();
-            let ends = queue::create(&queues, EVENTS, LAYOUT);
+            let ends = event_queue::create(&queues, EVENTS, LAYOUT);
             // Release, pairs with the acquire load of the other side below.
             books.store_u32(books::READY, 1, Ordering::Release);
             (lists, ends)
         } else {
             Self::wait(|| books.load_u32(books::READY, Ordering::Acquire) != 0);
-            (map_lists(&memory, sets).unwrap(), queue::map(&queues, LAYOUT).unwrap())
+            (map_lists(&memory, sets).unwrap(), event_queue::map(&queues, LAYOUT).unwrap())
         };
         let (classes, ledger) = Classes::new(&memory, &lists).unwrap();
         Self {

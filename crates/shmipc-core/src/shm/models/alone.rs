@@ -7,20 +7,20 @@ use std::sync::atomic::Ordering;
 use loom::thread;
 
 use super::super::access::Memory;
-use super::super::popper::Popper;
+use super::super::owned_list::OwnedList;
 use super::{Held, check};
 use crate::wire::layout::{LIST_TAIL_OFFSET, SLICE_FLAGS_OFFSET};
 
 /// A list that one side takes from, and for each of its slices a cell that its holder writes to.
 struct HeldAlone {
     held: Rc<Held>,
-    popper: Popper,
+    popper: OwnedList,
 }
 
 impl HeldAlone {
     fn new(capacity: u32) -> Self {
         let held = Held::new(capacity);
-        let popper = Popper::new(&*held.memory, held.list).unwrap();
+        let popper = OwnedList::new(&*held.memory, held.list).unwrap();
         Self { held, popper }
     }
 

@@ -165,7 +165,7 @@ enum Hurry {
 
 /// Whether, and how urgently, the peer is told of credit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Due {
+pub enum CreditUpdate {
     /// It is little as yet.
     Not,
     /// If the peer is awake, or when this side sends something else.
@@ -232,19 +232,25 @@ impl ReceiveWindow {
     /// The reader took a message. Credit is due once it is half a window, or less of what came over
     /// the socket, and when the reader is `done` with that.
     #[inline]
-    pub fn note_taken(&self, size: u64, over_socket: bool, done: bool, window: u64) -> Due {
+    pub fn note_taken(
+        &self,
+        size: u64,
+        over_socket: bool,
+        done: bool,
+        window: u64,
+    ) -> CreditUpdate {
         let owed = self.owed.get() + size;
         self.owed.set(owed);
         if over_socket && self.hurry.get() == Hurry::No {
             self.hurry.set(Hurry::Socket);
         }
         if self.hurry.get() != Hurry::No && self.is_due_in_a_hurry(owed, done, window) {
-            return Due::Now;
+            return CreditUpdate::Now;
         }
         match owed >= window / 2 {
-            true if self.is_sender_near_its_end(window) => Due::Now,
-            true => Due::Soon,
-            false => Due::Not,
+            true if self.is_sender_near_its_end(window) => CreditUpdate::Now,
+            true => CreditUpdate::Soon,
+            false => CreditUpdate::Not,
         }
     }
 }
@@ -305,10 +311,10 @@ mod tests {
     fn credit_for_the_socket_comes_when_the_reader_is_done() {
         let window = ReceiveWindow::default();
         (0..3).for_each(|_| window.note_come(10));
-        assert_eq!(window.note_taken(10, true, false, 1000), Due::Not);
-        assert_eq!(window.note_taken(10, false, true, 1000), Due::Now);
+        assert_eq!(window.note_taken(10, true, false, 1000), CreditUpdate::Not);
+        assert_eq!(window.note_taken(10, false, true, 1000), CreditUpdate::Now);
         assert_eq!(window.take(), 20);
-        assert_eq!(window.note_taken(10, false, true, 1000), Due::Not);
+        assert_eq!(window.note_taken(10, false, true, 1000), CreditUpdate::Not);
     }
 
     #[test]
@@ -316,11 +322,11 @@ mod tests {
         let window = ReceiveWindow::default();
         (0..7).for_each(|_| window.note_come(10));
         let due: Vec<_> = (0..7).map(|_| window.note_taken(10, false, false, 100)).collect();
-        assert_eq!(due, [[Due::Not; 4].as_slice(), &[Due::Soon; 3]].concat());
+        assert_eq!(due, [[CreditUpdate::Not; 4].as_slice(), &[CreditUpdate::Soon; 3]].concat());
         assert!(!window.is_sender_near_its_end(100));
         window.note_come(10);
         assert!(window.is_sender_near_its_end(100));
-        assert_eq!(window.note_taken(10, false, false, 100), Due::Now);
+        assert_eq!(window.note_taken(10, false, false, 100), CreditUpdate::Now);
         assert_eq!(window.take(), 80);
         window.put_back(80);
         assert!(window.is_sender_near_its_end(100), "it was not told");
@@ -355,9 +361,9 @@ mod tests {
             };
             let read = |(size, over_socket), done, is_asleep| {
                 match receiver.note_taken(size, over_socket, done, window) {
-                    Due::Not => {}
-                    Due::Soon if is_asleep => is_kept.set(true),
-                    Due::Soon | Due::Now => tell(),
+                    CreditUpdate::Not => {}
+                    CreditUpdate::Soon if is_asleep => is_kept.set(true),
+                    CreditUpdate::Soon | CreditUpdate::Now => tell(),
                 }
             };
             for (size, over_socket, comes, reads, is_asleep) in messages {

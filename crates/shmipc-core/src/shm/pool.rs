@@ -21,29 +21,30 @@
 //! # A set of lists for each side
 //!
 //! When both sides are of this crate and have agreed on it, every size has two lists, and a side
-//! takes from its own alone, as [`popper`](super::popper) says. The magazine of a size holds slices
-//! of both: the slice in which a request came is still the one that the reply goes out in,
-//! whichever list it stands in. What overflows goes back to the lists that it stands in. The bound
-//! is a quarter of the shorter list: more than in a list for both, since only what was received is
-//! the peer's, and no more than a quarter of its set is kept from it that way; everything else that
-//! the peer misses is in messages that are read by one of the two, or wait to be.
+//! takes from its own alone, as [`owned_list`](super::owned_list) says. The magazine of a size
+//! holds slices of both: the slice in which a request came is still the one that the reply goes out
+//! in, whichever list it stands in. What overflows goes back to the lists that it stands in. The
+//! bound is a quarter of the shorter list: more than in a list for both, since only what was
+//! received is the peer's, and no more than a quarter of its set is kept from it that way;
+//! everything else that the peer misses is in messages that are read by one of the two, or wait to
+//! be.
 //!
-//! [rests]: BufferManager::set_resting
+//! [rests]: SlicePool::set_resting
 
 use std::cell::{Cell, RefCell};
 use std::io::IoSlice;
 use std::rc::Rc;
 
 use super::access::{Memory, PeerTrust};
-use super::chain::{Chain, ChainState, Parcel};
-use super::classes::{Class, Classes};
-use super::ledger::Entry;
-pub(super) use super::ledger::NO_SLICE;
-pub use super::ledger::SliceId;
-pub use super::ledger::{ListOwner, SliceUsage};
-use super::list::MAX_BATCH;
+use super::chain::{Chain, ChainState, SentChain};
+use super::format::Lists;
+use super::free_list::MAX_BATCH;
 use super::region::Region;
-use super::setup::Lists;
+use super::size_class::{Class, Classes};
+use super::slice_table::Entry;
+pub(super) use super::slice_table::NO_SLICE;
+pub use super::slice_table::SliceId;
+pub use super::slice_table::{ListOwner, SliceUsage};
 use crate::error::MemoryError;
 use crate::wire::layout::{FLAG_HAS_NEXT, FLAG_IN_USE, SLICE_SIZE_OFFSET};
 
@@ -54,7 +55,7 @@ const MAX_CHAIN_STATES: u32 = 4096;
 const SEARCHED_AT_ONCE: u32 = 1 << 14;
 
 /// The buffer memory of one session, as one side sees it.
-pub struct BufferManager<M = Region> {
+pub struct SlicePool<M = Region> {
     pub(super) memory: Rc<M>,
     pub(super) classes: Classes,
     ledger: Box<[Entry]>,
@@ -75,7 +76,7 @@ pub struct BufferManager<M = Region> {
     is_short: Cell<bool>,
 }
 
-impl<M: Memory> BufferManager<M> {
+impl<M: Memory> SlicePool<M> {
     pub(super) fn with_lists(memory: &Rc<M>, lists: &Lists) -> Result<Rc<Self>, MemoryError> {
         let (classes, ledger) = Classes::new(&**memory, lists)?;
         Ok(Rc::new(Self {
@@ -235,7 +236,7 @@ impl<M: Memory> BufferManager<M> {
         self: &Rc<Self>,
         parts: &[IoSlice<'_>],
         len: usize,
-    ) -> Result<Option<Parcel>, MemoryError> {
+    ) -> Result<Option<SentChain>, MemoryError> {
         let mut left = len;
         let mut cut = |part: &IoSlice<'_>| {
             let count = part.len().min(left);
@@ -332,11 +333,11 @@ impl<M: Memory> BufferManager<M> {
 
     /// Hands over one held slice with `len` bytes in it.
     #[inline(always)]
-    pub(super) fn parcel(&self, id: SliceId, len: usize) -> Parcel {
+    pub(super) fn parcel(&self, id: SliceId, len: usize) -> SentChain {
         let offset = self.write_header(id);
         let occupies = self.slice_capacity(id);
         self.forget(id);
-        Parcel { offset, len, occupies }
+        SentChain { offset, len, occupies }
     }
 
     /// How many bytes the slice can hold.
@@ -492,7 +493,7 @@ impl<M: Memory> BufferManager<M> {
     }
 }
 
-impl<M> Drop for BufferManager<M> {
+impl<M> Drop for SlicePool<M> {
     fn drop(&mut self) {
         debug_assert_eq!(self.held.get(), 0, "a chain outlived its memory");
         // One after the other: dropped as a list they would need a stack as deep as it is long.
@@ -509,7 +510,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::setup::{ListSets, Side};
+    use super::super::format::{ListSets, Side};
     use super::*;
     use crate::config::SliceClass;
     use crate::wire::layout::{
@@ -524,12 +525,12 @@ mod tests {
     const CLIENT: ListSets = ListSets::OnePerSide(Side::Client);
     const SERVER: ListSets = ListSets::OnePerSide(Side::Server);
 
-    type Sides = (Rc<Region>, Rc<BufferManager>, Rc<BufferManager>);
+    type Sides = (Rc<Region>, Rc<SlicePool>, Rc<SlicePool>);
 
     fn pair_with(len: usize, client: ListSets, server: ListSets) -> Sides {
         let memory = Rc::new(Region::heap(len));
-        let client = BufferManager::create(&memory, &CLASSES, client).unwrap();
-        let server = BufferManager::map(&memory, server).unwrap();
+        let client = SlicePool::create(&memory, &CLASSES, client).unwrap();
+        let server = SlicePool::map(&memory, server).unwrap();
         (memory, client, server)
     }
 
@@ -546,7 +547,7 @@ mod tests {
     /// What has to hold with both kinds of sets.
     const PAIRS: [fn(usize) -> Sides; 2] = [pair, pair_apart];
 
-    fn message(manager: &Rc<BufferManager>, bytes: &[u8]) -> Chain {
+    fn message(manager: &Rc<SlicePool>, bytes: &[u8]) -> Chain {
         let mut chain = manager.allocate(bytes.len(), false).unwrap().unwrap();
         assert_eq!(chain.write(bytes), bytes.len());
         chain
@@ -556,7 +557,7 @@ mod tests {
         (0..len).map(|index| (seed * 31 + index * 7 + (index >> 8)) as u8).collect()
     }
 
-    fn is_all_free(manager: &BufferManager) -> bool {
+    fn is_all_free(manager: &SlicePool) -> bool {
         manager.held() == 0
             && manager.usage().iter().all(|list| list.free == list.total.cast_signed())
     }
@@ -589,7 +590,7 @@ mod tests {
     fn the_default_layout_of_one_mebibyte_is_that_of_shmipc_go() {
         let memory = Rc::new(Region::heap(1 << 20));
         let config = crate::config::Config::default();
-        BufferManager::create(&memory, config.slice_classes(), ListSets::Shared).unwrap();
+        SlicePool::create(&memory, config.slice_classes(), ListSets::Shared).unwrap();
         let captured = include_bytes!("../../tests/vectors/buffer-1MiB-default-fresh.bin");
         let mut ours = vec![0; 1 << 20];
         memory.copy_out(0, &mut ours);
@@ -800,7 +801,7 @@ mod tests {
         let refused = |change: &dyn Fn(&Region)| {
             let (memory, _, _) = pair(16 << 10);
             change(&memory);
-            BufferManager::map(&memory, ListSets::Shared).map(drop).unwrap_err()
+            SlicePool::map(&memory, ListSets::Shared).map(drop).unwrap_err()
         };
         for count in [0, 33, 0xffff] {
             let error = refused(&|memory| memory.store_u32(0, count, Ordering::Relaxed));
@@ -811,7 +812,7 @@ mod tests {
             assert!(matches!(error, MemoryError::TooSmall { .. }), "{used}");
         }
         let small = Rc::new(Region::heap(7));
-        assert!(BufferManager::map(&small, ListSets::Shared).is_err());
+        assert!(SlicePool::map(&small, ListSets::Shared).is_err());
     }
 
     #[test]
@@ -827,7 +828,7 @@ mod tests {
     }
 
     /// Free slices of the lists of one owner, as a side sees them.
-    fn free_of(manager: &BufferManager, owner: ListOwner) -> Vec<i32> {
+    fn free_of(manager: &SlicePool, owner: ListOwner) -> Vec<i32> {
         let lists = manager.usage();
         lists.iter().filter(|list| list.owner == owner).map(|list| list.free).collect()
     }
@@ -881,7 +882,7 @@ mod tests {
     fn a_magazine_of_both_sets_gives_each_list_its_own() {
         let (_memory, client, server) = pair_apart(64 << 10);
         // Held back until all are there, so that they are released one after the other.
-        let send = |from: &Rc<BufferManager>, to: &Rc<BufferManager>| {
+        let send = |from: &Rc<SlicePool>, to: &Rc<SlicePool>| {
             let offset = message(from, b"x").into_parcel().unwrap().offset;
             to.adopt(offset).unwrap()
         };
@@ -909,7 +910,7 @@ mod tests {
     }
 
     /// Where the header of a list stands, by the list's number.
-    fn header_of(manager: &BufferManager, number: usize) -> usize {
+    fn header_of(manager: &SlicePool, number: usize) -> usize {
         let lists = manager.usage();
         let len = |list: &SliceUsage| {
             LIST_HEADER_LEN

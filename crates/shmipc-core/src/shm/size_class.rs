@@ -4,18 +4,18 @@
 //!
 //! A size has one list for both sides, or one for each ([`ListSets`]). Slices are numbered through
 //! all lists, in the order in which they stand in the memory; the number is that of a slice's entry
-//! in the [ledger](super::ledger).
+//! in the [ledger](super::slice_table).
 //!
 //! Private memory of one core. What it says of the lists was checked when they were created or
 //! mapped, and the peer cannot change it.
 
 use super::access::Memory;
-use super::ledger::{Entry, ListOwner, SliceId, SliceUsage};
-use super::list::{Batch, BufferList, MAX_BATCH};
+use super::format::{ListSets, Lists};
+use super::free_list::{Batch, FreeList, MAX_BATCH};
 use super::magazine::Magazine;
-use super::popper::Popper;
-use super::scout::Scout;
-use super::setup::{ListSets, Lists};
+use super::owned_list::OwnedList;
+use super::prefetcher::LinkPrefetcher;
+use super::slice_table::{Entry, ListOwner, SliceId, SliceUsage};
 use crate::error::MemoryError;
 
 /// The most slices that this side keeps a ledger for: 96 MiB of ledger.
@@ -28,7 +28,7 @@ pub(super) struct Classes {
     /// Smallest slices first.
     classes: Vec<Class>,
     /// Set by set, in each of them in the order of the classes.
-    stands: Vec<Stand>,
+    stands: Vec<ListRange>,
     sets: ListSets,
 }
 
@@ -41,21 +41,21 @@ pub(super) struct Class {
     /// The list that this side takes from.
     taker: Taker,
     /// What that list is expected to give next.
-    scout: Scout,
+    scout: LinkPrefetcher,
     /// The number of that list's first slice.
     pub(super) first: SliceId,
 }
 
 enum Taker {
     /// Both sides take from it.
-    Shared(BufferList),
+    Shared(FreeList),
     /// Nobody else does.
-    Alone(Popper),
+    Alone(OwnedList),
 }
 
 /// A list, and the numbers of its slices.
-pub(super) struct Stand {
-    pub(super) list: BufferList,
+pub(super) struct ListRange {
+    pub(super) list: FreeList,
     /// Offset of the first byte behind the list. Fits: the whole memory does.
     end: u32,
     /// The number of its first slice.
@@ -64,7 +64,7 @@ pub(super) struct Stand {
     behind: SliceId,
 }
 
-impl Stand {
+impl ListRange {
     #[inline]
     pub(super) fn has(&self, id: SliceId) -> bool {
         (self.first..self.behind).contains(&id)
@@ -94,7 +94,7 @@ impl Classes {
             let class = (number % count) as u8;
             ledger.extend((0..list.capacity()).map(|_| Entry::new(class, list.slice_capacity())));
             let behind = first + list.capacity();
-            stands.push(Stand { list, end: list.end() as u32, first, behind });
+            stands.push(ListRange { list, end: list.end() as u32, first, behind });
             first = behind;
         }
         let class = |class: usize| {
@@ -128,7 +128,7 @@ impl Classes {
     }
 
     /// The lists with slices of one size: one, or one of each set.
-    pub(super) fn stands_of(&self, class: u8) -> impl Iterator<Item = &Stand> {
+    pub(super) fn stands_of(&self, class: u8) -> impl Iterator<Item = &ListRange> {
         self.stands.iter().skip(usize::from(class)).step_by(self.classes.len())
     }
 
@@ -148,7 +148,7 @@ impl Classes {
 
     /// The state of every list, in the order in which they stand in the memory.
     pub(super) fn usage<M: Memory>(&self, memory: &M) -> Vec<SliceUsage> {
-        let usage = |(number, stand): (usize, &Stand)| {
+        let usage = |(number, stand): (usize, &ListRange)| {
             let (set, class) = (number / self.classes.len(), number % self.classes.len());
             let magazine = self.classes[class].magazine.iter();
             SliceUsage {
@@ -189,21 +189,21 @@ impl Classes {
 impl Class {
     fn new<M: Memory>(
         memory: &M,
-        own: &Stand,
+        own: &ListRange,
         sets: ListSets,
         limit: usize,
     ) -> Result<Self, MemoryError> {
         let taker = match sets {
             ListSets::Shared => Taker::Shared(own.list),
-            ListSets::OnePerSide(_) => Taker::Alone(Popper::new(memory, own.list)?),
+            ListSets::OnePerSide(_) => Taker::Alone(OwnedList::new(memory, own.list)?),
         };
         let (slice_capacity, magazine) = (own.list.slice_capacity(), Magazine::new(limit));
-        let scout = Scout::new(own.list.capacity());
+        let scout = LinkPrefetcher::new(own.list.capacity());
         Ok(Self { slice_capacity, magazine, taker, scout, first: own.first })
     }
 
     /// The list that this side takes from.
-    pub(super) fn list(&self) -> &BufferList {
+    pub(super) fn list(&self) -> &FreeList {
         match &self.taker {
             Taker::Shared(list) => list,
             Taker::Alone(popper) => popper.list(),

@@ -13,17 +13,17 @@
 use std::cell::Cell;
 
 use super::access::Memory;
-use super::list::{Batch, BufferList};
+use super::free_list::{Batch, FreeList};
 
 /// What is known of the order of one list.
-pub(super) struct Scout {
+pub(super) struct LinkPrefetcher {
     /// For each place, the one that was taken behind it the last time.
     behind: Box<[Cell<u32>]>,
     /// The last place of the last batch.
     last: Cell<u32>,
 }
 
-impl Scout {
+impl LinkPrefetcher {
     /// For a list as it is laid out: from the first slice to the last.
     pub(super) fn new(capacity: u32) -> Self {
         let behind = (1..capacity).chain([0]).map(Cell::new).collect();
@@ -33,13 +33,7 @@ impl Scout {
     /// Brings the headers of `count` slices near: of the one at the head, and of those that are
     /// expected behind it.
     #[inline]
-    pub(super) fn prefetch<M: Memory>(
-        &self,
-        memory: &M,
-        list: &BufferList,
-        head: u32,
-        count: usize,
-    ) {
+    pub(super) fn prefetch<M: Memory>(&self, memory: &M, list: &FreeList, head: u32, count: usize) {
         let mut place = head;
         for _ in 0..count {
             memory.prefetch(list.slice(place));
@@ -69,7 +63,7 @@ mod tests {
     const SLICE: u32 = 64;
     const CAPACITY: u32 = 12;
 
-    fn guess(scout: &Scout, head: u32, count: usize) -> Vec<u32> {
+    fn guess(scout: &LinkPrefetcher, head: u32, count: usize) -> Vec<u32> {
         let behind = |&place: &u32| Some(scout.behind[place as usize].get());
         std::iter::successors(Some(head), behind).take(count).collect()
     }
@@ -77,8 +71,8 @@ mod tests {
     #[test]
     fn what_was_taken_in_an_order_is_expected_in_it() {
         let memory = Region::heap(list_len(CAPACITY, SLICE) as usize);
-        let list = BufferList::create(&memory, 0, CAPACITY, SLICE);
-        let scout = Scout::new(CAPACITY);
+        let list = FreeList::create(&memory, 0, CAPACITY, SLICE);
+        let scout = LinkPrefetcher::new(CAPACITY);
         let take = |want| {
             let batch = list.take(&memory, want).unwrap();
             scout.note(&batch);
@@ -99,16 +93,16 @@ mod tests {
     #[test]
     fn it_asks_for_nothing_outside() {
         let memory = Region::heap(list_len(CAPACITY, SLICE) as usize);
-        let list = BufferList::create(&memory, 0, CAPACITY, SLICE);
-        let scout = Scout::new(CAPACITY);
+        let list = FreeList::create(&memory, 0, CAPACITY, SLICE);
+        let scout = LinkPrefetcher::new(CAPACITY);
         scout.prefetch(&memory, &list, 3, 100);
         scout.prefetch(&memory, &list, CAPACITY, 100);
         scout.prefetch(&memory, &list, 0, 0);
         // Of a list of the same memory that is longer, by a mistake.
-        let one = Scout::new(1);
+        let one = LinkPrefetcher::new(1);
         one.prefetch(&memory, &list, CAPACITY - 1, 100);
         assert_eq!(guess(&one, 0, 3), [0, 0, 0]);
-        let none = Scout::new(0);
+        let none = LinkPrefetcher::new(0);
         none.prefetch(&memory, &list, 0, 3);
         none.note(&Batch::EMPTY);
     }

@@ -15,7 +15,7 @@
 //! the links are read again: slices that went through the other side's hands have other links, and
 //! the list is reported broken. The manager's ledger catches the rest as far as it can be caught: a
 //! slice that this side still holds can never be taken again. Between two sides of this crate no
-//! list has two takers, if they have agreed on that: see [`popper`](super::popper).
+//! list has two takers, if they have agreed on that: see [`owned_list`](super::owned_list).
 //!
 //! Whom it trusts: nobody. Where the list stands and how large its slices are is private. Every
 //! offset read from shared memory is checked against the grid of slices before it is followed;
@@ -45,7 +45,7 @@ const ASTRAY_TRIES: usize = 16;
 
 /// Where a list stands and what it holds, in private memory.
 #[derive(Debug, Clone, Copy)]
-pub struct BufferList {
+pub struct FreeList {
     /// Offset of the list header.
     header: usize,
     /// Number of slices.
@@ -73,7 +73,7 @@ impl Batch {
     }
 }
 
-impl BufferList {
+impl FreeList {
     /// Lays out a full list at `header`. The caller has made sure that the memory holds it.
     pub fn create<M: Memory>(
         memory: &M,
@@ -446,16 +446,16 @@ mod tests {
 
     const SLICE: u32 = 64;
 
-    fn list_of(capacity: u32) -> (Region, BufferList) {
+    fn list_of(capacity: u32) -> (Region, FreeList) {
         let memory = Region::heap(list_len(capacity, SLICE) as usize + 8);
-        let list = BufferList::create(&memory, 8, capacity, SLICE);
+        let list = FreeList::create(&memory, 8, capacity, SLICE);
         (memory, list)
     }
 
     #[test]
     fn a_mapped_list_is_the_created_one() {
         let (memory, created) = list_of(5);
-        let mapped = BufferList::map(&memory, 8, memory.len()).unwrap();
+        let mapped = FreeList::map(&memory, 8, memory.len()).unwrap();
         assert_eq!(format!("{created:?}"), format!("{mapped:?}"));
         assert_eq!(mapped.end(), memory.len());
     }
@@ -495,7 +495,7 @@ mod tests {
             for bad in [1, 4, SLICE + 19, SLICE + 21, 4 * (SLICE + 20), u32::MAX, 0x8000_0000] {
                 let (memory, list) = list_of(4);
                 memory.store_u32(8 + at, bad, Ordering::Relaxed);
-                let mapped = BufferList::map(&memory, 8, memory.len()).map(drop);
+                let mapped = FreeList::map(&memory, 8, memory.len()).map(drop);
                 assert!(matches!(mapped, Err(MemoryError::Field { .. })), "{what} {bad}");
                 let result = match at {
                     LIST_HEAD_OFFSET => list.take(&memory, 1).map(drop),
@@ -527,11 +527,11 @@ mod tests {
         for (at, value, names) in cases {
             let (memory, _) = list_of(4);
             memory.store_u32(8 + at, value, Ordering::Relaxed);
-            let error = BufferList::map(&memory, 8, memory.len()).map(drop).unwrap_err();
+            let error = FreeList::map(&memory, 8, memory.len()).map(drop).unwrap_err();
             assert!(error.to_string().contains(names), "{value}: {error}");
         }
         let (memory, _) = list_of(4);
-        assert!(BufferList::map(&memory, memory.len() - 35, memory.len()).is_err());
+        assert!(FreeList::map(&memory, memory.len() - 35, memory.len()).is_err());
     }
 
     #[test]
@@ -609,7 +609,7 @@ mod tests {
         const ROUNDS: u32 = 30_000;
         let len = list_len(CAPACITY, SLICE) as usize + 8;
         let (memory, fd) = Region::create_memfd(Path::new("list-test"), len).unwrap();
-        let list = BufferList::create(&memory, 8, CAPACITY, SLICE);
+        let list = FreeList::create(&memory, 8, CAPACITY, SLICE);
         let owners: Arc<Vec<AtomicU32>> =
             Arc::new((0..CAPACITY).map(|_| AtomicU32::new(0)).collect());
         let work = move |memory: Region, owner: u32, owners: Arc<Vec<AtomicU32>>| {

@@ -2,9 +2,9 @@
 //! The one side that takes slices from a list: a head with a single writer.
 //!
 //! Between two sides of this crate that have agreed on it, every size stands in the memory twice,
-//! once for each side ([`ListSets`](super::setup::ListSets)). A side takes slices only from its own
-//! lists. Whoever frees a slice gives it to the list that it stands in, as ever
-//! ([`BufferList::give`]), so a list has two givers and one taker.
+//! once for each side ([`ListSets`](super::format::ListSets)). A side takes slices only from its
+//! own lists. Whoever frees a slice gives it to the list that it stands in, as ever
+//! ([`FreeList::give`]), so a list has two givers and one taker.
 //!
 //! # Why it needs no compare-and-swap, and cannot take a slice twice
 //!
@@ -35,28 +35,28 @@
 use std::cell::Cell;
 
 use super::access::Memory;
-use super::list::{Batch, BufferList};
+use super::free_list::{Batch, FreeList};
 use crate::error::MemoryError;
 
 /// Takes slices from a list that nobody else takes from.
-pub(super) struct Popper {
-    list: BufferList,
+pub(super) struct OwnedList {
+    list: FreeList,
     /// The first free slice, from the end of the list's header. A slice starts there.
     head: Cell<u32>,
 }
 
-impl Popper {
+impl OwnedList {
     /// Starts where the list's header says, as its creator has left it.
     ///
     /// # Errors
     ///
     /// [`MemoryError`] when no slice starts there.
-    pub(super) fn new<M: Memory>(memory: &M, list: BufferList) -> Result<Self, MemoryError> {
+    pub(super) fn new<M: Memory>(memory: &M, list: FreeList) -> Result<Self, MemoryError> {
         let head = Cell::new(list.head(memory)?);
         Ok(Self { list, head })
     }
 
-    pub(super) fn list(&self) -> &BufferList {
+    pub(super) fn list(&self) -> &FreeList {
         &self.list
     }
 
@@ -100,7 +100,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::list::MAX_BATCH;
+    use super::super::free_list::MAX_BATCH;
     use super::super::region::Region;
     use super::*;
     use crate::wire::layout::{
@@ -113,14 +113,14 @@ mod tests {
     /// Where the list stands.
     const AT: usize = 8;
 
-    fn list_of(capacity: u32) -> (Region, BufferList, Popper) {
+    fn list_of(capacity: u32) -> (Region, FreeList, OwnedList) {
         let memory = Region::heap(list_len(capacity, SLICE) as usize + AT);
-        let list = BufferList::create(&memory, AT, capacity, SLICE);
-        let popper = Popper::new(&memory, list).unwrap();
+        let list = FreeList::create(&memory, AT, capacity, SLICE);
+        let popper = OwnedList::new(&memory, list).unwrap();
         (memory, list, popper)
     }
 
-    fn take(popper: &Popper, memory: &Region, want: usize) -> Vec<u32> {
+    fn take(popper: &OwnedList, memory: &Region, want: usize) -> Vec<u32> {
         popper.take(memory, want).unwrap().places().to_vec()
     }
 
@@ -178,7 +178,7 @@ mod tests {
         assert_eq!(head, 4 * STRIDE);
         for head in [1, 8 * STRIDE, u32::MAX] {
             memory.store_u32(AT + LIST_HEAD_OFFSET, head, Ordering::Relaxed);
-            let error = Popper::new(&memory, list).map(drop).unwrap_err();
+            let error = OwnedList::new(&memory, list).map(drop).unwrap_err();
             assert!(error.to_string().contains("list head"), "{error}");
         }
     }

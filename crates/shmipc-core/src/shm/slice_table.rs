@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What this side knows of each slice, in private memory.
 //!
-//! Nothing here is read from or seen by the peer; the page of [`manager`](super::manager) says what
+//! Nothing here is read from or seen by the peer; the page of [`pool`](super::pool) says what
 //! it is for.
 
 use std::cell::Cell;

@@ -5,7 +5,7 @@
 use std::sync::atomic::Ordering;
 
 use super::access::Memory;
-use super::list::BufferList;
+use super::free_list::FreeList;
 use crate::config::SliceClass;
 use crate::error::MemoryError;
 use crate::wire::layout::{
@@ -76,7 +76,7 @@ impl ListSets {
 /// The lists of a memory, set by set.
 pub(super) struct Lists {
     /// All sets have the same slice capacities, smallest first.
-    pub(super) lists: Vec<BufferList>,
+    pub(super) lists: Vec<FreeList>,
     pub(super) sets: ListSets,
 }
 
@@ -113,7 +113,7 @@ pub(super) fn create_lists<M: Memory>(
         if count < least || needed > have {
             return Err(MemoryError::TooSmall { what: "a buffer list", needed, have });
         }
-        let list = BufferList::create(memory, at, count as u32, class.capacity);
+        let list = FreeList::create(memory, at, count as u32, class.capacity);
         at = list.end();
         lists.push(list);
     }
@@ -151,10 +151,10 @@ pub(super) fn map_lists<M: Memory>(memory: &M, sets: ListSets) -> Result<Lists, 
     if end > have {
         return Err(MemoryError::TooSmall { what: "the lists", needed: end, have });
     }
-    let mut lists: Vec<BufferList> = Vec::with_capacity(count);
+    let mut lists: Vec<FreeList> = Vec::with_capacity(count);
     let mut at = MANAGER_HEADER_LEN;
     for number in 0..count {
-        let list = BufferList::map(memory, at, end as usize)?;
+        let list = FreeList::map(memory, at, end as usize)?;
         check_place_in_set(&lists, number, classes, &list)?;
         if list.capacity() < sets.least_slices() {
             return Err(MemoryError::Field {
@@ -171,10 +171,10 @@ pub(super) fn map_lists<M: Memory>(memory: &M, sets: ListSets) -> Result<Lists, 
 
 /// Checks that the slices of a list have the size that is its turn, by the lists before it.
 fn check_place_in_set(
-    before: &[BufferList],
+    before: &[FreeList],
     number: usize,
     classes: usize,
-    list: &BufferList,
+    list: &FreeList,
 ) -> Result<(), MemoryError> {
     let capacity = list.slice_capacity();
     let wrong = |problem| {
@@ -196,7 +196,7 @@ fn check_place_in_set(
 mod tests {
     use std::rc::Rc;
 
-    use super::super::manager::BufferManager;
+    use super::super::pool::SlicePool;
     use super::super::region::Region;
     use super::*;
 
@@ -282,7 +282,7 @@ mod tests {
         let header = |lists: &Lists, number: usize| lists.lists[number].slice(0) - LIST_HEADER_LEN;
         let smaller = |number: usize| {
             refused(&|memory, lists| {
-                BufferList::create(memory, header(lists, number), 4, 60);
+                FreeList::create(memory, header(lists, number), 4, 60);
             })
         };
         assert!(smaller(1).contains("small slices to large"), "{}", smaller(1));
@@ -292,7 +292,7 @@ mod tests {
         let one = |number: usize| {
             refused(&|memory, lists| {
                 let capacity = lists.lists[number].slice_capacity();
-                BufferList::create(memory, header(lists, number), 1, capacity);
+                FreeList::create(memory, header(lists, number), 1, capacity);
             })
         };
         assert!(one(0).contains("two slices") && one(4).contains("two slices"), "{}", one(4));
@@ -325,16 +325,16 @@ mod tests {
     }
 
     /// The lists of a memory whose slices have these sizes, as a peer lays them out.
-    fn peers_lists(capacities: &[u32]) -> Result<(Rc<Region>, Rc<BufferManager>), MemoryError> {
+    fn peers_lists(capacities: &[u32]) -> Result<(Rc<Region>, Rc<SlicePool>), MemoryError> {
         let memory = Rc::new(Region::heap(64 << 10));
         let mut at = MANAGER_HEADER_LEN;
         for &capacity in capacities {
-            at = BufferList::create(&*memory, at, 7, capacity).end();
+            at = FreeList::create(&*memory, at, 7, capacity).end();
         }
         memory.store_u32(MANAGER_LIST_COUNT_OFFSET, capacities.len() as u32, Ordering::Relaxed);
         let used = (at - MANAGER_HEADER_LEN) as u32;
         memory.store_u32(MANAGER_USED_LEN_OFFSET, used, Ordering::Relaxed);
-        let manager = BufferManager::map(&memory, ListSets::Shared)?;
+        let manager = SlicePool::map(&memory, ListSets::Shared)?;
         Ok((memory, manager))
     }
 
@@ -359,7 +359,7 @@ mod tests {
                     let mut chain = manager.allocate(len, false).unwrap().unwrap();
                     assert_eq!(chain.write(&bytes[..len]), len);
                     let parcel = chain.into_parcel().unwrap();
-                    let other = BufferManager::map(&memory, ListSets::Shared).unwrap();
+                    let other = SlicePool::map(&memory, ListSets::Shared).unwrap();
                     let came = other.adopt(parcel.offset).unwrap();
                     assert!(came.into_bytes() == bytes[..len]);
                     other.set_resting(true);
