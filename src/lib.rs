@@ -126,6 +126,11 @@ pub use stats::{PoolUsage, SessionStats};
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+/// So are those of the guide.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/guide.md")]
+struct Guide;
+
 /// So are those of the page on errors.
 #[cfg(doctest)]
 #[doc = include_str!("../docs/errors.md")]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! One core's sessions to the shards of one server.
 //!
-//! - [`builder`]: configuration.
+//! - [`builder`]: how a client is configured.
 //! - [`shard_pool`]: the sessions to one shard; [`reconnect`]: makes one of them again whenever it
 //!   ends; [`backoff`]: how long to wait between attempts.
 //!
