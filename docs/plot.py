@@ -4,9 +4,9 @@
 
     python3 docs/plot.py
 
-Needs Python 3 and nothing else. The data has one JSON object a line. An object with "run" says where
-and when the points behind it were measured; the points are what `ping_pong --json` prints. To measure
-again, replace the points of the run "plot", and correct its first line.
+Needs Python 3 and nothing else. The data has one JSON object a line. An object with "run" says
+where and when the points behind it were measured; the points are what `ping_pong --json` prints. To
+measure again, replace the points of the run "plot", and correct its first line.
 """
 
 import json
@@ -138,7 +138,7 @@ def series(runs):
 def caption(runs):
     here = runs["plot"]["head"]
     lines = [
-        f'{here["machine"]}; processors {here["processors"]}; {here["date"]}, {here["commit"]}.',
+        f'{here["machine"]}; {here["processors"]}; {here["date"]}, {here["commit"]}.',
     ]
     if "earlier" in runs:
         other = runs["earlier"]["head"]
@@ -149,7 +149,7 @@ def caption(runs):
         lines.append("Compare only series of the same machine.")
     start = HEIGHT - BOTTOM + 44
     return [
-        text(LEFT, start + 18 * number, words, size=12, colour="#555555")
+        text(LEFT - 48, start + 18 * number, words, size=12, colour="#555555")
         for number, words in enumerate(lines)
     ]
 

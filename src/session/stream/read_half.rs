@@ -175,12 +175,8 @@ impl ReadHalf {
     /// Nothing has arrived: for ever, or until now?
     fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<Chain>>> {
         let (session, inner) = (self.session.inner(), &*self.inner);
-        if inner.life().here() == HalfState::Closed {
-            return Poll::Ready(Err(Error::StreamClosed));
-        }
         if !inner.life().can_receive() {
-            let is_reset = inner.life().peer() == HalfState::Reset;
-            return Poll::Ready(if is_reset { Err(Error::StreamReset) } else { Ok(None) });
+            return Poll::Ready(self.end_of_receiving());
         }
         if session.is_over() {
             return Poll::Ready(Err(session.end_error()));
@@ -196,6 +192,17 @@ impl ReadHalf {
             }
         }
         Poll::Pending
+    }
+
+    /// Why nothing more comes.
+    #[cold]
+    fn end_of_receiving(&self) -> Result<Option<Chain>> {
+        let life = self.inner.life();
+        match (life.here(), life.peer()) {
+            (HalfState::Closed, _) => Err(Error::StreamClosed),
+            (_, HalfState::Reset) => Err(Error::StreamReset),
+            _ => Ok(None),
+        }
     }
 
     /// Whether there is something to read: `Ok(true)` yes, `Ok(false)` never again.
