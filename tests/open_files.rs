@@ -79,21 +79,19 @@ impl Drop for Server {
     }
 }
 
-/// The numbers of the descriptors that are open.
-fn open_files() -> BTreeSet<u64> {
-    let names: Vec<OsString> = std::fs::read_dir("/proc/self/fd")
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name())
-        .collect();
+/// The numbers of the descriptors that are open. Fails when there is none left to look with.
+fn open_files() -> std::io::Result<BTreeSet<u64>> {
+    let names: Vec<OsString> =
+        std::fs::read_dir("/proc/self/fd")?.map(|entry| entry.unwrap().file_name()).collect();
     // Behind the look at it, which took a number as well.
     let is_open = |number: &u64| std::fs::read_link(format!("/proc/self/fd/{number}")).is_ok();
     let numbers = names.iter().filter_map(|name| name.to_str().and_then(|name| name.parse().ok()));
-    numbers.filter(is_open).collect()
+    Ok(numbers.filter(is_open).collect())
 }
 
 /// The limit that leaves room for so many more: it is one of their numbers.
 fn limit_with_room_for(spare: usize) -> u64 {
-    let open = open_files();
+    let open = open_files().unwrap();
     let mut free = (0..).filter(|number| !open.contains(number));
     free.nth(spare).unwrap()
 }
@@ -134,7 +132,14 @@ fn serve(path: &Path) {
             let Ok(order) = orders.try_recv() else { continue };
             match order.as_str() {
                 // Below the count of open files one more descriptor cannot be had to count them.
-                "count" => println!("open: {}", open_files().len()),
+                // So it waits until what is passed to it is closed.
+                "count" => loop {
+                    if let Ok(open) = open_files() {
+                        println!("open: {}", open.len());
+                        break;
+                    }
+                    glommio::timer::sleep(Duration::from_millis(2)).await;
+                },
                 spare => {
                     let spare: usize = spare.parse().unwrap();
                     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
