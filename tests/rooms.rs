@@ -51,8 +51,9 @@ fn imports_go_down_only() {
             ("limits", &["error"]),
             ("config", &["error"]),
             ("wire", &["error", "config"]),
-            ("proto", &["error", "config", "wire"]),
-            ("shm", &["error", "config", "wire", "limits"]),
+            ("payload", &[]),
+            ("proto", &["error", "config", "wire", "payload"]),
+            ("shm", &["error", "config", "wire", "limits", "payload"]),
             ("footprint", &["error", "config", "wire", "limits"]),
             // Looks at everything, and is in no build but those of the fuzzers and of the tests.
             ("fuzzing", &["error", "config", "wire", "proto", "shm"]),

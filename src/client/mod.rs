@@ -28,8 +28,8 @@ use crate::client::shard_pool::{Ended, Pick, ShardPool};
 use crate::connect::connector::{Connector, count_shards};
 use crate::exec::runtime::sleep;
 use crate::reactor::poll_loop::Ends;
+use crate::session::handle::Session;
 use crate::session::local_reactor::LocalReactor;
-use crate::session::state::Session;
 use crate::session::stream::Stream;
 use shmipc_core::error::{Error, Result};
 

@@ -16,7 +16,7 @@ use crate::connect::connector::Connector;
 use crate::exec::callback;
 use crate::exec::runtime::sleep;
 use crate::exec::wakers::{WakerList, WakerSlot};
-use crate::session::state::Session;
+use crate::session::handle::Session;
 use crate::session::stream::Stream;
 use shmipc_core::error::{Error, Result};
 
@@ -235,7 +235,8 @@ impl ReconnectingSession {
 
     /// Keeps a stream for the next who needs one, if it is fit for that.
     pub(crate) fn keep(&self, mut stream: Stream) {
-        let is_of_present = self.session().is_some_and(|session| stream.is_of_session(&session));
+        let is_of_present =
+            self.session().is_some_and(|session| stream.is_of_session(session.inner()));
         let mut idle = self.idle.borrow_mut();
         if is_of_present && stream.is_reusable() && idle.len() < self.most_idle {
             stream.set_read_deadline(None);

@@ -9,7 +9,7 @@ use crate::client::builder::Settings;
 use crate::client::reconnect::{ReconnectingSession, SessionStatus};
 use crate::exec::task_set::TaskSet;
 use crate::exec::wakers::WakerList;
-use crate::session::state::Session;
+use crate::session::handle::Session;
 use shmipc_core::error::{Error, Result};
 
 /// A shard's places for sessions, and the tasks that fill them. Dropped, the tasks end.

@@ -18,8 +18,8 @@ use crate::net::socket::Socket;
 use crate::net::socket_file::{
     address, connect_error, is_socket, leads_to_socket, shard_path, socket_identity,
 };
+use crate::session::handle::Session;
 use crate::session::local_reactor::LocalReactor;
-use crate::session::state::Session;
 use shmipc_core::config::{Config, ProtocolVersion};
 use shmipc_core::error::{Error, HandshakeError, Result};
 use shmipc_core::shm::access::PeerTrust;

@@ -19,7 +19,7 @@ use crate::net::credentials::PeerCredentials;
 use crate::net::fd_disposal::PeerSocket;
 use crate::net::socket::Socket;
 use crate::session::established::{Established, SessionMemory};
-use crate::session::state::Session;
+use crate::session::handle::Session;
 use crate::session::stream::Stream;
 use crate::session::wakeup::{Doorbell, create_event_fds};
 use shmipc_core::config::{Config, ProtocolVersion, Spin, Wakeup};
@@ -83,7 +83,7 @@ async fn run(data: Vec<u8>) {
     let (mut peer, established) = pair(role, agreement);
     let config = CONFIGS.with(|configs| Rc::clone(&configs[usize::from(first >> 1 & 1)]));
     let session = Session::start(established, &config, None);
-    let manager = Rc::clone(&session.inner().channels.manager);
+    let manager = Rc::clone(&session.inner().memory.pool);
     let tasks = Rc::new(TaskSet::default());
     let by_messages = Rc::new(Cell::new(first & 4 == 0));
     serve(&session, &tasks, &by_messages);

@@ -17,5 +17,6 @@ pub(crate) mod bound_socket;
 pub(crate) mod credentials;
 pub(crate) mod fd_disposal;
 pub(crate) mod fd_passing;
+pub(crate) mod outbox;
 pub(crate) mod socket;
 pub(crate) mod socket_file;

@@ -19,7 +19,7 @@ use crate::server::acceptor::{Balance, ShardInbox};
 use crate::server::placement::{Cores, look_ahead};
 use crate::server::shard::{Failure, Place, Shard, ShardLink};
 use crate::server::shard_thread::{Authorize, Common, Core, OnRefused};
-use crate::session::state::Session;
+use crate::session::handle::Session;
 use crate::session::stream::Stream;
 use crate::session::supervised::StreamOutcome;
 use shmipc_core::config::Config;

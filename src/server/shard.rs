@@ -25,11 +25,12 @@ use crate::exec::wake_audit::counting_foreign_wakes;
 use crate::exec::wakers::WakerList;
 use crate::net::socket::{Received, Socket};
 use crate::server::acceptor::{Load, ShardInbox};
-use crate::session::graceful::DrainPhase;
+use crate::session::handle::Session;
 use crate::session::serve::log_failure;
-use crate::session::state::Session;
-use crate::session::supervised::{Of, ServedBy, supervised};
+use crate::session::supervised::{Of, supervised};
+use crate::session::supervision::ServedBy;
 use shmipc_core::error::{Error, Result};
+use shmipc_core::proto::session::ending::DrainPhase;
 
 /// What the handlers of sessions and shards fail with.
 pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -408,7 +409,7 @@ impl Shard {
     /// which have something to answer.
     async fn let_streams_end(&self, session: &Session) {
         let is_draining = || matches!(self.inner.stop.phase.get(), Phase::Draining(_));
-        while is_draining() && !session.inner().is_over() && session.inner().has_streams_in_hand() {
+        while is_draining() && !session.inner().is_over() && session.has_streams_in_hand() {
             sleep(DRAIN_INTERVAL / 4).await;
         }
     }
@@ -416,7 +417,7 @@ impl Shard {
     /// Ends the sessions, each when its streams have ended; at the deadline, those that are left.
     pub(crate) async fn drain(&self) {
         for session in self.sessions() {
-            session.inner().begin_drain();
+            session.begin_drain();
         }
         let began = Instant::now();
         let mut drain = DrainPhase::Look;
@@ -434,7 +435,7 @@ impl Shard {
             }
             let open = self.inner.open.borrow().clone();
             for (number, session) in open {
-                let is_done = session.inner().drain_streams(drain);
+                let is_done = session.drain_streams(drain);
                 let may_close = drain != DrainPhase::Look && session.end_reason().is_none();
                 if is_done && may_close && closing.insert(number) {
                     self.begin_close(session);
@@ -481,7 +482,7 @@ impl Shard {
     pub(crate) fn abandon(self) {
         for session in self.sessions() {
             count(&self.inner.link.counters.ended);
-            session.inner().socket().shut_down();
+            session.inner().socket.shut_down();
             // Its end would wake tasks of an executor that is no more.
             std::mem::forget(session);
         }

@@ -61,10 +61,10 @@ impl SendWait {
 
 fn waiting(session: &SessionInner, what: WaitsFor) -> &WakerList {
     match what {
-        WaitsFor::Room => &session.channels.queue_waiting,
-        WaitsFor::Memory(_) => &session.channels.pool_waiting,
-        WaitsFor::Socket => session.outbox().waiting(),
-        WaitsFor::Return(_) => &session.credit.returning,
-        WaitsFor::Readers => &session.credit.budget_waiting,
+        WaitsFor::Room => &session.queues.waiters,
+        WaitsFor::Memory(_) => &session.memory.waiters,
+        WaitsFor::Socket => session.socket.outbox.waiting(),
+        WaitsFor::Return(_) => &session.waiters.returning,
+        WaitsFor::Readers => &session.waiters.budget,
     }
 }

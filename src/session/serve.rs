@@ -12,10 +12,11 @@ use crate::exec::contain::panic_text;
 use crate::exec::log_limit::LogLimit;
 use crate::exec::task_set::TaskSet;
 use crate::exec::wake_audit::counting_foreign_wakes;
-use crate::session::state::{Session, SessionInner};
-use crate::session::stream::{Stream, StreamInner};
-use crate::session::supervised::ServedBy;
+use crate::session::handle::Session;
+use crate::session::state::{SessionInner, StreamInner};
+use crate::session::stream::Stream;
 use crate::session::supervised::{Of, StreamOutcome, supervised};
+use crate::session::supervision::ServedBy;
 use shmipc_core::error::Error;
 
 impl Session {

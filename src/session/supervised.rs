@@ -7,7 +7,7 @@
 //! [reset](crate::Stream::reset) if the handler has failed. So they are when a handler is dropped
 //! before it has ended. What a handler closes by name, it has closed.
 
-use std::cell::{Cell, OnceCell, RefCell};
+use std::cell::Cell;
 use std::convert::Infallible;
 use std::fmt;
 use std::future::poll_fn;
@@ -16,8 +16,9 @@ use std::rc::Rc;
 use std::task::Poll;
 
 use crate::exec::contain::Contained;
-use crate::session::state::SessionInner;
-use crate::session::stream::{Half, Halves, StreamInner};
+use crate::session::state::{SessionInner, StreamInner};
+use crate::session::supervision::Mark;
+use shmipc_core::proto::session::stream::{Half, Halves};
 
 /// What the handler of a stream gives: nothing, or whether it went well.
 ///
@@ -46,88 +47,6 @@ impl<T, E: fmt::Display> StreamOutcome for Result<T, E> {
     }
 }
 
-/// Which of a server's shards has a session, and by which number.
-pub(crate) struct ServedBy {
-    shard: usize,
-    session: u64,
-    count_failed_stream: Box<dyn Fn()>,
-}
-
-impl ServedBy {
-    /// `count_failed_stream` counts a stream whose handler failed.
-    pub(crate) fn new(
-        shard: usize,
-        session: u64,
-        count_failed_stream: impl Fn() + 'static,
-    ) -> Self {
-        Self { shard, session, count_failed_stream: Box::new(count_failed_stream) }
-    }
-
-    pub(crate) fn shard(&self) -> usize {
-        self.shard
-    }
-
-    pub(crate) fn session(&self) -> u64 {
-        self.session
-    }
-
-    pub(crate) fn note_failed_stream(&self) {
-        (self.count_failed_stream)();
-    }
-}
-
-/// What a session knows of its handlers.
-#[derive(Default)]
-pub(crate) struct Supervision {
-    pub(crate) ends: DeferredEnds,
-    /// Which server's shard has the session, if one has.
-    pub(crate) served_by: OnceCell<ServedBy>,
-}
-
-/// The ends of a session's streams that are put off.
-#[derive(Default)]
-pub(crate) struct DeferredEnds {
-    is_on: Cell<bool>,
-    count: Cell<usize>,
-    streams: RefCell<Vec<Rc<StreamInner>>>,
-}
-
-impl DeferredEnds {
-    /// Whether ends are put off now.
-    #[inline]
-    pub(crate) fn is_on(&self) -> bool {
-        self.is_on.get()
-    }
-
-    /// Puts them off until [`SessionInner::settle`].
-    #[inline]
-    fn begin(&self) -> Mark {
-        Mark { was_on: self.is_on.replace(true), count: self.count.get() }
-    }
-
-    pub(crate) fn push(&self, stream: Rc<StreamInner>) {
-        let mut streams = self.streams.borrow_mut();
-        streams.push(stream);
-        self.count.set(streams.len());
-    }
-
-    fn take_from(&self, first: usize) -> Vec<Rc<StreamInner>> {
-        let mut streams = self.streams.borrow_mut();
-        let first = first.min(streams.len());
-        let taken = streams.split_off(first);
-        self.count.set(streams.len());
-        taken
-    }
-}
-
-/// How it was before the innermost handler was polled: the first poll of a task that a handler
-/// starts is inside of the handler's own.
-#[derive(Clone, Copy)]
-struct Mark {
-    was_on: bool,
-    count: usize,
-}
-
 /// Which streams a handler that fails has failed.
 #[derive(Clone, Copy)]
 pub(crate) enum Of<'a> {
@@ -138,26 +57,45 @@ pub(crate) enum Of<'a> {
 }
 
 impl SessionInner {
+    /// One half of a stream's handle is gone.
+    pub(crate) fn drop_half(&self, stream: &StreamInner, half: Half) {
+        match (stream.drop_half(half), half) {
+            // A task that panics was not done.
+            (Halves::None, _) if std::thread::panicking() => self.proto.reset_stream(self, stream),
+            // How the handler ends that is running decides.
+            (Halves::None, _) | (_, Half::Write) if self.supervision.ends.is_on() => {
+                if let Some(stream) = self.proto.find_stream(stream.id()) {
+                    self.supervision.ends.push(stream);
+                }
+            }
+            (Halves::None, _) => self.proto.close_stream(self, stream),
+            (_, Half::Write) if std::thread::panicking() => self.proto.reset_stream(self, stream),
+            (_, Half::Write) => self.proto.half_close_stream(self, stream),
+            // What comes from now on is dropped on arrival.
+            (_, Half::Read) => self.proto.on_reader_dropped(self, stream),
+        }
+    }
+
     /// Ends what was put off since the mark.
     #[inline]
-    fn settle(self: &Rc<Self>, mark: Mark, of: Of<'_>, has_failed: bool) {
-        self.supervision.ends.is_on.set(mark.was_on);
-        if has_failed || self.supervision.ends.count.get() != mark.count {
+    fn settle(&self, mark: Mark, of: Of<'_>, has_failed: bool) {
+        let has_deferred = self.supervision.ends.restore(mark);
+        if has_failed || has_deferred {
             self.settle_some(mark, of, has_failed);
         }
     }
 
     #[inline(never)]
-    fn settle_some(self: &Rc<Self>, mark: Mark, of: Of<'_>, has_failed: bool) {
+    fn settle_some(&self, mark: Mark, of: Of<'_>, has_failed: bool) {
         // Also where a part of it is held elsewhere: nobody would end it.
         if let (Of::Stream(stream), true) = (of, has_failed) {
-            self.reset_stream(stream);
+            self.proto.reset_stream(self, stream);
         }
-        for stream in self.supervision.ends.take_from(mark.count) {
+        for stream in self.supervision.ends.take_since(mark) {
             match (of, stream.halves()) {
-                (Of::Session, _) if has_failed => self.reset_stream(&stream),
-                (_, Halves::None) => self.close_stream(&stream),
-                (_, Halves::Only(Half::Read)) => self.half_close_stream(&stream),
+                (Of::Session, _) if has_failed => self.proto.reset_stream(self, &stream),
+                (_, Halves::None) => self.proto.close_stream(self, &stream),
+                (_, Halves::Only(Half::Read)) => self.proto.half_close_stream(self, &stream),
                 (_, Halves::Only(Half::Write) | Halves::Both) => {}
             }
         }

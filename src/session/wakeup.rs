@@ -137,21 +137,21 @@ impl SessionInner {
         }
         if bell.is_owed.get() {
             // The next turn tries again.
-            self.channels.must_look.set(true);
+            self.queues.must_look.set(true);
         }
     }
 
     /// Starts what the session needs besides its socket to hear of the peer.
     pub(crate) fn listen_at_doorbell(self: &Rc<Self>) {
-        match self.doorbell() {
+        match &self.doorbell {
             Doorbell::Socket => {}
             Doorbell::EventFds { ours, .. } => {
                 if let Some(ours) = ours.take() {
-                    self.poller.spawn(read_event_fd(Rc::clone(self), ours));
+                    self.reactor.spawn(read_event_fd(Rc::clone(self), ours));
                 }
             }
-            &Doorbell::Polling(interval) => {
-                self.poller.look_at_intervals(self, interval);
+            Doorbell::Polling(interval) => {
+                self.reactor.look_at_intervals(self, *interval);
             }
         }
     }
@@ -207,10 +207,8 @@ async fn read_event_fd(session: Rc<SessionInner>, fd: OwnedFd) {
             if let Err(error) = heard.wait().await {
                 return session.fail(error);
             }
-            session.counters.sync_events_received.add(1);
-            session.look_for_extension();
             in_vain = if session.has_events() { 0 } else { in_vain + 1 };
-            session.activate();
+            session.proto.on_wakeup(&*session);
             if in_vain < MOST_IN_VAIN {
                 // A peer that never stops ringing must not keep the core.
                 yield_now().await;

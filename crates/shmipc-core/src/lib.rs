@@ -30,6 +30,7 @@ pub mod footprint;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod limits;
+pub mod payload;
 pub mod proto;
 pub mod shm;
 pub mod wire;

@@ -14,7 +14,7 @@ use crate::net::admission::HandshakePermit;
 use crate::net::bound_socket::is_passing;
 use crate::net::fd_disposal;
 use crate::net::socket::{ListenerSocket, Socket};
-use crate::session::state::Session;
+use crate::session::handle::Session;
 use shmipc_core::error::HandshakeError;
 
 /// How long accepting pauses when the process has no descriptor left for another connection.

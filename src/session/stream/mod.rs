@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A stream's handle, and what it shares with its session (`docs/protocol.md#streams`).
+//! The handle of a stream (`docs/protocol.md#streams`).
 
+pub(crate) mod fallback;
 pub(crate) mod loan;
 pub(crate) mod read_half;
 pub(crate) mod send;
 pub(crate) mod write_half;
 
-use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -16,209 +16,14 @@ use std::time::Instant;
 
 use futures_lite::{AsyncBufRead, AsyncRead, AsyncWrite};
 
-use crate::exec::wakers::WakerSlot;
 use crate::session::guard::SessionGuard;
-use crate::session::state::Session;
+use crate::session::state::{SessionInner, StreamInner};
 use crate::session::stream::loan::{Loan, Message};
 use crate::session::stream::read_half::{Messages, ReadHalf, RecvFuture};
 use crate::session::stream::send::{AllocFuture, EndsWait, SendFuture};
 use crate::session::stream::write_half::WriteHalf;
 use shmipc_core::error::{Error, Result};
-use shmipc_core::proto::flow_control::{ReceiveWindow, SendWindow};
-use shmipc_core::proto::stream_state::{HalfState, StreamState};
-use shmipc_core::shm::chain::Chain;
-use shmipc_core::shm::chain_queue::ChainQueue;
-use shmipc_core::shm::pool::SlicePool;
-
-/// What a stream's halves and its session share.
-pub(crate) struct StreamInner {
-    id: u32,
-    life: StreamState,
-    pub(crate) inbound: RefCell<ChainQueue>,
-    pub(crate) reader: WakerSlot,
-    /// The task that waits for the peer's reader.
-    pub(crate) writer: WakerSlot,
-    pub(crate) sending: SendWindow,
-    pub(crate) receiving: ReceiveWindow,
-    /// Whether its credit waits for room in the queue.
-    pub(crate) owes_credit: Cell<bool>,
-    /// Whether its credit waits until the peer is awake.
-    pub(crate) has_waiting_credit: Cell<bool>,
-    /// Whether this side's direction has ended and the peer is not known to understand that.
-    pub(crate) owes_end: Cell<bool>,
-    /// The first slice of what was last sent through shared memory, by its offset; 0: nothing was.
-    pub(crate) last_sent: Cell<u32>,
-    /// Bytes that went over the socket since the peer last sent something.
-    unanswered: Cell<u64>,
-    /// Whether something of it came over the socket.
-    has_come_by_socket: Cell<bool>,
-    /// Whether the peer has heard of the stream, and so must hear of its end.
-    is_known_to_peer: Cell<bool>,
-    /// Whether something came since this was last looked at.
-    has_received: Cell<bool>,
-    /// What had been sent when that was looked at.
-    sent_before: Cell<u64>,
-    halves: Cell<Halves>,
-}
-
-/// Which halves of a stream's handle are left.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Halves {
-    Both,
-    Only(Half),
-    None,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Half {
-    Read,
-    Write,
-}
-
-impl StreamInner {
-    pub(crate) fn new(id: u32, manager: &Rc<SlicePool>) -> Self {
-        Self {
-            id,
-            life: StreamState::new(),
-            inbound: RefCell::new(ChainQueue::new(manager)),
-            reader: WakerSlot::default(),
-            writer: WakerSlot::default(),
-            sending: SendWindow::default(),
-            receiving: ReceiveWindow::default(),
-            owes_credit: Cell::new(false),
-            has_waiting_credit: Cell::new(false),
-            owes_end: Cell::new(false),
-            last_sent: Cell::new(0),
-            unanswered: Cell::new(0),
-            has_come_by_socket: Cell::new(false),
-            is_known_to_peer: Cell::new(false),
-            has_received: Cell::new(false),
-            sent_before: Cell::new(0),
-            halves: Cell::new(Halves::Both),
-        }
-    }
-
-    #[inline]
-    pub(crate) fn id(&self) -> u32 {
-        self.id
-    }
-
-    #[inline]
-    pub(crate) fn life(&self) -> &StreamState {
-        &self.life
-    }
-
-    pub(crate) fn is_known_to_peer(&self) -> bool {
-        self.is_known_to_peer.get()
-    }
-
-    #[inline]
-    pub(crate) fn note_known_to_peer(&self) {
-        self.is_known_to_peer.set(true);
-    }
-
-    /// Whether somebody could still read what comes.
-    #[inline]
-    pub(crate) fn has_reader(&self) -> bool {
-        matches!(self.halves.get(), Halves::Both | Halves::Only(Half::Read))
-    }
-
-    /// How many bytes went over the socket of which nothing shows that the peer has read them: it
-    /// has neither sent anything since, nor closed the stream. Only a peer of this crate says what
-    /// it has read.
-    pub(crate) fn unconfirmed(&self) -> u64 {
-        match self.life.peer() {
-            HalfState::Open | HalfState::HalfClosed => self.unanswered.get(),
-            HalfState::Closed | HalfState::Reset => 0,
-        }
-    }
-
-    pub(crate) fn note_unanswered(&self, len: u64) {
-        self.unanswered.set(self.unanswered.get().saturating_add(len));
-    }
-
-    #[inline]
-    pub(crate) fn note_answered(&self) {
-        self.unanswered.set(0);
-    }
-
-    /// Whether what comes next will be taken, or thrown away, at once.
-    pub(crate) fn is_waited_for(&self) -> bool {
-        !self.has_reader() || self.reader.is_waiting() && self.inbound.borrow().is_empty()
-    }
-
-    /// Notes that something of it came.
-    #[inline]
-    pub(crate) fn note_received(&self) {
-        self.note_known_to_peer();
-        self.note_answered();
-        self.has_received.set(true);
-    }
-
-    /// Notes that something of it came over the socket.
-    pub(crate) fn note_come_by_socket(&self) {
-        self.has_come_by_socket.set(true);
-    }
-
-    /// Whether either side has used the socket for it.
-    fn has_used_socket(&self) -> bool {
-        self.sending.has_used_socket() || self.has_come_by_socket.get()
-    }
-
-    #[inline]
-    pub(crate) fn receive(&self, data: Chain) {
-        self.note_received();
-        self.inbound.borrow_mut().push(data);
-    }
-
-    /// The oldest flush, when it did not come straight to the reader.
-    #[inline(never)]
-    pub(crate) fn pop_inbound(&self) -> Option<Chain> {
-        self.inbound.borrow_mut().pop()
-    }
-
-    /// Whether a reader has something to do: data, or an end.
-    #[inline]
-    pub(crate) fn has_news(&self) -> bool {
-        !self.inbound.borrow().is_empty() || !self.life.can_receive()
-    }
-
-    /// Whether the peer has sent since this was last asked, and was not answered, or what it sent
-    /// waits to be read. Then it is in the middle of something.
-    pub(crate) fn is_in_the_middle(&self) -> bool {
-        let sent = self.sending.sent();
-        let has_sent = self.sent_before.replace(sent) != sent;
-        let has_unread = !self.inbound.borrow().is_empty();
-        // When it is read, a peer that waited for that goes on.
-        self.has_received.replace(has_unread) && !has_sent || has_unread
-    }
-
-    /// Throws away what was not read. Gives what of it had come over the socket cost.
-    pub(crate) fn discard(&self) -> usize {
-        let mut inbound = self.inbound.borrow_mut();
-        let mut cost = 0;
-        while let Some(chain) = inbound.pop() {
-            cost += chain.socket_cost();
-        }
-        cost
-    }
-
-    /// Which halves of the handle are left.
-    pub(crate) fn halves(&self) -> Halves {
-        self.halves.get()
-    }
-
-    /// Notes that one half of the handle is gone. Gives what is left.
-    pub(crate) fn drop_half(&self, half: Half) -> Halves {
-        let left = match self.halves.get() {
-            Halves::Both if half == Half::Read => Halves::Only(Half::Write),
-            Halves::Both => Halves::Only(Half::Read),
-            Halves::Only(_) | Halves::None => Halves::None,
-        };
-        self.halves.set(left);
-        left
-    }
-}
+use shmipc_core::proto::stream_state::HalfState;
 
 /// A stream of bytes to and from the peer, in flushes.
 ///
@@ -281,23 +86,15 @@ impl Stream {
 
     /// Whether nothing of what it was used for before is left on it.
     pub(crate) fn is_reusable(&self) -> bool {
-        let inner = self.writer.inner();
-        let is_whole =
-            inner.life().here() == HalfState::Open && inner.life().peer() == HalfState::Open;
-        let session = self.writer.session();
-        // A peer that does not know the extension never returns to memory on a stream whose data
-        // went over the socket, whichever side began with that, nor can this side
-        // (`docs/protocol.md#fallback`).
-        let may_use_memory = session.credit.is_known() || !inner.has_used_socket();
-        is_whole && may_use_memory && self.unread() == 0 && !session.is_over()
+        self.unread() == 0 && self.writer.session().proto.is_reusable(self.inner())
     }
 
     pub(crate) fn inner(&self) -> &Rc<StreamInner> {
         self.writer.inner()
     }
 
-    pub(crate) fn is_of_session(&self, session: &Session) -> bool {
-        Rc::ptr_eq(self.writer.session(), session.inner())
+    pub(crate) fn is_of_session(&self, session: &Rc<SessionInner>) -> bool {
+        Rc::ptr_eq(self.writer.session(), session)
     }
 
     /// How many bytes have arrived and wait to be read.
@@ -308,7 +105,7 @@ impl Stream {
     /// Whether the peer sends nothing more: it has closed the stream, or its direction of it. What
     /// it sent before may still wait to be read.
     pub fn is_closed_by_peer(&self) -> bool {
-        self.writer.inner().life().peer() != HalfState::Open
+        self.writer.inner().state().peer() != HalfState::Open
     }
 
     /// Whether the peer knows the end of one direction, and a reset: see
@@ -430,7 +227,7 @@ impl Stream {
     /// The session ended before everything had left.
     pub async fn close(&mut self) -> Result<()> {
         let session = self.writer.session();
-        session.close_stream(self.writer.inner());
+        session.proto.close_stream(session, self.writer.inner());
         session.flush_queue();
         self.reader.forget_lent();
         self.writer.session().flushed().await
@@ -552,7 +349,7 @@ impl std::fmt::Debug for Stream {
             .debug_struct("Stream")
             .field("id", &self.id())
             .field("unread", &self.unread())
-            .field("life", self.writer.inner().life())
+            .field("state", self.writer.inner().state())
             .finish_non_exhaustive()
     }
 }

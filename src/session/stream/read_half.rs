@@ -13,11 +13,10 @@ use futures_lite::{AsyncBufRead, AsyncRead};
 
 use crate::exec::deadline::Deadline;
 use crate::session::guard::SessionGuard;
-use crate::session::state::SessionInner;
+use crate::session::state::{SessionInner, StreamInner};
 use crate::session::stream::loan::Message;
-use crate::session::stream::{Half, StreamInner};
 use shmipc_core::error::{Error, Result};
-use shmipc_core::proto::stream_state::HalfState;
+use shmipc_core::proto::session::stream::Half;
 use shmipc_core::shm::chain::Chain;
 
 /// How much [`AsyncBufRead`] copies out of shared memory at a time.
@@ -142,7 +141,8 @@ impl ReadHalf {
         match ready!(self.poll_next(context))? {
             None => Poll::Ready(Ok(None)),
             Some(chain) => {
-                self.session().note_taken(&self.inner, &chain);
+                let session = self.session();
+                session.proto.on_taken(&**session, &self.inner, &chain);
                 Poll::Ready(Ok(Some(Message { chain })))
             }
         }
@@ -153,56 +153,40 @@ impl ReadHalf {
     fn take_lent(&mut self) -> Message {
         let bytes = Bytes::copy_from_slice(self.lent.rest());
         self.lent = ReadBuffer::default();
-        let manager = Rc::clone(&self.session().channels.manager);
+        let pool = Rc::clone(&self.session().memory.pool);
         let held = bytes.len();
-        Message { chain: Chain::received(manager, bytes, held) }
+        Message { chain: Chain::received(pool, bytes, held) }
     }
 
     /// The next flush of the peer, which is not yet counted as taken; `None` is the end.
     #[inline]
     fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<Chain>>> {
         let (session, inner) = (self.session(), &*self.inner);
-        let mut chain = inner.inbound.borrow_mut().pop();
-        if chain.is_none() && inner.life().can_receive() && !session.is_over() {
+        let mut chain = inner.pop_inbound();
+        if chain.is_none() && session.proto.may_receive(inner) {
             chain = session.wait_in_place(inner);
         }
         match chain {
             Some(chain) => Poll::Ready(Ok(Some(chain))),
-            None => self.poll_end(context),
+            None => self.poll_wait(context),
         }
     }
 
-    /// Nothing has arrived: for ever, or until now?
-    fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<Chain>>> {
+    /// Nothing has come so far. Waits, unless the end has come.
+    fn poll_wait(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<Chain>>> {
         let (session, inner) = (self.session.inner(), &*self.inner);
-        if !inner.life().can_receive() {
-            return Poll::Ready(self.end_of_receiving());
-        }
-        if session.is_over() {
-            return Poll::Ready(Err(session.end_error()));
+        if let Some(end) = session.proto.read_end(inner) {
+            return Poll::Ready(end.map(|()| None));
         }
         if self.deadline.poll(context).is_ready() {
             return Poll::Ready(Err(Error::DeadlinePassed));
         }
-        if inner.reader.register(context) {
+        if inner.tasks.reader.register(context) {
             let waiting = &session.activity.waiting_readers;
             waiting.set(waiting.get() + 1);
-            if inner.receiving.wants_reader() {
-                session.tell_reader_waits(inner);
-            }
+            session.proto.on_reader_waits(session, inner);
         }
         Poll::Pending
-    }
-
-    /// Why nothing more comes.
-    #[cold]
-    fn end_of_receiving(&self) -> Result<Option<Chain>> {
-        let life = self.inner.life();
-        match (life.here(), life.peer()) {
-            (HalfState::Closed, _) => Err(Error::StreamClosed),
-            (_, HalfState::Reset) => Err(Error::StreamReset),
-            _ => Ok(None),
-        }
     }
 
     /// Whether there is something to read: `Ok(true)` yes, `Ok(false)` never again.
@@ -226,9 +210,9 @@ impl ReadHalf {
         });
         let freed = before - inbound.socket_cost();
         drop(inbound);
-        session.note_unread(freed);
+        session.proto.on_unread_freed(session, freed);
         if let Some((occupied, over_socket)) = taken {
-            session.give_credit(&self.inner, occupied, over_socket);
+            session.proto.give_credit(session, &self.inner, occupied, over_socket);
         }
         count
     }

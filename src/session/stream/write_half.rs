@@ -11,18 +11,18 @@ use std::time::Instant;
 use futures_lite::AsyncWrite;
 
 use crate::exec::deadline::Deadline;
-use crate::session::fallback::{ComingBack, PoolWait};
 use crate::session::guard::SessionGuard;
-use crate::session::path_order::PathBarrier;
 use crate::session::send_wait::{SendWait, WaitsFor};
-use crate::session::state::SessionInner;
+use crate::session::state::{SessionInner, StreamInner};
 use crate::session::stream::loan::{Loan, Message};
 use crate::session::stream::send::{AllocFuture, SendFuture};
-use crate::session::stream::{Half, StreamInner};
 use shmipc_core::error::{Error, Result};
-use shmipc_core::proto::stream_state::{DataPath, HalfState};
+use shmipc_core::proto::session::fallback::{PoolWait, ReserveGate, ReturnAttempts, ReturnStep};
+use shmipc_core::proto::session::path_order::PathBarrier;
+use shmipc_core::proto::session::send::SendGate;
+use shmipc_core::proto::session::stream::Half;
+use shmipc_core::proto::stream_state::DataPath;
 use shmipc_core::shm::chain::{Chain, SentChain};
-use shmipc_core::wire::{Event, EventState};
 
 /// The most bytes that one write puts behind one event. The peer reads the first piece while this
 /// side writes the second, and its slices come back warm.
@@ -63,11 +63,12 @@ pub struct WriteHalf {
     pub(crate) inner: Rc<StreamInner>,
     pub(crate) fallback_after: PoolWait,
     pub(crate) deadline: Deadline,
-    pub(crate) overtaking: PathBarrier,
+    /// How far the stream is on its way to the socket.
+    pub(crate) barrier: PathBarrier,
     /// What the present operation waits for in the session.
     pub(crate) waiting: SendWait,
     /// While it uses the socket.
-    coming_back: Option<Box<ComingBack>>,
+    return_attempts: Option<Box<ReturnAttempts>>,
 }
 
 impl WriteHalf {
@@ -77,9 +78,9 @@ impl WriteHalf {
             inner,
             fallback_after: PoolWait::default(),
             deadline: Deadline::default(),
-            overtaking: PathBarrier::default(),
+            barrier: PathBarrier::default(),
             waiting: SendWait::default(),
-            coming_back: None,
+            return_attempts: None,
         }
     }
 
@@ -100,7 +101,7 @@ impl WriteHalf {
 
     /// Whether this stream sends over the socket now, because the pool had no slice for it.
     pub fn is_on_socket(&self) -> bool {
-        self.inner.life().path() == DataPath::Socket
+        self.inner.state().path() == DataPath::Socket
     }
 
     /// Until when writes, allocations and sends wait; `None`, the default, is for ever. One that
@@ -170,7 +171,7 @@ impl WriteHalf {
     /// Closes the whole stream as a failure: see [`Stream::reset`](crate::Stream::reset).
     pub fn reset(&mut self) {
         let session = self.session.inner();
-        session.reset_stream(&self.inner);
+        session.proto.reset_stream(session, &self.inner);
         session.flush_queue();
     }
 
@@ -204,23 +205,16 @@ impl WriteHalf {
     }
 
     fn poll_closed(&mut self, context: &Context<'_>) -> Poll<Error> {
-        let session = self.session.inner();
-        let life = self.inner.life();
-        Poll::Ready(match (life.here(), life.peer()) {
-            (HalfState::Closed | HalfState::Reset, _) => Error::StreamClosed,
-            (_, HalfState::Reset) => Error::StreamReset,
-            (_, HalfState::Closed) => Error::StreamClosedByPeer,
-            _ if session.is_over() => session.end_error(),
-            (HalfState::Open | HalfState::HalfClosed, HalfState::Open | HalfState::HalfClosed) => {
-                self.inner.writer.register(context);
-                return Poll::Pending;
-            }
-        })
+        if let Some(error) = self.session().proto.write_end(&self.inner) {
+            return Poll::Ready(error);
+        }
+        self.inner.tasks.writer.register(context);
+        Poll::Pending
     }
 
     fn finish_now(&self) {
         let session = self.session.inner();
-        session.half_close_stream(&self.inner);
+        session.proto.half_close_stream(session, &self.inner);
         session.flush_queue();
     }
 
@@ -234,56 +228,36 @@ impl WriteHalf {
         }
     }
 
-    /// Whether this side may send.
-    #[inline]
-    pub(crate) fn check_open(&self) -> Result<()> {
-        let session = self.session.inner();
-        if self.inner.life().can_send() && !session.is_over() {
-            return Ok(());
-        }
-        self.why_not_open()
-    }
-
-    #[cold]
-    fn why_not_open(&self) -> Result<()> {
-        let life = self.inner.life();
-        if life.here() != HalfState::Open {
-            return Err(Error::StreamClosed);
-        }
-        match life.peer() {
-            HalfState::Closed => return Err(Error::StreamClosedByPeer),
-            HalfState::Reset => return Err(Error::StreamReset),
-            HalfState::Open | HalfState::HalfClosed => {}
-        }
-        Err(self.session().end_error())
-    }
-
     /// Tells the peer of a stream on which nothing was sent: see
     /// [`Stream::announce`](crate::Stream::announce).
     pub(crate) fn poll_announce(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
-        self.check_open()?;
         let session = self.session.inner();
-        session.look_for_extension();
-        if self.inner.is_known_to_peer() || !session.credit.is_known() {
+        session.proto.check_open(&self.inner)?;
+        if self.inner.is_known_to_peer() || !session.peer_knows_extension() {
             return Poll::Ready(Ok(()));
         }
         ready!(self.poll_room(context))?;
         let session = self.session.inner();
-        // A slice without bytes. The peer gives it back as soon as it comes, not when somebody
-        // reads, so no credit will be given for it and none is asked for.
-        let written = session.channels.manager.write_message(&[], 0);
-        if let Some(parcel) = written.map_err(|error| session.broken(error))? {
-            return Poll::Ready(self.send_parcel(SentChain { occupies: 0, ..parcel }));
+        // A slice without bytes. The peer gives it back as soon as it comes, not when it is read,
+        // so no credit will be given for it and none is asked for.
+        let written = session.memory.pool.write_message(&[], 0);
+        if let Some(sent) = written.map_err(|error| session.fail_memory(error))? {
+            return Poll::Ready(self.send_slices(&SentChain { occupies: 0, ..sent }));
         }
         // Over the socket it would say nothing to the peer, so it waits for as long as it takes.
         self.waiting.begin(session, WaitsFor::Memory(None), context);
+        self.poll_deadline(context)
+    }
+
+    /// Waits, but not beyond the deadline.
+    pub(crate) fn poll_deadline<T>(&mut self, context: &mut Context<'_>) -> Poll<Result<T>> {
         self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed))
     }
 
     /// Which way data goes now.
     #[inline]
     pub(crate) fn poll_path(&mut self, context: &mut Context<'_>) -> Poll<Result<DataPath>> {
-        match self.inner.life().path() {
+        match self.inner.state().path() {
             DataPath::SharedMemory => Poll::Ready(Ok(DataPath::SharedMemory)),
             DataPath::Socket => self.poll_return(context),
         }
@@ -292,18 +266,19 @@ impl WriteHalf {
     #[cold]
     fn poll_return(&mut self, context: &mut Context<'_>) -> Poll<Result<DataPath>> {
         let session = self.session.inner();
-        let attempts = self.coming_back.get_or_insert_default();
-        match attempts.poll(session, &self.inner, &mut self.waiting, context) {
-            Poll::Ready(true) => {
-                self.coming_back = None;
-                self.inner.life().return_to_memory();
+        let attempts = self.return_attempts.get_or_insert_default();
+        match session.proto.try_return(session, &self.inner, attempts, Instant::now()) {
+            ReturnStep::ToMemory => {
+                self.return_attempts = None;
                 Poll::Ready(Ok(DataPath::SharedMemory))
             }
-            Poll::Ready(false) => Poll::Ready(Ok(DataPath::Socket)),
-            Poll::Pending => {
+            ReturnStep::StayOnSocket => Poll::Ready(Ok(DataPath::Socket)),
+            ReturnStep::Wait(until) => {
+                self.inner.tasks.writer.register(context);
+                self.waiting.begin(session, WaitsFor::Return(until), context);
                 // The credit comes by the queue.
                 session.activate();
-                self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed))
+                self.poll_deadline(context)
             }
         }
     }
@@ -314,102 +289,85 @@ impl WriteHalf {
         context: &mut Context<'_>,
         len: usize,
     ) -> Poll<Result<Loan>> {
-        self.check_open()?;
+        self.session().proto.check_open(&self.inner)?;
         if ready!(self.poll_path(context))? == DataPath::SharedMemory {
             let session = self.session.inner();
             // Before any slice is taken: only an active session comes to rest again and gives back.
             session.activate();
-            if !session.channels.manager.is_short() || self.may_use_reserve(context, len) {
-                let allocated = session.channels.manager.allocate(len, false);
-                if let Some(chain) = allocated.map_err(|error| session.broken(error))? {
+            let pool = &session.memory.pool;
+            if !pool.is_short() || self.may_use_reserve(context, len) {
+                let allocated = pool.allocate(len, false);
+                if let Some(chain) = allocated.map_err(|error| session.fail_memory(error))? {
                     return Poll::Ready(Ok(Loan { chain }));
                 }
             }
             ready!(self.poll_pool(context))?;
         }
-        let manager = Rc::clone(&self.session().channels.manager);
-        Poll::Ready(Ok(Loan { chain: Chain::private(manager, len) }))
+        let pool = Rc::clone(&self.session().memory.pool);
+        Poll::Ready(Ok(Loan { chain: Chain::private(pool, len) }))
     }
 
-    /// Little memory is free. It is for short messages of streams whose readers have taken
-    /// everything, so that those who do not read hold up themselves only.
+    /// Little memory is free. Whether a message may have of it.
     #[cold]
     pub(crate) fn may_use_reserve(&self, context: &Context<'_>, len: usize) -> bool {
         let session = self.session();
-        if !session.credit.is_known() {
-            return true;
+        match session.proto.reserve_gate(session, &self.inner, len) {
+            ReserveGate::Open => true,
+            ReserveGate::TooLong => false,
+            ReserveGate::AwaitReader => {
+                self.inner.tasks.writer.register(context);
+                false
+            }
         }
-        if !self.inner.sending.is_all_taken() {
-            session.ask_for_credit(&self.inner);
-            self.inner.writer.register(context);
-            return false;
-        }
-        len <= session.channels.manager.smallest_slice()
     }
 
     /// Sends a chain if nothing has to be waited for; otherwise gives it back.
     #[inline]
     pub(crate) fn send_now(&mut self, chain: Chain) -> Result<Option<Chain>> {
-        self.check_open()?;
+        let session = self.session();
+        let gate = session.proto.send_gate(&**session, &self.inner)?;
         if chain.is_empty() {
             return Ok(None);
         }
-        let session = self.session();
-        if !chain.is_of(&session.channels.manager) {
+        if !chain.is_of(&session.memory.pool) {
             return Err(Error::ForeignLoan);
         }
-        let must_wait = !chain.is_shared()
-            || self.inner.life().path() == DataPath::Socket
-            || !session.has_window(&self.inner)
-            || self.is_queue_full()?;
-        if must_wait {
+        if gate != SendGate::Open || !chain.is_shared() {
             return Ok(Some(chain));
         }
-        // For forwarded messages; a loan had it activated.
-        session.activate();
-        if let Some(parcel) = chain.into_parcel() {
-            self.send_parcel(parcel)?;
+        if let Some(sent) = chain.into_parcel() {
+            self.send_slices(&sent)?;
         }
         Ok(None)
     }
 
     /// Waits until there is room for an event of this stream.
     pub(crate) fn poll_room(&mut self, context: &mut Context<'_>) -> Poll<Result<()>> {
-        self.check_open()?;
         let session = self.session.inner();
+        session.proto.check_open(&self.inner)?;
         session.activate();
-        if !session.has_window(&self.inner) {
-            if self.inner.writer.register(context) {
-                session.counters.window_full.add(1);
+        match session.proto.queue_gate(session, &self.inner)? {
+            SendGate::Open | SendGate::OnSocket => return Poll::Ready(Ok(())),
+            SendGate::Window => {
+                if self.inner.tasks.writer.register(context) {
+                    session.counters.window_full.add(1);
+                }
             }
-        } else if self.is_queue_full()? {
-            session.counters.queue_full.add(1);
-            self.waiting.begin(session, WaitsFor::Room, context);
-        } else {
-            return Poll::Ready(Ok(()));
+            SendGate::Queue => {
+                session.counters.queue_full.add(1);
+                self.waiting.begin(session, WaitsFor::Room, context);
+            }
         }
-        self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed))
-    }
-
-    #[inline(always)]
-    fn is_queue_full(&self) -> Result<bool> {
-        let is_full = self.session().channels.producer.borrow_mut().is_full();
-        is_full.map_err(|error| self.session().broken(error))
+        self.poll_deadline(context)
     }
 
     /// Sends the event that hands slices to the peer. There is room for it.
     #[inline(always)]
-    fn send_parcel(&self, parcel: SentChain) -> Result<()> {
-        let status = EventState::Open.to_status();
+    fn send_slices(&self, sent: &SentChain) -> Result<()> {
         let session = self.session();
-        let event = Event { stream_id: self.inner.id(), offset: parcel.offset, status };
-        let sent = session.send_event(event)?;
-        debug_assert!(sent, "there was room a moment ago");
-        self.inner.note_known_to_peer();
-        self.inner.last_sent.set(parcel.offset);
-        self.inner.sending.note_sent(parcel.occupies);
-        session.counters.bytes_sent.add(parcel.len as u64);
-        session.activity.note_sent(parcel.len);
+        session.proto.send_slices(&**session, &self.inner, sent.offset, sent.occupies)?;
+        session.counters.bytes_sent.add(sent.len as u64);
+        session.activity.note_sent(sent.len);
         Ok(())
     }
 
@@ -433,7 +391,7 @@ impl WriteHalf {
         context: &mut Context<'_>,
         parts: &[IoSlice<'_>],
     ) -> Poll<Result<usize>> {
-        self.check_open()?;
+        self.session().proto.check_open(&self.inner)?;
         // Fits: they are in memory at the same time, or the same several times over.
         let len = parts.iter().fold(0, |len: usize, part| len.saturating_add(part.len()));
         if len == 0 {
@@ -458,22 +416,22 @@ impl WriteHalf {
         len: usize,
     ) -> Poll<Result<Option<usize>>> {
         ready!(self.poll_room(context))?;
-        let manager = &self.session().channels.manager;
+        let session = self.session();
+        let pool = &session.memory.pool;
         let mut len = len.min(WRITE_AT_MOST);
-        if manager.is_short() && self.session().credit.is_known() {
-            len = len.min(manager.smallest_slice());
+        if pool.is_short() && session.proto.is_extension_known() {
+            len = len.min(pool.smallest_slice());
             if !self.may_use_reserve(context, len) {
                 return self.poll_pool(context).map_ok(|()| None);
             }
         }
-        let written = manager.write_message(parts, len);
-        let written = written.map_err(|error| self.session().broken(error))?;
-        let Some(parcel) = written else {
+        let written = pool.write_message(parts, len);
+        let Some(sent) = written.map_err(|error| session.fail_memory(error))? else {
             return self.poll_pool(context).map_ok(|()| None);
         };
         self.fallback_after.end();
-        self.send_parcel(parcel)?;
-        Poll::Ready(Ok(Some(parcel.len)))
+        self.send_slices(&sent)?;
+        Poll::Ready(Ok(Some(sent.len)))
     }
 }
 

@@ -18,6 +18,7 @@
 pub mod flow_control;
 pub mod handshake_client;
 pub mod handshake_server;
+pub mod session;
 pub mod stream_state;
 pub mod stream_table;
 

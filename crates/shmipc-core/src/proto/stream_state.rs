@@ -97,6 +97,11 @@ impl StreamState {
         self.here.get() == HalfState::Open && !self.peer.get().is_gone()
     }
 
+    /// Whether neither side has ended anything.
+    pub fn is_open(&self) -> bool {
+        self.here.get() == HalfState::Open && self.peer.get() == HalfState::Open
+    }
+
     /// Whether something may still come that this side reads.
     #[inline]
     pub fn can_receive(&self) -> bool {

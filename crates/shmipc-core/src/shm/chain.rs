@@ -23,8 +23,8 @@ use super::access::Memory;
 use super::pool::{NO_SLICE, SliceId, SlicePool};
 use super::region::Region;
 
-/// What a message that came over the socket costs besides its bytes, about.
-pub const SOCKET_MESSAGE_COST: usize = 128;
+pub use crate::wire::deframe::SOCKET_MESSAGE_COST;
+
 /// A block this small is kept until all of it is read.
 const SMALL_BLOCK: usize = 4096;
 

@@ -37,6 +37,7 @@ mod magazine;
 #[cfg(test)]
 mod models;
 mod owned_list;
+mod payload;
 pub mod pool;
 mod prefetcher;
 pub mod region;

@@ -25,6 +25,9 @@ use crate::error::WireError;
 /// How much is received at once when nothing large is under way. SyncEvents have 8 bytes.
 const RECEIVE_LEN: usize = 4096;
 
+/// What a message that came over the socket costs besides its bytes, about.
+pub const SOCKET_MESSAGE_COST: usize = 128;
+
 /// The largest block that is kept while no message is under way.
 const RETAINED_LEN: usize = 16 * 1024;
 
@@ -164,6 +167,12 @@ impl Deframer {
     /// How many bytes the data of a message keeps allocated at most, as long as any of it is kept.
     pub fn held_by(data_len: usize) -> usize {
         data_len + data_len / 8 + FALLBACK_HEADER_LEN
+    }
+
+    /// What a message with so many bytes of data costs until it is taken: what its data
+    /// [keeps](Self::held_by), and what this side needs to keep it.
+    pub fn cost_of(data_len: usize) -> usize {
+        Self::held_by(data_len) + SOCKET_MESSAGE_COST
     }
 
     /// Gives all memory back if nothing is buffered: for a session that goes idle.

@@ -7,14 +7,12 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io;
-use std::rc::Rc;
+use std::task::Poll;
 
 use futures_lite::future::poll_fn;
 
 use crate::exec::wakers::WakerList;
 use crate::net::socket::Socket;
-use crate::session::state::SessionInner;
-use crate::session::transmit::is_gone;
 use shmipc_core::wire::FALLBACK_HEADER_LEN;
 
 /// Payload waits until less than this is kept, so that a slow peer costs a bounded amount of
@@ -114,6 +112,31 @@ impl Outbox {
         Ok(false)
     }
 
+    /// Sends what is kept until nothing is: the task of [`send`](Self::send).
+    pub(crate) async fn send_kept(&self, socket: &Socket) -> io::Result<()> {
+        let result = self.send_until_empty(socket).await;
+        self.has_task.set(false);
+        result
+    }
+
+    async fn send_until_empty(&self, socket: &Socket) -> io::Result<()> {
+        let mut sender = socket.sender();
+        while !self.is_empty() {
+            let sent = poll_fn(|context| {
+                let kept = self.kept.borrow();
+                match kept.front() {
+                    Some(front) => sender.poll_send(context, front),
+                    // Cleared, since the session ended meanwhile.
+                    None => Poll::Ready(Ok(0)),
+                }
+            })
+            .await?;
+            self.kept.borrow_mut().drop_front(sent);
+            self.waiting.wake_all();
+        }
+        Ok(())
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.kept.borrow().pieces.is_empty()
     }
@@ -157,37 +180,6 @@ impl Outbox {
     pub(crate) fn is_overfull(&self) -> bool {
         self.kept.borrow().without_payload > KEEP_OF_OTHERS
     }
-}
-
-/// Sends what was kept until nothing is.
-pub(crate) async fn send_kept(session: Rc<SessionInner>) {
-    let result = send_until_empty(&session).await;
-    session.outbox().has_task.set(false);
-    match result {
-        Err(crate::Error::Os { source, .. }) if is_gone(&source) => session.note_hung_up(),
-        Err(error) => session.fail(error),
-        Ok(()) => {}
-    }
-}
-
-async fn send_until_empty(session: &SessionInner) -> Result<(), crate::Error> {
-    let mut sender = session.socket().sender();
-    let outbox = session.outbox();
-    while !outbox.is_empty() {
-        let sent = poll_fn(|context| {
-            let kept = outbox.kept.borrow();
-            match kept.front() {
-                Some(front) => sender.poll_send(context, front),
-                // Cleared, since the session ended meanwhile.
-                None => std::task::Poll::Ready(Ok(0)),
-            }
-        })
-        .await
-        .map_err(|error| crate::Error::os("send to the peer", error))?;
-        outbox.kept.borrow_mut().drop_front(sent);
-        outbox.waiting.wake_all();
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,18 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A session's turn with the poller, and the short wait of a task that looks at the queue itself.
+//! A session's turn with the reactor, and the short wait of a task that looks at the queue itself.
 
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use crate::reactor::poll_state::{PollState, Residency};
+use crate::reactor::poll_state::PollState;
 use crate::reactor::pollable::{PollOutcome, Pollable};
 use crate::session::close::Lingering;
-use crate::session::state::SessionInner;
-use crate::session::stream::StreamInner;
+use crate::session::state::{BufferMemory, SessionInner, StreamInner};
 use shmipc_core::config::Spin;
 use shmipc_core::error::{Error, MemoryError};
 use shmipc_core::shm::chain::Chain;
-use shmipc_core::wire::EventState;
 
 /// The most events that one turn takes before the other sessions get theirs.
 const EVENTS_PER_TURN: usize = 256;
@@ -38,10 +36,10 @@ const IN_PLACE_BYTES: usize = 32 << 10;
 
 impl SessionInner {
     /// One turn of the poller.
-    pub(crate) fn turn(self: &Rc<Self>, now: Instant) -> PollOutcome {
+    pub(crate) fn turn(&self, now: Instant) -> PollOutcome {
         let spins = self.config.settings().spin != Spin::Never;
         self.activity.in_place.credit.set(if spins { IN_PLACE_CREDIT } else { 0 });
-        if self.channels.must_look.get() {
+        if self.queues.must_look.get() {
             self.activity.note_wait_given_up();
         }
         let moved = match self.drain(EVENTS_PER_TURN) {
@@ -51,7 +49,7 @@ impl SessionInner {
                 if let Spin::For(full) = self.config.settings().spin {
                     self.activity.note_end_of_wait(full, now);
                 }
-                self.look_for_extension_at_first();
+                self.proto.look_for_extension_early(self);
                 true
             }
             Err(error) => {
@@ -62,24 +60,23 @@ impl SessionInner {
         if !moved {
             // The peer needs its slots back only when the queue is half full, which `pop` sees to;
             // to write the line that it publishes on more often than that would only slow it down.
-            self.channels.consumer.borrow_mut().publish();
+            self.queues.consumer.borrow_mut().publish();
         }
         self.finish_closing();
-        // While the socket is not read, nobody would hear that the peer is gone.
-        let is_paused = self.has_too_much_unread();
-        if self.inbox.is_hung_up.get() || (is_paused && self.socket().is_hung_up()) {
+        // While the socket is not read, its end would not be noticed.
+        let is_paused = self.proto.has_too_much_unread();
+        if self.socket.is_hung_up.get() || (is_paused && self.socket.socket.is_hung_up()) {
             self.hang_up();
         }
-        self.send_kept_closes();
-        self.send_kept_credit();
-        self.send_waiting_credit();
+        self.proto.send_deferred_closes(self, now);
+        self.proto.send_due_credit(self);
         self.wake_waiting(now);
-        let sent = self.channels.must_look.get();
+        let sent = self.queues.must_look.get();
         self.flush_queue();
         let stay = self.stay(now, moved || sent);
         // Last: all of this may have met what is wrong.
-        let is_lost = || self.channels.are_lost().then_some(MemoryError::Lost);
-        match self.channels.manager.take_broken().or_else(is_lost) {
+        let is_lost = || self.is_memory_lost().then_some(MemoryError::Lost);
+        match self.memory.pool.take_broken().or_else(is_lost) {
             None => stay,
             Some(error) => {
                 self.fail(error.into());
@@ -88,7 +85,7 @@ impl SessionInner {
         }
     }
 
-    fn stay(self: &Rc<Self>, now: Instant, had_traffic: bool) -> PollOutcome {
+    fn stay(&self, now: Instant, had_traffic: bool) -> PollOutcome {
         if self.is_over() {
             return PollOutcome::Closed;
         }
@@ -103,13 +100,10 @@ impl SessionInner {
         if spins {
             return if had_traffic { PollOutcome::Progress } else { PollOutcome::Spinning };
         }
-        let channels = &self.channels;
-        let somebody_waits = !channels.queue_waiting.is_empty()
-            || !channels.pool_waiting.is_empty()
-            || !self.credit.returning.is_empty();
-        // While the socket is not read, nobody would hear a SyncEvent, or the end of what came.
-        let is_paused = self.has_too_much_unread() || !self.inbox.closing.is_empty();
-        if somebody_waits || is_paused || self.credit.has_kept() || self.has_kept_closes() {
+        let is_waited_for = !self.queues.waiters.is_empty()
+            || !self.memory.waiters.is_empty()
+            || !self.waiters.returning.is_empty();
+        if is_waited_for || self.proto.has_deferred_work() {
             return PollOutcome::Blocked;
         }
         self.activity.note_retired(matches!(self.config.settings().spin, Spin::For(_)));
@@ -118,10 +112,10 @@ impl SessionInner {
 
     /// Says that nobody looks at the queue any more, until the socket or the doorbell wakes this
     /// side. `false`: something came meanwhile.
-    pub(crate) fn fall_asleep(self: &Rc<Self>) -> bool {
-        let result = self.channels.consumer.borrow_mut().try_sleep();
+    pub(crate) fn fall_asleep(&self) -> bool {
+        let result = self.queues.consumer.borrow_mut().try_sleep();
         match result {
-            Ok(true) if self.channels.are_lost() => self.fail(MemoryError::Lost.into()),
+            Ok(true) if self.is_memory_lost() => self.fail(MemoryError::Lost.into()),
             Ok(true) => self.counters.sleeps.add(1),
             Ok(false) => return false,
             Err(error) => self.fail(error.into()),
@@ -131,21 +125,21 @@ impl SessionInner {
 
     /// Takes up to `limit` events from the queue. Gives how many there were.
     #[inline]
-    fn drain(self: &Rc<Self>, limit: usize) -> Result<usize, MemoryError> {
+    fn drain(&self, limit: usize) -> Result<usize, MemoryError> {
         let mut taken = 0;
         while taken < limit && !self.is_over() {
-            let available = self.channels.consumer.borrow_mut().available()? as usize;
+            let available = self.queues.consumer.borrow_mut().available()? as usize;
             let count = available.min(limit - taken);
             for _ in 0..count {
                 let (event, ahead) = {
-                    let mut consumer = self.channels.consumer.borrow_mut();
+                    let mut consumer = self.queues.consumer.borrow_mut();
                     (consumer.pop(), consumer.offset_ahead(LOOK_AHEAD))
                 };
                 if let Some(offset) = ahead {
-                    self.channels.manager.prefetch(offset);
+                    self.memory.pool.prefetch(offset);
                 }
                 if let Some(event) = event {
-                    self.handle_event(event)?;
+                    self.proto.on_event(self, event)?;
                 }
             }
             taken += count;
@@ -158,11 +152,10 @@ impl SessionInner {
         Ok(taken)
     }
 
-    /// Whether the peer has published events that nobody took yet.
+    /// Whether the peer has published events that were not taken yet.
     #[inline]
     pub(crate) fn has_events(&self) -> bool {
-        // What is wrong with the queue is found, and named, when it is drained.
-        self.channels.consumer.borrow_mut().has_events().unwrap_or(true)
+        self.queues.has_events()
     }
 
     /// Waits a moment for data of a stream that the calling task would otherwise sleep for, and
@@ -191,7 +184,7 @@ impl SessionInner {
         for look in 1..=IN_PLACE_LOOKS {
             // Without a pause: it would take longer than the look, and this ends soon.
             if !self.has_events() {
-                if look % LOOKS_AT_OTHERS == 0 && self.poller.has_events_beside(self) {
+                if look % LOOKS_AT_OTHERS == 0 && self.reactor.has_events_beside(self) {
                     // The same task may wait for them too.
                     return None;
                 }
@@ -209,7 +202,7 @@ impl SessionInner {
                 let cost = IN_PLACE_COST + len / IN_PLACE_BYTES;
                 in_place.credit.set(in_place.credit.get().saturating_sub(cost));
                 in_place.penalty.set(0);
-                self.poller.note_wait_in_place();
+                self.reactor.note_wait_in_place();
                 return chain.or_else(|| stream.pop_inbound());
             }
         }
@@ -221,27 +214,20 @@ impl SessionInner {
 
     /// Takes the events that are there, and gives the first chain if it is one of this stream.
     #[inline]
-    fn drain_in_place(self: &Rc<Self>, stream: &StreamInner) -> Result<Option<Chain>, MemoryError> {
-        let available = self.channels.consumer.borrow_mut().available()? as usize;
+    fn drain_in_place(&self, stream: &StreamInner) -> Result<Option<Chain>, MemoryError> {
+        let available = self.queues.consumer.borrow_mut().available()? as usize;
         let count = available.min(EVENTS_IN_PLACE);
         if count > 0 {
-            self.look_for_extension_at_first();
+            self.proto.look_for_extension_early(self);
         }
         let mut chain = None;
         for index in 0..count {
-            let event = self.channels.consumer.borrow_mut().pop();
+            let event = self.queues.consumer.borrow_mut().pop();
             let Some(event) = event else { break };
-            let is_next = index == 0
-                && event.stream_id == stream.id()
-                && event.state() == EventState::Open
-                && !stream.has_news();
-            if is_next {
-                let adopted = self.adopt(event.offset)?;
-                self.note_come(stream, &adopted);
-                chain = Some(adopted).filter(|chain| !chain.is_empty());
-                stream.note_received();
+            if index == 0 {
+                chain = self.proto.on_event_for(self, stream, event)?;
             } else {
-                self.handle_event(event)?;
+                self.proto.on_event(self, event)?;
             }
         }
         self.activity.last_batch.set(count);
@@ -251,8 +237,8 @@ impl SessionInner {
 
     /// Takes every event that was published before now. A peer that goes on publishing meanwhile
     /// cannot hold us.
-    pub(crate) fn drain_all(self: &Rc<Self>) {
-        let available = self.channels.consumer.borrow_mut().available_now();
+    pub(crate) fn drain_all(&self) {
+        let available = self.queues.consumer.borrow_mut().available_now();
         // They are known now, so one round takes them all.
         let result = available.and_then(|count| self.drain(count as usize));
         match result {
@@ -264,32 +250,19 @@ impl SessionInner {
     }
 
     fn wake_waiting(&self, now: Instant) {
-        let channels = &self.channels;
-        if !channels.queue_waiting.is_empty() {
-            let is_full = channels.producer.borrow_mut().is_full();
-            match is_full {
-                Ok(true) => {}
-                Ok(false) => channels.queue_waiting.wake_all(),
-                Err(error) => self.fail(error.into()),
-            }
+        if let Err(error) = self.queues.wake_waiters() {
+            self.fail(error.into());
         }
-        if !self.credit.returning.is_empty() {
-            self.credit.returning.wake_expired(now);
+        if !self.waiters.returning.is_empty() {
+            self.waiters.returning.wake_expired(now);
         }
-        if !channels.pool_waiting.is_empty() {
-            if channels.manager.might_allocate() {
-                channels.pool_waiting.wake_all();
+        let BufferMemory { pool, waiters } = &self.memory;
+        if !waiters.is_empty() {
+            if pool.might_allocate() {
+                waiters.wake_all();
             } else {
-                channels.pool_waiting.wake_expired(now);
+                waiters.wake_expired(now);
             }
-        }
-    }
-
-    /// Puts the session before the poller.
-    #[inline]
-    pub(crate) fn activate(self: &Rc<Self>) {
-        if self.activity.residency.get() != Residency::Active && !self.is_over() {
-            self.poller.activate(self);
         }
     }
 }
@@ -313,11 +286,11 @@ impl Pollable for SessionInner {
 
     #[inline]
     fn turn(self: &Rc<Self>, now: Instant) -> PollOutcome {
-        self.turn(now)
+        SessionInner::turn(self, now)
     }
 
     fn activate(self: &Rc<Self>) {
-        self.activate();
+        SessionInner::activate(self);
     }
 
     fn may_be_looked_at(&self) -> bool {
@@ -325,15 +298,15 @@ impl Pollable for SessionInner {
     }
 
     fn set_working(&self) {
-        self.channels.consumer.borrow().set_working();
+        self.queues.consumer.borrow().set_working();
     }
 
     fn fall_asleep(self: &Rc<Self>) -> bool {
-        self.fall_asleep()
+        SessionInner::fall_asleep(self)
     }
 
     fn set_resting(&self, is_resting: bool) {
-        self.channels.manager.set_resting(is_resting);
+        self.memory.pool.set_resting(is_resting);
     }
 
     fn stall_timeout(&self) -> Option<Duration> {
@@ -341,7 +314,7 @@ impl Pollable for SessionInner {
     }
 
     fn look_after(&self, passed: Duration) {
-        self.look_after(passed);
+        self.proto.check_liveness(self, passed);
     }
 
     fn terminate(&self) {
@@ -397,7 +370,7 @@ mod tests {
             assert!(!server.inner().has_events());
             assert_eq!(place.get(), Residency::Active);
 
-            let in_flight = || client.inner().channels.producer.borrow_mut().in_flight().unwrap().1;
+            let in_flight = || client.inner().queues.producer.borrow_mut().in_flight().unwrap().1;
             assert_eq!(in_flight(), 1);
             while in_flight() > 0 {
                 glommio::timer::sleep(Duration::from_millis(1)).await;
