@@ -5,6 +5,7 @@
 //!
 //! It ends with one line of JSON on stdout, and with status 0 only if every byte came back.
 
+#[allow(dead_code, reason = "the other examples use the rest")]
 #[path = "support/protocol.rs"]
 mod protocol;
 #[allow(dead_code, reason = "the other examples use the rest")]
@@ -131,8 +132,13 @@ fn parse() -> Result<Options, ExitCode> {
                 .value_parser(value_parser!(u64).range(LEAST_POOL..)),
         )
         .arg(
-            cli::option("queue", "EVENTS", "Room in each IO queue [default: 8192]")
-                .value_parser(value_parser!(u32)),
+            cli::option_with_default(
+                "queue",
+                "EVENTS",
+                "Room in each IO queue",
+                Config::default().queue_capacity(),
+            )
+            .value_parser(value_parser!(u32)),
         )
         .arg(cli::flag("reopen", "A fresh stream for every message"))
         .arg(cli::flag("verify", "Check every byte, as by default").overrides_with("no-verify"))

@@ -13,17 +13,18 @@ use clap::{Arg, ArgGroup, ArgMatches, Command, value_parser};
 use shmipc_glommio::{Config, ProtocolVersion, Spin, Wakeup};
 
 use crate::address::HostPort;
-use crate::{cli, protocol};
+use crate::{cli, protocol, wakeup};
 
 /// As long as Redis takes them.
-const LONGEST_VALUE: u64 = 512 << 20;
-const MOST_CONNECTIONS: u64 = 4096;
-const MOST_KEYS: u64 = 1 << 24;
-const DEEPEST: u64 = 1 << 16;
-const MOST_THREADS: u64 = 256;
-const LONGEST_TIMEOUT: u64 = 24 * 3600;
+const MAX_VALUE: u64 = 512 << 20;
+const MAX_CONNECTIONS: u64 = 4096;
+const MAX_KEYS: u64 = 1 << 24;
+const MAX_DEPTH: u64 = 1 << 16;
+const MAX_THREADS: u64 = 256;
+const MAX_TIMEOUT: u64 = 24 * 3600;
 /// In microseconds.
-const LONGEST_SPIN: u64 = 1_000_000_000;
+const MAX_SPIN: u64 = 1_000_000_000;
+const DEFAULT_VERSION: ProtocolVersion = ProtocolVersion::V4;
 
 /// Where the store listens, and what carries the requests.
 #[derive(Debug, Clone)]
@@ -118,11 +119,8 @@ impl Options {
             tick: Duration::from_micros(count("tick")),
             threads: count("threads") as usize,
             cores: matches.get_one("cores").cloned().unwrap_or_default(),
-            spin: number("spin").map(|micros| match micros {
-                0 => Spin::Never,
-                micros => Spin::For(Duration::from_micros(micros)),
-            }),
-            version: matches.get_one("protocol").copied().unwrap_or(ProtocolVersion::V4),
+            spin: number("spin").map(protocol::spin),
+            version: matches.get_one("protocol").copied().unwrap_or(DEFAULT_VERSION),
             wakeup: matches.get_one("wakeup").copied(),
             pool: number("pool"),
             seed: count("seed"),
@@ -141,11 +139,7 @@ impl Options {
 
     /// How sessions are set up.
     pub(crate) fn config(&self) -> Result<Config, shmipc_glommio::ConfigError> {
-        let by_version = match self.version {
-            ProtocolVersion::V4 => Wakeup::EventFd,
-            _ => Wakeup::Socket,
-        };
-        let wakeup = self.wakeup.unwrap_or(by_version);
+        let wakeup = self.wakeup.unwrap_or_else(|| default_wakeup(self.version));
         let mut builder = Config::builder().protocol(self.version).wakeup(wakeup);
         if let Some(spin) = self.spin {
             builder = builder.spin(spin);
@@ -160,6 +154,13 @@ impl Options {
     pub(crate) fn share(&self, requests: u64, connection: usize) -> u64 {
         let connections = self.connections as u64;
         requests / connections + u64::from((connection as u64) < requests % connections)
+    }
+}
+
+fn default_wakeup(version: ProtocolVersion) -> Wakeup {
+    match version {
+        ProtocolVersion::V4 => Wakeup::EventFd,
+        _ => Wakeup::Socket,
     }
 }
 
@@ -198,22 +199,22 @@ fn numbers() -> Vec<Arg> {
             1..=most,
             "Requests that are measured, on all connections together",
         ),
-        number("value", "BYTES", "64", 0..=LONGEST_VALUE, "Length of every value"),
+        number("value", "BYTES", "64", 0..=MAX_VALUE, "Length of every value"),
         number(
             "depth",
             "N",
             "1",
-            1..=DEEPEST,
+            1..=MAX_DEPTH,
             "Requests of one connection that are under way at most",
         ),
         number(
             "connections",
             "N",
             "1",
-            1..=MOST_CONNECTIONS,
+            1..=MAX_CONNECTIONS,
             "Connections; over shared memory, each has a stream to every shard",
         ),
-        number("keys", "N", "1000", 1..=MOST_KEYS, "Keys of each connection"),
+        number("keys", "N", "1000", 1..=MAX_KEYS, "Keys of each connection"),
         number(
             "reads",
             "PERCENT",
@@ -229,26 +230,21 @@ fn numbers() -> Vec<Arg> {
             "Requests of a rate come together, each time that so much has passed; \
                 with 0 each comes at its own time, as far as timers can",
         ),
-        number(
-            "threads",
-            "N",
-            "1",
-            1..=MOST_THREADS,
-            "Executors that the connections are dealt to",
-        ),
+        number("threads", "N", "1", 1..=MAX_THREADS, "Executors that the connections are dealt to"),
         number("seed", "N", "1", 0..=u64::MAX, "Which operations, keys and values"),
         number("warmup", "N", "0", 0..=most, "Requests before those that are measured"),
         number(
             "timeout",
             "SECONDS",
             "60",
-            1..=LONGEST_TIMEOUT,
+            1..=MAX_TIMEOUT,
             "Give up when nothing was answered for that long",
         ),
     ]
 }
 
 fn others() -> [Arg; 6] {
+    let library = Config::default();
     [
         cli::option(
             "rate",
@@ -258,26 +254,34 @@ fn others() -> [Arg; 6] {
         .value_parser(rate),
         cli::option("cores", "LIST", "Processors for the executors, as 0,2 or 0-3 [default: any]")
             .value_parser(cores),
-        cli::option(
+        cli::option_with_default(
             "spin",
             "MICROS",
-            "How long a session polls after its last traffic [default: the library's]",
+            "How long a session polls after its last traffic",
+            protocol::spin_micros(library.spin()),
         )
-        .value_parser(value_parser!(u64).range(..=LONGEST_SPIN)),
-        cli::option(
+        .value_parser(value_parser!(u64).range(..=MAX_SPIN)),
+        cli::option_with_default(
             "protocol",
             "3|4",
-            "Version of the protocol of sessions [default: 4, or else what the server has]",
+            "Version of the protocol of sessions",
+            format_args!("{}, or else what the server has", DEFAULT_VERSION.as_u8()),
         )
         .value_parser(protocol::protocol_version),
-        cli::option(
+        cli::option_with_default(
             "wakeup",
             "socket|eventfd|polling:MICROS",
-            "How the sides wake each other; version 3 by socket only [default: eventfd]",
+            "How the sides wake each other; version 3 by socket only",
+            wakeup::name(default_wakeup(DEFAULT_VERSION)),
         )
         .value_parser(protocol::wakeup),
-        cli::option("pool", "BYTES", "Buffer memory of a session [default: the library's]")
-            .value_parser(value_parser!(u64).range(1..=u64::from(u32::MAX))),
+        cli::option_with_default(
+            "pool",
+            "BYTES",
+            "Buffer memory of a session",
+            library.buffer_size(),
+        )
+        .value_parser(value_parser!(u64).range(1..=u64::from(u32::MAX))),
     ]
 }
 

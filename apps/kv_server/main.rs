@@ -23,6 +23,9 @@ mod address;
 #[path = "../support/cli.rs"]
 mod cli;
 mod kv;
+#[allow(dead_code, reason = "the other examples use the rest")]
+#[path = "../support/protocol.rs"]
+mod protocol;
 
 use std::io;
 use std::path::PathBuf;
@@ -42,14 +45,14 @@ use kv::doors::AllDoors;
 use kv::resp::Limits;
 use kv::shard::{self, Settings};
 
-const MOST_SHARDS: usize = 256;
+const MAX_SHARDS: usize = 256;
 /// How long sessions get to come to rest when the server is to stop.
 const GRACE: Duration = Duration::from_secs(2);
 const DEFAULT_BULK: usize = 64 << 20;
-const MOST_BULK: usize = 512 << 20;
+const MAX_BULK: usize = 512 << 20;
 const DEFAULT_OUTPUT: usize = 64 << 20;
 const DEFAULT_OUTPUT_ALL: usize = 512 << 20;
-const MOST_OUTPUT: u64 = 1 << 40;
+const MAX_OUTPUT: u64 = 1 << 40;
 
 /// What the command line says.
 struct Options {
@@ -96,41 +99,52 @@ fn parse() -> Result<Options, ExitCode> {
     .group(ArgGroup::new("doors").args(["tcp", "unix", "shm"]).multiple(true).required(true))
     .arg(
         cli::option("shards", "N", "How many shards, one thread each [default: one a processor]")
-            .value_parser(value_parser!(u64).range(1..=MOST_SHARDS as u64)),
+            .value_parser(value_parser!(u64).range(1..=MAX_SHARDS as u64)),
     )
     .arg(cli::flag("pin", "Keep each shard on one processor"))
     .arg(
-        cli::option(
+        cli::option_with_default(
             "spin",
             "MICROS",
-            "How long a shard polls shared memory before it sleeps [default: 50]",
+            "How long a shard polls shared memory before it sleeps",
+            protocol::spin_micros(Config::default().spin()),
         )
         .value_parser(value_parser!(u64)),
     )
     .arg(
-        cli::option("max-bulk", "BYTES", "The longest key or value [default: 64 MiB]")
-            .value_parser(value_parser!(u64).range(1024..=MOST_BULK as u64)),
+        cli::option_with_default(
+            "max-bulk",
+            "BYTES",
+            "The longest key or value",
+            mebibytes(DEFAULT_BULK),
+        )
+        .value_parser(value_parser!(u64).range(1024..=MAX_BULK as u64)),
     )
     .arg(
-        cli::option(
+        cli::option_with_default(
             "max-output",
             "BYTES",
-            "The most replies that are kept for a client that writes and does not read \
-            [default: 64 MiB]",
+            "The most replies that are kept for a client that writes and does not read",
+            mebibytes(DEFAULT_OUTPUT),
         )
-        .value_parser(value_parser!(u64).range(..=MOST_OUTPUT)),
+        .value_parser(value_parser!(u64).range(..=MAX_OUTPUT)),
     )
     .arg(
-        cli::option(
+        cli::option_with_default(
             "max-output-all",
             "BYTES",
-            "The same for all clients together [default: 512 MiB]",
+            "The same for all clients together",
+            mebibytes(DEFAULT_OUTPUT_ALL),
         )
-        .value_parser(value_parser!(u64).range(..=MOST_OUTPUT)),
+        .value_parser(value_parser!(u64).range(..=MAX_OUTPUT)),
     )
     .arg(cli::flag("debug", "Allow DEBUG SLEEP seconds [key], which blocks a shard"))
     .after_help("More than one shard needs --shm, by which the shards reach each other.");
     cli::read(command, options)
+}
+
+fn mebibytes(bytes: usize) -> String {
+    format!("{} MiB", bytes >> 20)
 }
 
 /// What the arguments say together.
@@ -143,13 +157,9 @@ fn options(matches: &ArgMatches) -> Result<Options, String> {
         tcp: matches.get_one("tcp").cloned(),
         unix: path("unix"),
         shm: path("shm"),
-        shards: shards.min(MOST_SHARDS),
+        shards: shards.min(MAX_SHARDS),
         is_pinned: matches.get_flag("pin"),
-        spin: match number("spin") {
-            None => Config::default().spin(),
-            Some(0) => Spin::Never,
-            Some(micros) => Spin::For(Duration::from_micros(micros)),
-        },
+        spin: number("spin").map_or_else(|| Config::default().spin(), protocol::spin),
         bulk: number("max-bulk").map_or(DEFAULT_BULK, |bulk| bulk as usize),
         output: [
             number("max-output").map_or(DEFAULT_OUTPUT, |bytes| bytes as usize),

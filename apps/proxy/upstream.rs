@@ -79,7 +79,7 @@ impl Told {
     fn note(&self, status: &SessionStatus) {
         let (path, shard) = (&self.path, status.shard);
         let mut sessions = self.sessions.borrow_mut();
-        let before = sessions.get(&(shard, status.number)).copied();
+        let before = sessions.get(&(shard, status.slot)).copied();
         let now = match &status.state {
             SessionState::Up => {
                 tell(format_args!("connected with {path}, shard {shard}"));
@@ -98,6 +98,6 @@ impl Told {
             }
             _ => return,
         };
-        sessions.insert((shard, status.number), now);
+        sessions.insert((shard, status.slot), now);
     }
 }

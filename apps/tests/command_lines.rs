@@ -13,6 +13,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use nix::sys::signal::Signal;
+use shmipc_glommio::{Config, Spin};
 
 use support::process::{LONG, Process, example_path, until};
 
@@ -103,6 +104,31 @@ fn every_example_is_in_the_table() {
             path.extension().is_some_and(|end| end == "rs") || path.join("main.rs").exists();
         let name = path.file_stem().unwrap().to_str().unwrap();
         assert!(!is_program || ALL.contains(&name), "{name}");
+    }
+}
+
+/// The help of an option, on one line.
+fn help_of(example: &str, option: &str) -> String {
+    let help = text(&run(example, &["--help"], Stdio::piped()).stdout);
+    let lines = help.lines().skip_while(|line| !line.trim_start().starts_with(option));
+    let is_next = |line: &&str| line.trim_start().starts_with('-');
+    let (first, rest) = (lines.clone().next(), lines.skip(1).take_while(|line| !is_next(line)));
+    first.into_iter().chain(rest).map(str::trim).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn help_names_the_defaults_of_the_library() {
+    let library = Config::default();
+    let Spin::For(spin) = library.spin() else { panic!("{:?}", library.spin()) };
+    let spin = format!("[default: {}]", spin.as_micros());
+    for (example, option, default) in [
+        ("kv_server", "--spin ", spin.clone()),
+        ("kv_client", "--spin ", spin),
+        ("kv_client", "--pool ", format!("[default: {}]", library.buffer_size())),
+        ("echo_client", "--queue ", format!("[default: {}]", library.queue_capacity())),
+    ] {
+        let help = help_of(example, option);
+        assert!(help.ends_with(&default), "{example}: {help}");
     }
 }
 

@@ -23,6 +23,17 @@ pub(crate) fn option(name: &'static str, value: &'static str, help: &'static str
     option_once(name, value, help).overrides_with(name)
 }
 
+/// An option with a value, whose help ends with the default that the program applies itself. Pass
+/// the constant that is applied, so that the two cannot differ.
+pub(crate) fn option_with_default(
+    name: &'static str,
+    value: &'static str,
+    help: &str,
+    default: impl fmt::Display,
+) -> Arg {
+    option(name, value, "").help(format!("{help} [default: {default}]"))
+}
+
 /// An option with a value, which is a mistake to give twice.
 pub(crate) fn option_once(name: &'static str, value: &'static str, help: &'static str) -> Arg {
     Arg::new(name).long(name).value_name(value).help(help)

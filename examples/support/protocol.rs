@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Versions and wake-ups on the command lines of examples.
+//! Protocol versions, wake-ups and spinning as command-line values.
 
 use std::time::Duration;
 
-use shmipc_glommio::{ProtocolVersion, Wakeup};
+use shmipc_glommio::{ProtocolVersion, Spin, Wakeup};
 
 pub(crate) fn protocol_version(text: &str) -> Result<ProtocolVersion, &'static str> {
     match text {
@@ -23,5 +23,22 @@ pub(crate) fn wakeup(text: &str) -> Result<Wakeup, &'static str> {
             Ok(Wakeup::Polling(Duration::from_micros(micros)))
         }
         _ => Err("expected socket, eventfd or polling:MICROS"),
+    }
+}
+
+/// What `--spin MICROS` means: with 0, never spin.
+pub(crate) fn spin(micros: u64) -> Spin {
+    match micros {
+        0 => Spin::Never,
+        micros => Spin::For(Duration::from_micros(micros)),
+    }
+}
+
+/// The `MICROS` that [`spin`] turns into this.
+pub(crate) fn spin_micros(spin: Spin) -> String {
+    match spin {
+        Spin::Never => "0".into(),
+        Spin::For(time) => time.as_micros().to_string(),
+        _ => "for ever".into(),
     }
 }

@@ -28,6 +28,24 @@ use measure::{count, ours};
 #[global_allocator]
 static ALLOCATOR: count::CountingAllocator = count::CountingAllocator;
 
+/// How much a run measures if nothing else is asked for.
+#[derive(Clone, Copy)]
+struct Extent {
+    rounds: usize,
+    /// In milliseconds.
+    slice: usize,
+    sizes: &'static [usize],
+}
+
+const FULL: Extent = Extent {
+    rounds: 7,
+    slice: 60,
+    sizes: &[64, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20],
+};
+/// With `--quick`.
+const QUICK: Extent = Extent { rounds: 3, slice: 25, sizes: &[64, 4 << 10, 64 << 10, 1 << 20] };
+const DEFAULT_STREAMS: [usize; 2] = [1, 64];
+
 struct Options {
     json: bool,
     rounds: usize,
@@ -43,6 +61,7 @@ struct Options {
 impl Options {
     fn parse() -> Result<Self, ExitCode> {
         let touches = ["touch", "no-touch", "both"];
+        let streams = DEFAULT_STREAMS.map(|count| count.to_string()).join(",");
         let command = cli::command(
             "ping_pong",
             "Round trips between two processes: this crate beside the machine's limit and sockets",
@@ -52,15 +71,18 @@ impl Options {
             "quick",
             "Fewer and shorter rounds, and four sizes, unless others are given",
         ))
-        .arg(cli::option("rounds", "N", "Rounds [default: 7]").value_parser(number))
-        .arg(cli::option("slice", "MILLIS", "Length of a slice [default: 60]").value_parser(number))
+        .arg(cli::option_with_default("rounds", "N", "Rounds", FULL.rounds).value_parser(number))
+        .arg(
+            cli::option_with_default("slice", "MILLIS", "Length of a slice", FULL.slice)
+                .value_parser(number),
+        )
         .arg(
             cli::option("only", "TRANSPORT,…", "Transports, by parts of their names")
                 .value_parser(transports),
         )
         .arg(cli::option("sizes", "BYTES,…", "Sizes of messages").value_parser(numbers))
         .arg(
-            cli::option("streams", "N,…", "Streams at the same time [default: 1,64]")
+            cli::option_with_default("streams", "N,…", "Streams at the same time", streams)
                 .value_parser(numbers),
         )
         .arg(
@@ -81,13 +103,7 @@ impl Options {
     fn take(matches: &ArgMatches) -> Result<Self, String> {
         let number = |name| matches.get_one::<usize>(name).copied();
         let numbers = |name| matches.get_one::<Vec<usize>>(name).cloned();
-        let (rounds, slice, sizes) = match matches.get_flag("quick") {
-            true => (3, 25, vec![64, 4 << 10, 64 << 10, 1 << 20]),
-            false => {
-                let sizes = [64, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20];
-                (7, 60, sizes.to_vec())
-            }
-        };
+        let extent = if matches.get_flag("quick") { QUICK } else { FULL };
         let only = matches.get_one::<Vec<Transport>>("only").cloned();
         let mut transports = only.unwrap_or_else(|| Transport::USUAL.to_vec());
         if matches.get_flag("v4") {
@@ -95,11 +111,11 @@ impl Options {
         }
         Ok(Self {
             json: matches.get_flag("json"),
-            rounds: number("rounds").unwrap_or(rounds).max(1),
-            slice: Duration::from_millis(number("slice").unwrap_or(slice) as u64),
+            rounds: number("rounds").unwrap_or(extent.rounds).max(1),
+            slice: Duration::from_millis(number("slice").unwrap_or(extent.slice) as u64),
             transports,
-            sizes: numbers("sizes").unwrap_or(sizes),
-            streams: numbers("streams").unwrap_or_else(|| vec![1, 64]),
+            sizes: numbers("sizes").unwrap_or_else(|| extent.sizes.to_vec()),
+            streams: numbers("streams").unwrap_or_else(|| DEFAULT_STREAMS.to_vec()),
             touch: match (matches.get_flag("no-touch"), matches.get_flag("both")) {
                 (_, true) => vec![true, false],
                 (is_off, false) => vec![!is_off],
