@@ -117,7 +117,7 @@ fn each_shard_is_reached_and_has_its_own_sessions() {
         for shard in [0, 2] {
             assert_eq!(who(&client, shard).await.unwrap(), format!("s{shard}"));
         }
-        let shards: Vec<_> = client.status().iter().map(|one| (one.shard, one.number)).collect();
+        let shards: Vec<_> = client.status().iter().map(|one| (one.shard, one.slot)).collect();
         assert_eq!(shards, [(0, 0), (0, 1), (2, 0), (2, 1)]);
         client.ready().await.unwrap();
         let is_up = |one: &SessionStatus| matches!(one.state, SessionState::Up);
@@ -653,7 +653,7 @@ fn changes_are_told_in_their_order_and_may_use_the_client() {
             log.borrow_mut().push(word);
             if let Some(client) = &*itself.borrow() {
                 let seen = &client.status()[0];
-                assert_eq!((seen.shard, seen.number), (status.shard, status.number));
+                assert_eq!((seen.shard, seen.slot), (status.shard, status.slot));
                 assert_eq!(format!("{:?}", seen.state), format!("{:?}", status.state));
                 let _ = client.shard_count();
                 let opening = client.clone();

@@ -88,7 +88,7 @@ pub struct SessionStatus {
     /// The shard that it leads to.
     pub shard: usize,
     /// Which of the shard's sessions it is, from 0.
-    pub number: usize,
+    pub slot: usize,
     /// How it stands.
     pub state: SessionState,
     /// Since when it stands like that.
@@ -107,7 +107,7 @@ pub(crate) type OnChange = Rc<dyn Fn(&SessionStatus)>;
 /// A place for one session, which is filled again when it becomes empty.
 pub(crate) struct ReconnectingSession {
     shard: usize,
-    number: usize,
+    slot: usize,
     state: RefCell<State>,
     since: Cell<Instant>,
     connections: Cell<u64>,
@@ -138,13 +138,13 @@ enum State {
 impl ReconnectingSession {
     pub(crate) fn new(
         shard: usize,
-        number: usize,
+        slot: usize,
         most_idle: usize,
         on_change: Option<OnChange>,
     ) -> Self {
         Self {
             shard,
-            number,
+            slot,
             state: RefCell::new(State::Connecting(None)),
             since: Cell::new(Instant::now()),
             connections: Cell::new(0),
@@ -252,7 +252,7 @@ impl ReconnectingSession {
         };
         SessionStatus {
             shard: self.shard,
-            number: self.number,
+            slot: self.slot,
             state: self.state.borrow().shown(),
             since: self.since.get(),
             connections: self.connections.get(),
