@@ -248,7 +248,7 @@ impl Peer {
                 let bytes = input.bytes(usize::from(action));
                 if let Ok(Some(mut chain)) = self.manager.allocate(bytes.len().max(1), false) {
                     chain.write(bytes);
-                    if let Some(parcel) = chain.into_parcel() {
+                    if let Some(parcel) = chain.into_sent() {
                         let status = u32::from(action / 48 % 3);
                         self.push(Event { stream_id, offset: parcel.offset, status });
                     }

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 
 use crate::session::extension::peer_extension;
+use crate::session::queues::QueueSlot;
 use crate::session::socket_io::is_gone;
 use crate::session::stall::await_first_event_taken;
 use crate::session::state::{SessionInner, StreamInner, StreamTasks};
@@ -23,6 +24,7 @@ impl Driver for SessionInner {
     type Inbound = ChainQueue;
     type SliceId = SliceId;
     type StreamTasks = StreamTasks;
+    type Slot<'a> = QueueSlot<'a>;
 
     #[inline]
     fn push_event(&self, event: Event) -> Result<bool, MemoryError> {
@@ -31,6 +33,20 @@ impl Driver for SessionInner {
             self.activate();
         }
         Ok(is_pushed)
+    }
+
+    #[inline(always)]
+    fn reserve(&self) -> Result<Option<QueueSlot<'_>>, MemoryError> {
+        self.queues.reserve()
+    }
+
+    #[inline(always)]
+    fn commit(&self, slot: QueueSlot<'_>, event: Event, len: usize) {
+        slot.commit(event);
+        self.activate();
+        self.counters.events_sent.add(1);
+        self.counters.bytes_sent.add(len as u64);
+        self.activity.note_sent(len);
     }
 
     #[inline]
@@ -51,11 +67,6 @@ impl Driver for SessionInner {
 
     fn in_flight(&self) -> Result<(i64, u32), MemoryError> {
         self.queues.producer.borrow_mut().in_flight()
-    }
-
-    #[inline(always)]
-    fn is_queue_full(&self) -> Result<bool, MemoryError> {
-        self.queues.producer.borrow_mut().is_full()
     }
 
     #[inline]

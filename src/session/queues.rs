@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The two IO queues of a session, and when what is in them is published.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, RefCell, RefMut};
 
 use crate::exec::wakers::WakerList;
 use shmipc_core::error::MemoryError;
@@ -22,6 +22,23 @@ pub(crate) struct Queues {
     pub(crate) must_look: Cell<bool>,
 }
 
+/// Room for one event in the send queue. The queue cannot be used otherwise meanwhile.
+pub(crate) struct QueueSlot<'a> {
+    producer: RefMut<'a, Producer<Region>>,
+    must_look: &'a Cell<bool>,
+}
+
+impl QueueSlot<'_> {
+    /// Puts the event there: see [`Queues::push`].
+    #[inline(always)]
+    pub(crate) fn commit(mut self, event: Event) {
+        self.producer.push_into_room(event);
+        if !self.must_look.replace(true) || self.producer.unpublished() >= PUBLISH_EVERY {
+            self.producer.publish();
+        }
+    }
+}
+
 impl Queues {
     pub(crate) fn new(producer: Producer<Region>, consumer: Consumer<Region>) -> Self {
         Self {
@@ -39,14 +56,16 @@ impl Queues {
     /// and the rest at the next turn, which also looks whether the peer must be woken.
     #[inline]
     pub(crate) fn push(&self, event: Event) -> Result<bool, MemoryError> {
+        let slot = self.reserve()?;
+        Ok(slot.map(|slot| slot.commit(event)).is_some())
+    }
+
+    /// Reserves room for the next event of the send queue. `None`: it is full.
+    #[inline(always)]
+    pub(crate) fn reserve(&self) -> Result<Option<QueueSlot<'_>>, MemoryError> {
         let mut producer = self.producer.borrow_mut();
-        if !producer.push(event)? {
-            return Ok(false);
-        }
-        if !self.must_look.replace(true) || producer.unpublished() >= PUBLISH_EVERY {
-            producer.publish();
-        }
-        Ok(true)
+        let is_full = producer.is_full()?;
+        Ok((!is_full).then_some(QueueSlot { producer, must_look: &self.must_look }))
     }
 
     /// Whether the peer has published events that were not taken yet.

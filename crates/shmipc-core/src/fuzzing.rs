@@ -258,7 +258,7 @@ pub fn memories(data: &[u8]) {
             }
             5 => {
                 // What another process would send us next.
-                match chains.pop_front().and_then(Chain::into_parcel) {
+                match chains.pop_front().and_then(Chain::into_sent) {
                     Some(parcel) => {
                         let event = Event { stream_id: 2, offset: parcel.offset, status: 0 };
                         producer.push(event).map(|_| {

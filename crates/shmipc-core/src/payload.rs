@@ -30,3 +30,14 @@ pub trait Inbound<P> {
     /// How many of the bytes came over the socket.
     fn socket_len(&self) -> usize;
 }
+
+/// A message whose slices are written for the peer to read, and are the peer's from now on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SentChain {
+    /// Where its first slice starts in the buffer memory.
+    pub offset: u32,
+    /// How many bytes it has.
+    pub len: usize,
+    /// What it takes from the stream's window: the capacity of its slices.
+    pub occupies: u64,
+}

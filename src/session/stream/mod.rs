@@ -143,7 +143,7 @@ impl Stream {
     /// [deadline](Self::set_write_deadline) has passed.
     #[inline]
     pub fn alloc(&mut self, len: usize) -> AllocFuture<'_> {
-        self.writer.alloc(len)
+        AllocFuture::new(&mut self.writer, len)
     }
 
     /// Sends what was written into a loan, as one flush.
@@ -160,14 +160,14 @@ impl Stream {
     /// spent: what is not sent goes back to the pool.
     #[inline]
     pub fn send(&mut self, loan: Loan) -> SendFuture<'_> {
-        self.writer.send(loan)
+        SendFuture::new(&mut self.writer, loan.chain)
     }
 
     /// Passes a message on that was received on this stream or another one of the same session,
     /// without a copy: what of it is unread, as one flush. For the rest as [`send`](Self::send).
     #[inline]
     pub fn forward(&mut self, message: Message) -> SendFuture<'_> {
-        self.writer.forward(message)
+        SendFuture::new(&mut self.writer, message.chain)
     }
 
     /// Waits for the next flush of the peer, and takes it as a whole. `None` is the end: the peer
@@ -181,7 +181,7 @@ impl Stream {
     /// [reset](Self::reset) the stream; or the [deadline](Self::set_read_deadline) has passed.
     #[inline]
     pub fn recv(&mut self) -> RecvFuture<'_> {
-        self.reader.recv()
+        RecvFuture::new(&mut self.reader)
     }
 
     /// The flushes of the peer as a [stream of futures](futures_lite::Stream), which ends with the

@@ -119,7 +119,7 @@ impl ReadHalf {
     /// [reset](crate::Stream::reset) the stream; or the [deadline](Self::set_deadline) has passed.
     #[inline]
     pub fn recv(&mut self) -> RecvFuture<'_> {
-        RecvFuture { half: self }
+        RecvFuture::new(self)
     }
 
     /// The flushes of the peer as a [stream of futures](futures_lite::Stream), which ends with the
@@ -304,6 +304,13 @@ impl AsyncBufRead for ReadHalf {
 #[must_use = "futures do nothing unless they are awaited"]
 pub struct RecvFuture<'a> {
     half: &'a mut ReadHalf,
+}
+
+impl<'a> RecvFuture<'a> {
+    #[inline]
+    pub(crate) fn new(half: &'a mut ReadHalf) -> Self {
+        Self { half }
+    }
 }
 
 impl Future for RecvFuture<'_> {

@@ -242,7 +242,7 @@ impl WriteHalf {
         // so no credit will be given for it and none is asked for.
         let written = session.memory.pool.write_message(&[], 0);
         if let Some(sent) = written.map_err(|error| session.fail_memory(error))? {
-            return Poll::Ready(self.send_slices(&SentChain { occupies: 0, ..sent }));
+            return Poll::Ready(self.send_written(&SentChain { occupies: 0, ..sent }));
         }
         // Over the socket it would say nothing to the peer, so it waits for as long as it takes.
         self.waiting.begin(session, WaitsFor::Memory(None), context);
@@ -254,10 +254,10 @@ impl WriteHalf {
         self.deadline.poll(context).map(|()| Err(Error::DeadlinePassed))
     }
 
-    /// Which way data goes now.
+    /// Which way data goes now, if it may.
     #[inline]
     pub(crate) fn poll_path(&mut self, context: &mut Context<'_>) -> Poll<Result<DataPath>> {
-        match self.inner.state().path() {
+        match self.session().proto.send_path(&self.inner)? {
             DataPath::SharedMemory => Poll::Ready(Ok(DataPath::SharedMemory)),
             DataPath::Socket => self.poll_return(context),
         }
@@ -289,7 +289,6 @@ impl WriteHalf {
         context: &mut Context<'_>,
         len: usize,
     ) -> Poll<Result<Loan>> {
-        self.session().proto.check_open(&self.inner)?;
         if ready!(self.poll_path(context))? == DataPath::SharedMemory {
             let session = self.session.inner();
             // Before any slice is taken: only an active session comes to rest again and gives back.
@@ -332,11 +331,12 @@ impl WriteHalf {
         if !chain.is_of(&session.memory.pool) {
             return Err(Error::ForeignLoan);
         }
-        if gate != SendGate::Open || !chain.is_shared() {
+        let SendGate::Open(slot) = gate else { return Ok(Some(chain)) };
+        if !chain.is_shared() {
             return Ok(Some(chain));
         }
-        if let Some(sent) = chain.into_parcel() {
-            self.send_slices(&sent)?;
+        if let Some(sent) = chain.into_sent() {
+            session.proto.send_slices(&**session, &self.inner, slot, &sent);
         }
         Ok(None)
     }
@@ -347,7 +347,7 @@ impl WriteHalf {
         session.proto.check_open(&self.inner)?;
         session.activate();
         match session.proto.queue_gate(session, &self.inner)? {
-            SendGate::Open | SendGate::OnSocket => return Poll::Ready(Ok(())),
+            SendGate::Open(_) | SendGate::OnSocket => return Poll::Ready(Ok(())),
             SendGate::Window => {
                 if self.inner.tasks.writer.register(context) {
                     session.counters.window_full.add(1);
@@ -361,14 +361,11 @@ impl WriteHalf {
         self.poll_deadline(context)
     }
 
-    /// Sends the event that hands slices to the peer. There is room for it.
-    #[inline(always)]
-    fn send_slices(&self, sent: &SentChain) -> Result<()> {
+    /// Sends the event that hands slices to the peer. There was room for it a moment ago.
+    #[inline]
+    fn send_written(&self, sent: &SentChain) -> Result<()> {
         let session = self.session();
-        session.proto.send_slices(&**session, &self.inner, sent.offset, sent.occupies)?;
-        session.counters.bytes_sent.add(sent.len as u64);
-        session.activity.note_sent(sent.len);
-        Ok(())
+        session.proto.send_written(&**session, &self.inner, sent)
     }
 
     #[inline]
@@ -391,11 +388,10 @@ impl WriteHalf {
         context: &mut Context<'_>,
         parts: &[IoSlice<'_>],
     ) -> Poll<Result<usize>> {
-        self.session().proto.check_open(&self.inner)?;
         // Fits: they are in memory at the same time, or the same several times over.
         let len = parts.iter().fold(0, |len: usize, part| len.saturating_add(part.len()));
         if len == 0 {
-            return Poll::Ready(Ok(0));
+            return Poll::Ready(self.session().proto.check_open(&self.inner).map(|()| 0));
         }
         if ready!(self.poll_path(context))? == DataPath::SharedMemory
             && let Some(count) = ready!(self.poll_send_slices(context, parts, len))?
@@ -430,7 +426,7 @@ impl WriteHalf {
             return self.poll_pool(context).map_ok(|()| None);
         };
         self.fallback_after.end();
-        self.send_slices(&sent)?;
+        self.send_written(&sent)?;
         Poll::Ready(Ok(Some(sent.len)))
     }
 }

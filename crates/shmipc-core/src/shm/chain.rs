@@ -2,7 +2,7 @@
 //! Slices that belong together: one message, on its way out or in.
 //!
 //! A [`Chain`] owns its slices; whatever happens to it, they go somewhere: on to the peer
-//! ([`Chain::into_parcel`]), or back among the free (when read, or dropped). Its links live
+//! ([`Chain::into_sent`]), or back among the free (when read, or dropped). Its links live
 //! in the manager's private ledger, so a chain of any length is a few words, and nothing that the
 //! peer writes can redirect it.
 //!
@@ -23,6 +23,7 @@ use super::access::Memory;
 use super::pool::{NO_SLICE, SliceId, SlicePool};
 use super::region::Region;
 
+pub use crate::payload::SentChain;
 pub use crate::wire::deframe::SOCKET_MESSAGE_COST;
 
 /// A block this small is kept until all of it is read.
@@ -33,17 +34,6 @@ pub struct Chain<M: Memory = Region> {
     pub(super) manager: Rc<SlicePool<M>>,
     /// Always there, but for the moment in which the chain ends.
     pub(super) state: Option<Box<ChainState>>,
-}
-
-/// Slices that are the peer's from now on, if their event is sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SentChain {
-    /// Where the first one starts.
-    pub offset: u32,
-    /// How many bytes there are to read.
-    pub len: usize,
-    /// How many bytes the slices hold together.
-    pub occupies: u64,
 }
 
 /// What a chain consists of. Dropped alone it would keep its slices from everybody; only this file
@@ -447,7 +437,7 @@ impl<M: Memory> Chain<M> {
     ///
     /// From here on the slices are the peer's, so the event must be on its way without fail.
     #[inline]
-    pub fn into_parcel(mut self) -> Option<SentChain> {
+    pub fn into_sent(mut self) -> Option<SentChain> {
         let manager = &self.manager;
         let state = self.state.as_deref_mut().expect("a chain that has not ended");
         if state.len == 0 || state.first == NO_SLICE {
@@ -456,7 +446,7 @@ impl<M: Memory> Chain<M> {
         let first = std::mem::replace(&mut state.first, NO_SLICE);
         if first == state.last {
             // One slice, the common message: nothing to link, nothing to give back.
-            return Some(manager.parcel(first, state.len));
+            return Some(manager.sent(first, state.len));
         }
         // Only slices behind the one being filled can be empty: they are filled front to back.
         let mut unused = manager.entry(state.filling).next.replace(NO_SLICE);

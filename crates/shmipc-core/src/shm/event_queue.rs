@@ -244,11 +244,19 @@ impl<M: Memory> Producer<M> {
         if self.is_full()? {
             return Ok(false);
         }
+        self.push_into_room(event);
+        Ok(true)
+    }
+
+    /// Puts an event behind the others, unpublished. The queue was seen to be
+    /// [not full](Self::is_full) since the last one.
+    #[inline(always)]
+    pub fn push_into_room(&mut self, event: Event) {
+        debug_assert!(self.has_room());
         // Relaxed: `publish` releases them together.
         self.ring.memory.store_words(self.ring.slot_offset(self.slot), event.to_words());
         self.tail += 1;
         self.slot = self.ring.next_slot(self.slot);
-        Ok(true)
     }
 
     /// Whether there is no room for one more event, by the peer's head of this moment.

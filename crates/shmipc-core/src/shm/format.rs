@@ -358,7 +358,7 @@ mod tests {
                 for len in [1, 60, 1000, 9000] {
                     let mut chain = manager.allocate(len, false).unwrap().unwrap();
                     assert_eq!(chain.write(&bytes[..len]), len);
-                    let parcel = chain.into_parcel().unwrap();
+                    let parcel = chain.into_sent().unwrap();
                     let other = SlicePool::map(&memory, ListSets::Shared).unwrap();
                     let came = other.adopt(parcel.offset).unwrap();
                     assert!(came.into_bytes() == bytes[..len]);

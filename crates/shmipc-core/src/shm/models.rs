@@ -430,7 +430,7 @@ fn payload_through_a_queue([our_sets, their_sets]: [ListSets; 2]) {
         for number in 0..2_u32 {
             let mut chain: Chain<Modelled> = ours.allocate(4, false).unwrap().unwrap();
             chain.write(&(100 + number).to_le_bytes());
-            let offset = chain.into_parcel().unwrap().offset;
+            let offset = chain.into_sent().unwrap().offset;
             let event = Event { stream_id: 2, offset, status: 0 };
             assert!(producer.push(event).unwrap());
             producer.publish();

@@ -254,7 +254,7 @@ impl<M: Memory> SlicePool<M> {
             }
             // Fits: the slice holds them.
             entry.len.set((at - entry.data()) as u32);
-            return Ok(Some(self.parcel(id, at - entry.data())));
+            return Ok(Some(self.sent(id, at - entry.data())));
         }
         let Some(mut chain) = self.allocate_many(len, true)? else { return Ok(None) };
         for part in parts {
@@ -263,7 +263,7 @@ impl<M: Memory> SlicePool<M> {
                 break;
             }
         }
-        Ok(chain.into_parcel())
+        Ok(chain.into_sent())
     }
 
     #[inline]
@@ -333,7 +333,7 @@ impl<M: Memory> SlicePool<M> {
 
     /// Hands over one held slice with `len` bytes in it.
     #[inline(always)]
-    pub(super) fn parcel(&self, id: SliceId, len: usize) -> SentChain {
+    pub(super) fn sent(&self, id: SliceId, len: usize) -> SentChain {
         let offset = self.write_header(id);
         let occupies = self.slice_capacity(id);
         self.forget(id);
@@ -619,7 +619,7 @@ mod tests {
             let (_memory, client, server) = pair(64 << 10);
             for len in [1, 63, 64, 65, 1023, 1024, 1025, 4096, 10_000] {
                 let bytes = pattern(len, len);
-                let offset = message(&client, &bytes).into_parcel().unwrap().offset;
+                let offset = message(&client, &bytes).into_sent().unwrap().offset;
                 let mut chain = server.adopt(offset).unwrap();
                 assert_eq!(chain.len(), len);
                 let mut copy = vec![0; len];
@@ -646,7 +646,7 @@ mod tests {
             let mut chain = client.allocate(2048, false).unwrap().unwrap();
             assert_eq!(chain.slices(), 2);
             assert_eq!(chain.write(&pattern(1, 1024)), 1024);
-            let offset = chain.into_parcel().unwrap().offset;
+            let offset = chain.into_sent().unwrap().offset;
             let flags = memory.load_u8(offset as usize + SLICE_FLAGS_OFFSET, Ordering::Relaxed);
             assert_eq!(flags, FLAG_IN_USE, "the second slice is not linked");
             assert_eq!(server.adopt(offset).unwrap().slices(), 1);
@@ -680,7 +680,7 @@ mod tests {
             for len in [1, 64, 65, 1024, 1025, 3000, 5000] {
                 let bytes = pattern(len, len);
                 for cut in [0, 1, len / 3, len / 2, 1024, 2048, len - 1, len, len + 1] {
-                    let offset = message(&client, &bytes).into_parcel().unwrap().offset;
+                    let offset = message(&client, &bytes).into_sent().unwrap().offset;
                     let mut back = server.adopt(offset).unwrap();
                     let front = back.split_to(cut);
                     let cut = cut.min(len);
@@ -691,9 +691,9 @@ mod tests {
                         part.copy_out(&mut copy);
                         assert_eq!(copy, bytes, "{len} at {cut}");
                         // And on to where it came from.
-                        if let Some(parcel) = part.into_parcel() {
-                            assert_eq!(parcel.len, bytes.len());
-                            let returned = client.adopt(parcel.offset).unwrap();
+                        if let Some(sent) = part.into_sent() {
+                            assert_eq!(sent.len, bytes.len());
+                            let returned = client.adopt(sent.offset).unwrap();
                             assert_eq!(returned.into_bytes(), bytes, "{len} at {cut}");
                         }
                     }
@@ -711,7 +711,7 @@ mod tests {
         for pair in PAIRS {
             let (_memory, client, server) = pair(32 << 10);
             let bytes = pattern(9, 900);
-            let offset = message(&client, &bytes).into_parcel().unwrap().offset;
+            let offset = message(&client, &bytes).into_sent().unwrap().offset;
             let mut back = server.adopt(offset).unwrap();
             let everything = server.allocate(1 << 20, true).unwrap();
             let front = back.split_to(100);
@@ -726,7 +726,7 @@ mod tests {
     #[test]
     fn a_slice_with_two_owners_is_found() {
         let (memory, client, server) = pair(64 << 10);
-        let offset = message(&client, b"once").into_parcel().unwrap().offset;
+        let offset = message(&client, b"once").into_sent().unwrap().offset;
         let first = server.adopt(offset).unwrap();
         let twice = MemoryError::SharedTwice { offset };
         assert_eq!(server.adopt(offset).map(drop).unwrap_err(), twice);
@@ -752,7 +752,7 @@ mod tests {
     fn a_cycle_of_slices_ends() {
         for pair in PAIRS {
             let (memory, client, server) = pair(64 << 10);
-            let offset = message(&client, &pattern(3, 3000)).into_parcel().unwrap().offset;
+            let offset = message(&client, &pattern(3, 3000)).into_sent().unwrap().offset;
             let second = memory.load_u32(offset as usize + SLICE_NEXT_OFFSET, Ordering::Relaxed);
             memory.store_u32(second as usize + SLICE_NEXT_OFFSET, offset, Ordering::Relaxed);
             let error = server.adopt(offset).map(drop).unwrap_err();
@@ -765,7 +765,7 @@ mod tests {
     fn offsets_that_name_no_slice_are_refused() {
         for pair in PAIRS {
             let (memory, client, server) = pair(64 << 10);
-            let good = message(&client, b"x").into_parcel().unwrap().offset;
+            let good = message(&client, b"x").into_sent().unwrap().offset;
             let len = memory.len() as u32;
             for offset in [0, 8, 40, good + 1, good - 4, good + 20, len - 1, len, u32::MAX] {
                 let error = server.adopt(offset).map(drop).unwrap_err();
@@ -786,7 +786,7 @@ mod tests {
             for (at, values) in fields {
                 for &value in values {
                     let (memory, client, server) = pair(64 << 10);
-                    let offset = message(&client, b"four").into_parcel().unwrap().offset;
+                    let offset = message(&client, b"four").into_sent().unwrap().offset;
                     memory.store_u32(offset as usize + at, value, Ordering::Relaxed);
                     let error = server.adopt(offset).map(drop).unwrap_err();
                     assert!(matches!(error, MemoryError::SliceHeader { .. }), "{at} {value}");
@@ -849,7 +849,7 @@ mod tests {
         let offset = {
             let mut theirs = theirs;
             theirs.write(&pattern(1, everything));
-            theirs.into_parcel().unwrap().offset
+            theirs.into_sent().unwrap().offset
         };
         drop(client.adopt(offset).unwrap());
         assert!(client.might_allocate());
@@ -862,14 +862,14 @@ mod tests {
     #[test]
     fn the_slice_of_a_request_becomes_that_of_the_reply() {
         let (_memory, client, server) = pair_apart(64 << 10);
-        let offset = message(&client, b"request").into_parcel().unwrap().offset;
+        let offset = message(&client, b"request").into_sent().unwrap().offset;
         let elsewhere = free_of(&server, ListOwner::Own);
         for round in 0..100 {
             assert_eq!(server.adopt(offset).unwrap().into_bytes(), b"request"[..]);
-            let reply = message(&server, b"reply").into_parcel().unwrap().offset;
+            let reply = message(&server, b"reply").into_sent().unwrap().offset;
             assert_eq!(reply, offset, "{round}");
             assert_eq!(client.adopt(reply).unwrap().into_bytes(), b"reply"[..]);
-            assert_eq!(message(&client, b"request").into_parcel().unwrap().offset, offset);
+            assert_eq!(message(&client, b"request").into_sent().unwrap().offset, offset);
         }
         assert_eq!(free_of(&server, ListOwner::Own), elsewhere, "nothing was taken from there");
         drop(server.adopt(offset).unwrap());
@@ -883,7 +883,7 @@ mod tests {
         let (_memory, client, server) = pair_apart(64 << 10);
         // Held back until all are there, so that they are released one after the other.
         let send = |from: &Rc<SlicePool>, to: &Rc<SlicePool>| {
-            let offset = message(from, b"x").into_parcel().unwrap().offset;
+            let offset = message(from, b"x").into_sent().unwrap().offset;
             to.adopt(offset).unwrap()
         };
         let mut mixed = Vec::new();
@@ -974,7 +974,7 @@ mod tests {
 
         // A tail that names no slice, where the peer's slices go back to.
         let (memory, client, server) = pair_apart(32 << 10);
-        let offset = message(&client, b"x").into_parcel().unwrap().offset;
+        let offset = message(&client, b"x").into_sent().unwrap().offset;
         memory.store_u32(header_of(&client, 0) + LIST_TAIL_OFFSET, 13, Ordering::Relaxed);
         drop(server.adopt(offset).unwrap());
         server.set_resting(true);
@@ -1021,7 +1021,7 @@ mod tests {
                         if let Some(mut chain) = sides[own].allocate(len, true).unwrap() {
                             let sent = chain.write(&bytes);
                             prop_assert!(sent > 0);
-                            let offset = chain.into_parcel().unwrap().offset;
+                            let offset = chain.into_sent().unwrap().offset;
                             let chain = sides[other].adopt(offset).unwrap();
                             prop_assert_eq!(chain.len(), sent);
                             received[other].push_back((chain, bytes[..sent].to_vec()));

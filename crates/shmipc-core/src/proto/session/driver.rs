@@ -39,6 +39,10 @@ pub trait Driver: Sized {
     type SliceId: Copy + Default;
     /// The tasks that wait for a stream.
     type StreamTasks: Default;
+    /// Room for one event in the send queue, kept for it until this is dropped.
+    type Slot<'a>
+    where
+        Self: 'a;
 
     // The IO queues.
 
@@ -49,6 +53,17 @@ pub trait Driver: Sized {
     ///
     /// The peer has written nonsense into the queue's header.
     fn push_event(&self, event: Event) -> Result<bool, MemoryError>;
+
+    /// Reserves room for the next event. `None`: the queue is full.
+    ///
+    /// # Errors
+    ///
+    /// As [`push_event`](Self::push_event).
+    fn reserve(&self) -> Result<Option<Self::Slot<'_>>, MemoryError>;
+
+    /// Puts the event of a message with so many bytes where room was reserved for it, has it
+    /// published in time, and counts it.
+    fn commit(&self, slot: Self::Slot<'_>, event: Event, len: usize);
 
     /// Publishes every event so far, and wakes the peer if it sleeps.
     fn flush_queue(&self);
@@ -65,13 +80,6 @@ pub trait Driver: Sized {
     ///
     /// As [`push_event`](Self::push_event).
     fn in_flight(&self) -> Result<(i64, u32), MemoryError>;
-
-    /// Whether the send queue has no room.
-    ///
-    /// # Errors
-    ///
-    /// As [`push_event`](Self::push_event).
-    fn is_queue_full(&self) -> Result<bool, MemoryError>;
 
     /// Whether the peer has said that it does not look at its queue.
     fn is_peer_asleep(&self) -> bool;

@@ -4,18 +4,19 @@
 use std::time::Instant;
 
 use crate::error::{Error, Result};
+use crate::payload::SentChain;
 use crate::proto::session::RunningSession;
-use crate::proto::session::driver::{Counted, Driver};
+use crate::proto::session::driver::Driver;
 use crate::proto::session::path_order::PathBarrier;
 use crate::proto::session::stream::StreamEntry;
 use crate::proto::stream_state::{DataPath, HalfState};
 use crate::wire::{Event, EventState};
 
 /// What the next message of a stream has to wait for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SendGate {
-    /// Nothing.
-    Open,
+#[derive(Debug)]
+pub enum SendGate<S> {
+    /// Nothing: there is room for its event.
+    Open(S),
     /// The stream uses the socket: see [`socket_gate`](RunningSession::socket_gate).
     OnSocket,
     /// The peer's reader is too far behind. The stream's writer is woken.
@@ -106,12 +107,26 @@ impl<D: Driver> RunningSession<D> {
     ///
     /// As [`check_open`](Self::check_open).
     #[inline]
-    pub fn send_gate(&self, driver: &D, stream: &StreamEntry<D>) -> Result<SendGate> {
-        self.check_open(stream)?;
-        if stream.state().path() == DataPath::Socket {
-            return Ok(SendGate::OnSocket);
+    pub fn send_gate<'a>(
+        &self,
+        driver: &'a D,
+        stream: &StreamEntry<D>,
+    ) -> Result<SendGate<D::Slot<'a>>> {
+        match self.send_path(stream)? {
+            DataPath::Socket => Ok(SendGate::OnSocket),
+            DataPath::SharedMemory => self.queue_gate(driver, stream),
         }
-        self.queue_gate(driver, stream)
+    }
+
+    /// Which way the next data of a stream goes.
+    ///
+    /// # Errors
+    ///
+    /// As [`check_open`](Self::check_open).
+    #[inline]
+    pub fn send_path(&self, stream: &StreamEntry<D>) -> Result<DataPath> {
+        self.check_open(stream)?;
+        Ok(stream.state().path())
     }
 
     /// What the next event of a stream has to wait for, whichever way its data goes.
@@ -120,39 +135,52 @@ impl<D: Driver> RunningSession<D> {
     ///
     /// The queue does not hold together; the session has ended by that.
     #[inline]
-    pub fn queue_gate(&self, driver: &D, stream: &StreamEntry<D>) -> Result<SendGate> {
+    pub fn queue_gate<'a>(
+        &self,
+        driver: &'a D,
+        stream: &StreamEntry<D>,
+    ) -> Result<SendGate<D::Slot<'a>>> {
         if !self.has_window(stream) {
             return Ok(SendGate::Window);
         }
-        match driver.is_queue_full() {
-            Ok(true) => Ok(SendGate::Queue),
-            Ok(false) => Ok(SendGate::Open),
+        match driver.reserve() {
+            Ok(Some(slot)) => Ok(SendGate::Open(slot)),
+            Ok(None) => Ok(SendGate::Queue),
             Err(error) => Err(self.fail_memory(driver, error)),
         }
     }
 
-    /// Sends the event that hands slices to the peer, which start at this offset and occupy so much
-    /// of the window. The [gate](Self::send_gate) was open.
-    ///
-    /// # Errors
-    ///
-    /// The queue does not hold together; the session has ended by that.
+    /// Sends the event that hands slices to the peer, through the room that an open
+    /// [gate](Self::send_gate) has given.
     #[inline(always)]
     pub fn send_slices(
         &self,
         driver: &D,
         stream: &StreamEntry<D>,
-        offset: u32,
-        occupies: u64,
-    ) -> Result<()> {
+        slot: D::Slot<'_>,
+        slices: &SentChain,
+    ) {
         let status = EventState::Open.to_status();
-        let event = Event { stream_id: stream.id(), offset, status };
-        let sent = self.push(driver, event)?;
-        debug_assert!(sent, "the gate was open");
-        driver.record(Counted::EventSent);
-        stream.set_known_to_peer();
-        stream.last_sent.set(offset);
-        stream.sending.note_sent(occupies);
+        let event = Event { stream_id: stream.id(), offset: slices.offset, status };
+        driver.commit(slot, event, slices.len);
+        stream.on_sent(slices.offset, slices.occupies);
+    }
+
+    /// As [`send_slices`](Self::send_slices), where the gate was open a moment ago.
+    ///
+    /// # Errors
+    ///
+    /// The queue does not hold together; the session has ended by that.
+    #[inline]
+    pub fn send_written(
+        &self,
+        driver: &D,
+        stream: &StreamEntry<D>,
+        slices: &SentChain,
+    ) -> Result<()> {
+        let slot = driver.reserve().map_err(|error| self.fail_memory(driver, error))?;
+        let slot = slot.expect("only this side takes room in its queue");
+        self.send_slices(driver, stream, slot, slices);
         Ok(())
     }
 

@@ -130,6 +130,14 @@ impl<D: Driver> StreamEntry<D> {
         self.unanswered.set(0);
     }
 
+    /// A message went through shared memory.
+    #[inline]
+    pub(super) fn on_sent(&self, offset: u32, occupies: u64) {
+        self.set_known_to_peer();
+        self.last_sent.set(offset);
+        self.sending.note_sent(occupies);
+    }
+
     /// Something of it came.
     #[inline]
     pub(super) fn on_received(&self) {
