@@ -173,7 +173,7 @@ fn shards_that_send_each_other_much_do_not_block_each_other() {
             glommio::spawn_local(async move {
                 let session = connect(path).await;
                 let value = vec![b'v'; 4 << 20];
-                let set = encode(&[b"SET", key.as_bytes(), &value]);
+                let set = encode(&[b"SET".as_slice(), key.as_bytes(), &value]);
                 let gets = encode(&["GET", key]).repeat(GETS);
                 let mut pieces = vec![set.clone()];
                 pieces.extend(vec![[gets, set].concat(); ROUNDS]);
@@ -320,7 +320,7 @@ fn a_reply_has_a_length_at_most() {
     let value = vec![b'v'; 16 << 20];
     let mut names = vec![b"MGET".to_vec()];
     for key in [FIRST, SECOND] {
-        client.call(&[b"SET", key.as_bytes(), &value]);
+        client.call(&[b"SET".as_slice(), key.as_bytes(), &value]);
         names.extend(vec![key.as_bytes().to_vec(); 9]);
     }
     // Each shard's part is short enough; together, or twice the part, are not.

@@ -253,7 +253,7 @@ fn pipelines() -> Vec<(Vec<u8>, Vec<u8>)> {
     let mut sets = Vec::new();
     let (mut gets, mut answers) = (Vec::new(), Vec::new());
     for (key, value) in KEYS.iter().zip(&values) {
-        sets.extend(encode(&[b"SET", key.as_bytes(), value]));
+        sets.extend(encode(&[b"SET".as_slice(), key.as_bytes(), value]));
         gets.extend(encode(&["GET", key]));
         answers.extend(format!("${}\r\n", value.len()).into_bytes());
         answers.extend(value);

@@ -109,11 +109,14 @@ impl Caller {
             Command::Auth => auth(request, replies),
             Command::CrossProtocol => {
                 let name = String::from_utf8_lossy(request.get(0)).into_owned();
-                let what = format_args!(
-                    "possible attack: {name:?} is no command but a line of HTTP, so somebody may \
-                    have a browser or a web server send commands here; the connection is closed"
+                self.shard.complaints.tell(
+                    &self.origin,
+                    format_args!(
+                        "possible attack: {name:?} is no command but a line of HTTP, so somebody \
+                        may have a browser or a web server send commands here; the connection is \
+                        closed"
+                    ),
                 );
-                self.shard.complaints.tell(&self.origin, what);
                 return Flow::HangUp;
             }
             Command::Config => unknown_subcommand("CONFIG", request, replies),
@@ -270,8 +273,10 @@ impl Caller {
                 }
                 () => {
                     let option = shown(option);
-                    let text = format_args!("ERR Syntax error in HELLO option '{option}'");
-                    return reply::error(replies, text);
+                    return reply::error(
+                        replies,
+                        format_args!("ERR Syntax error in HELLO option '{option}'"),
+                    );
                 }
             }
         }
@@ -422,9 +427,11 @@ fn shown(word: &[u8]) -> std::borrow::Cow<'_, str> {
 
 fn unknown_subcommand(command: &str, request: Request<'_>, replies: &mut Replies) {
     let subcommand = shown(request.get(1));
-    let text = format_args!(
-        "ERR unknown subcommand or wrong number of arguments for '{subcommand}'. \
-        Try {command} HELP."
+    reply::error(
+        replies,
+        format_args!(
+            "ERR unknown subcommand or wrong number of arguments for '{subcommand}'. \
+            Try {command} HELP."
+        ),
     );
-    reply::error(replies, text);
 }

@@ -138,8 +138,10 @@ impl Spec {
         let fits = (spec.least..=spec.most).contains(&request.len());
         if !fits || (spec.scope == Scope::Pairs && !is_odd) {
             let name = spec.name;
-            let text = format_args!("ERR wrong number of arguments for '{name}' command");
-            reply::error(replies, text);
+            reply::error(
+                replies,
+                format_args!("ERR wrong number of arguments for '{name}' command"),
+            );
             return None;
         }
         Some(spec)
@@ -167,8 +169,10 @@ fn refuse_unknown(request: Request<'_>, replies: &mut Replies) {
         arguments += &format!("'{}' ", shown(argument));
     }
     let name = shown(request.get(0));
-    let text = format_args!("ERR unknown command '{name}', with args beginning with: {arguments}");
-    reply::error(replies, text);
+    reply::error(
+        replies,
+        format_args!("ERR unknown command '{name}', with args beginning with: {arguments}"),
+    );
 }
 
 #[cfg(test)]
