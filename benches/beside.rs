@@ -20,7 +20,7 @@ use glommio::io::DmaFile;
 use glommio::{LocalExecutorBuilder, Placement};
 use hdrhistogram::Histogram;
 
-use measure::lab::{self, Lab};
+use measure::harness::{self, Harness};
 use measure::ours;
 use measure::point::{Ours, Point, Transport};
 
@@ -155,12 +155,12 @@ fn measure(file: &Path, session: Option<(&Path, Point)>) -> (Vec<Lateness>, u64,
 }
 
 fn main() {
-    if std::env::args().nth(1).as_deref() == Some(lab::SERVE) {
-        return lab::serve();
+    if std::env::args().nth(1).as_deref() == Some(harness::SERVE) {
+        return harness::serve();
     }
     let file = std::env::temp_dir().join(format!("shmipc-beside-{}", std::process::id()));
     std::fs::write(&file, vec![7; 1 << 20]).expect("room for a file of 1 MiB");
-    let mut lab = Lab::start();
+    let mut harness = Harness::start();
     let (alone, steps_alone, _) = measure(&file, None);
     let point = Point {
         transport: Transport::Ours(SPINNING),
@@ -170,9 +170,9 @@ fn main() {
         shared_cpu: false,
         slice: WARM_UP + DURATION,
     };
-    let path = lab.begin(point);
+    let path = harness.begin(point);
     let (beside, steps_beside, operations) = measure(&file, Some((&path, point)));
-    lab.finish(&path);
+    harness.finish(&path);
     std::fs::remove_file(&file).expect("the file was there");
     println!(
         "microseconds late             without: p50      p99      max     with: p50      p99      max"

@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 
-use measure::lab::{self, Lab};
+use measure::harness::{self, Harness};
 use measure::point::{Ours, Point, Transport};
 
 const SIZES: [usize; 8] = [64, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20];
 
-fn per_core_ping_pong(criterion: &mut Criterion, lab: &mut Lab) {
+fn per_core_ping_pong(criterion: &mut Criterion, harness: &mut Harness) {
     for touch in [true, false] {
         let name =
             if touch { "per-core ping-pong, touched" } else { "per-core ping-pong, untouched" };
@@ -31,7 +31,7 @@ fn per_core_ping_pong(criterion: &mut Criterion, lab: &mut Lab) {
                     // A session lives for a whole slice; criterion gets its median round trip, as
                     // many times as it asks for.
                     bencher.iter_custom(|iterations| {
-                        let outcome = lab.run(point);
+                        let outcome = harness.run(point);
                         Duration::from_nanos((outcome.slice.p50_ns * iterations as f64) as u64)
                     });
                 });
@@ -42,12 +42,12 @@ fn per_core_ping_pong(criterion: &mut Criterion, lab: &mut Lab) {
 }
 
 fn main() {
-    if std::env::args().nth(1).as_deref() == Some(lab::SERVE) {
-        return lab::serve();
+    if std::env::args().nth(1).as_deref() == Some(harness::SERVE) {
+        return harness::serve();
     }
     let mut criterion = Criterion::default().configure_from_args();
-    let mut lab = Lab::start();
-    per_core_ping_pong(&mut criterion, &mut lab);
-    drop(lab);
+    let mut harness = Harness::start();
+    per_core_ping_pong(&mut criterion, &mut harness);
+    drop(harness);
     criterion.final_summary();
 }

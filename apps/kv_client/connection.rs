@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! One connection: its keys, its lanes, and the requests that are under way on them.
+//! One connection: its keys, its pipelines, and the requests that are under way on them.
 //!
-//! Over a socket a connection has one lane. Over shared memory it has one to each shard. A single
+//! Over a socket a connection has one pipeline. Over shared memory it has one to each shard. A single
 //! task works on all of them: fill the free slots, write what there is to write, take the answers
 //! that are there, and again; it sleeps when none of that goes on. It goes on reading while it
 //! cannot write, since the server may do the same.
@@ -12,13 +12,13 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
+use super::counters::{Counters, Latencies, Watch};
 use super::failure::Failure;
 use super::format::Format;
-use super::lane::{Lane, LaneFailure};
 use super::options::Options;
-use super::pace::Pace;
 use super::pipe::Pipe;
-use super::tally::{Latencies, Tally, Watch};
+use super::pipeline::{Pipeline, PipelineError};
+use super::rate::RateSchedule;
 use super::values::Values;
 use super::work::{Plan, Work};
 
@@ -39,11 +39,11 @@ const ROUNDS: u32 = 64;
 pub(crate) struct Connection {
     number: usize,
     depth: usize,
-    lanes: Vec<Lane>,
+    pipelines: Vec<Pipeline>,
     work: Work,
     format: Format,
-    pace: Option<Pace>,
-    tally: Tally,
+    schedule: Option<RateSchedule>,
+    counters: Counters,
     watch: Rc<Watch>,
     buffer: Rc<RefCell<ReadBuffer>>,
 }
@@ -63,10 +63,10 @@ impl Connection {
             number,
             depth: options.depth,
             work: Work::new(prefix, options.keys, pipes.len(), options.reads, options.seed),
-            lanes: pipes.into_iter().map(|pipe| Lane::new(pipe, options.depth)).collect(),
+            pipelines: pipes.into_iter().map(|pipe| Pipeline::new(pipe, options.depth)).collect(),
             format: Format::new(prefix, values),
-            pace: None,
-            tally: Tally::new(latencies),
+            schedule: None,
+            counters: Counters::new(latencies),
             watch,
             buffer,
         }
@@ -76,21 +76,25 @@ impl Connection {
         self.number
     }
 
-    /// Carries out a plan, at a pace if one is given, otherwise as fast as the depth allows.
-    pub(crate) async fn run(&mut self, plan: Plan, pace: Option<Pace>) -> Result<(), Failure> {
+    /// Carries out a plan, at a schedule if one is given, otherwise as fast as the depth allows.
+    pub(crate) async fn run(
+        &mut self,
+        plan: Plan,
+        schedule: Option<RateSchedule>,
+    ) -> Result<(), Failure> {
         self.work.begin(plan);
-        self.pace = pace;
-        self.tally.now = Instant::now();
+        self.schedule = schedule;
+        self.counters.now = Instant::now();
         poll_fn(|context| self.poll_run(context)).await
     }
 
     fn poll_run(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Failure>> {
         for _ in 0..ROUNDS {
             self.fill();
-            if self.tally.outstanding == 0 && self.work.is_done() {
+            if self.counters.outstanding == 0 && self.work.is_done() {
                 return Poll::Ready(Ok(()));
             }
-            if self.poll_lanes(context)? {
+            if self.poll_pipelines(context)? {
                 self.watch.moves.set(self.watch.moves.get() + 1);
             } else if self.poll_due(context).is_pending() {
                 return Poll::Pending;
@@ -103,43 +107,43 @@ impl Connection {
     /// Fills the free slots with requests that are due.
     #[inline]
     fn fill(&mut self) {
-        if self.pace.is_some() {
-            self.tally.now = Instant::now();
+        if self.schedule.is_some() {
+            self.counters.now = Instant::now();
         }
-        while self.tally.outstanding < self.depth && !self.work.is_done() {
-            let since = match &mut self.pace {
-                None => self.tally.now,
-                Some(pace) => match pace.take_due(self.tally.now) {
+        while self.counters.outstanding < self.depth && !self.work.is_done() {
+            let since = match &mut self.schedule {
+                None => self.counters.now,
+                Some(schedule) => match schedule.take_due(self.counters.now) {
                     Some(due) => due,
                     None => break,
                 },
             };
             let request = self.work.next(since);
-            self.lanes[request.lane as usize].push(request, &self.format);
-            self.tally.outstanding += 1;
+            self.pipelines[request.pipeline as usize].push(request, &self.format);
+            self.counters.outstanding += 1;
         }
-        self.watch.outstanding.set(self.tally.outstanding);
+        self.watch.outstanding.set(self.counters.outstanding);
     }
 
-    /// Writes and reads on every lane that has requests outstanding. Gives whether something moved.
+    /// Writes and reads on every pipeline that has requests outstanding. Gives whether something moved.
     #[inline]
-    fn poll_lanes(&mut self, context: &mut Context<'_>) -> Result<bool, Failure> {
-        let Self { lanes, format, tally, buffer, .. } = self;
-        let outstanding = tally.outstanding;
+    fn poll_pipelines(&mut self, context: &mut Context<'_>) -> Result<bool, Failure> {
+        let Self { pipelines, format, counters, buffer, .. } = self;
+        let outstanding = counters.outstanding;
         let buffer = &mut **buffer.borrow_mut();
-        let mut poll = || -> Result<bool, LaneFailure> {
+        let mut poll = || -> Result<bool, PipelineError> {
             let mut has_moved = false;
-            for lane in lanes.iter_mut().filter(|lane| !lane.is_idle()) {
-                has_moved |= lane.poll_write(context, format)?;
+            for pipeline in pipelines.iter_mut().filter(|pipeline| !pipeline.is_idle()) {
+                has_moved |= pipeline.poll_write(context, format)?;
             }
-            for lane in lanes.iter_mut().filter(|lane| !lane.is_idle()) {
-                has_moved |= lane.poll_answers(context, buffer, format, tally)?;
+            for pipeline in pipelines.iter_mut().filter(|pipeline| !pipeline.is_idle()) {
+                has_moved |= pipeline.poll_answers(context, buffer, format, counters)?;
             }
             Ok(has_moved)
         };
         poll().map_err(|failure| match failure {
-            LaneFailure::Answer(failure) => failure,
-            LaneFailure::Pipe(source) => {
+            PipelineError::Answer(failure) => failure,
+            PipelineError::Pipe(source) => {
                 Failure::Lost { connection: self.number, outstanding, source }
             }
         })
@@ -148,9 +152,9 @@ impl Connection {
     /// Waits for the next request to become due, if there is a slot that waits for it.
     #[inline]
     fn poll_due(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        match &mut self.pace {
-            Some(pace) if self.tally.outstanding < self.depth && !self.work.is_done() => {
-                pace.poll_due(context)
+        match &mut self.schedule {
+            Some(schedule) if self.counters.outstanding < self.depth && !self.work.is_done() => {
+                schedule.poll_due(context)
             }
             _ => Poll::Pending,
         }
@@ -158,13 +162,13 @@ impl Connection {
 
     /// What the server says about its processor time.
     pub(crate) async fn server_info(&mut self) -> Result<String, Failure> {
-        let Self { lanes, format, buffer, watch, .. } = self;
-        let lane = &mut lanes[0];
+        let Self { pipelines, format, buffer, watch, .. } = self;
+        let pipeline = &mut pipelines[0];
         let mut answer = Vec::new();
-        lane.ask_info();
+        pipeline.ask_info();
         watch.outstanding.set(1);
         let text = poll_fn(|context| {
-            lane.poll_info(context, &mut buffer.borrow_mut(), format, &mut answer)
+            pipeline.poll_info(context, &mut buffer.borrow_mut(), format, &mut answer)
         })
         .await;
         watch.outstanding.set(0);

@@ -14,18 +14,18 @@ use shmipc_glommio::{Connector, Session};
 
 use super::address;
 use super::connection::{Connection, read_buffer};
-use super::counts::Counts;
+use super::counters::{Latencies, Watch, latencies};
 use super::cpu::{self, Cpu};
-use super::crew::Shared;
 use super::failure::Failure;
 use super::options::{Options, Target};
-use super::pace::Pace;
 use super::pipe::Pipe;
-use super::tally::{Latencies, Watch, latencies};
+use super::rate::RateSchedule;
+use super::session_totals::SessionTotals;
 use super::ticks::Ticks;
 use super::unix_socket;
 use super::values::Values;
 use super::work::Plan;
+use super::workers::Shared;
 
 /// How often the watchdog looks.
 const TICK: Duration = Duration::from_millis(100);
@@ -36,7 +36,7 @@ pub(crate) struct Measured {
     pub(crate) started: Instant,
     pub(crate) ended: Instant,
     /// Over shared memory.
-    pub(crate) counts: Option<Counts>,
+    pub(crate) totals: Option<SessionTotals>,
     /// Of the executor that has looked.
     pub(crate) cpu: Option<Cpu>,
 }
@@ -69,7 +69,7 @@ pub(crate) async fn run(
         latencies: Rc::new(RefCell::new(latencies())),
     };
     let watches = Rc::clone(&executor.watches);
-    or(executor.work(shared), watch(&watches, patience, || shared.note_alive(number))).await
+    or(executor.work(shared), watch(&watches, patience, || shared.record_alive(number))).await
 }
 
 impl Executor {
@@ -84,19 +84,19 @@ impl Executor {
         let cpu_before = self.cpu_before().await?;
         self.latencies.borrow_mut().reset();
         shared.meet().await;
-        let counts_before = Counts::of(&self.sessions);
+        let totals_before = SessionTotals::of(&self.sessions);
         let started = Instant::now();
         let ticks = (!options.tick.is_zero()).then(|| Ticks::start(started, options.tick));
         self.all(|number| {
             let ticks = ticks.as_ref().map(|(ticks, _)| Rc::clone(ticks));
-            let pace = options
+            let schedule = options
                 .rate
-                .map(|rate| Pace::new(started, rate, ticks, number, options.connections));
-            (Plan::Mixed(options.share(options.requests, number)), pace)
+                .map(|rate| RateSchedule::new(started, rate, ticks, number, options.connections));
+            (Plan::Mixed(options.share(options.requests, number)), schedule)
         })
         .await?;
         let ended = Instant::now();
-        let counts = Counts::of(&self.sessions).since(&counts_before);
+        let totals = SessionTotals::of(&self.sessions).since(&totals_before);
         shared.meet().await;
         let cpu = match cpu_before {
             None => None,
@@ -109,7 +109,7 @@ impl Executor {
             latencies: self.latencies.borrow().clone(),
             started,
             ended,
-            counts: is_shm.then_some(counts),
+            totals: is_shm.then_some(totals),
             cpu,
         })
     }
@@ -164,16 +164,19 @@ impl Executor {
         }
     }
 
-    /// Runs all connections, each with its plan and pace. The first failure ends it.
-    async fn all(&mut self, plan: impl Fn(usize) -> (Plan, Option<Pace>)) -> Result<(), Failure> {
+    /// Runs all connections, each with its plan and schedule. The first failure ends it.
+    async fn all(
+        &mut self,
+        plan: impl Fn(usize) -> (Plan, Option<RateSchedule>),
+    ) -> Result<(), Failure> {
         let (sender, receiver) = local_channel::new_unbounded();
         let sender = Rc::new(sender);
         let mut tasks = Vec::new();
         for mut connection in self.connections.drain(..) {
-            let (plan, pace) = plan(connection.number());
+            let (plan, schedule) = plan(connection.number());
             let sender = Rc::clone(&sender);
             tasks.push(glommio::spawn_local(async move {
-                let result = connection.run(plan, pace).await;
+                let result = connection.run(plan, schedule).await;
                 // Nobody listens any more when another connection has failed.
                 let _ = sender.try_send(result.map(|()| connection));
             }));
@@ -212,12 +215,12 @@ impl Executor {
 async fn watch(
     watches: &Watches,
     patience: Duration,
-    note_alive: impl Fn(),
+    record_alive: impl Fn(),
 ) -> Result<Measured, Failure> {
     let mut seen: Vec<(u64, Instant)> = Vec::new();
     loop {
         glommio::timer::sleep(TICK).await;
-        note_alive();
+        record_alive();
         let now = Instant::now();
         for (index, watch) in watches.borrow().iter().enumerate() {
             let (moves, outstanding) = (watch.moves.get(), watch.outstanding.get());

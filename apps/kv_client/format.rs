@@ -100,7 +100,7 @@ impl Format {
         }
     }
 
-    /// Verifies bytes that came, for the requests that are outstanding on the same lane. Gives how
+    /// Verifies bytes that came, for the requests that are outstanding on the same pipeline. Gives how
     /// many of these are answered now. `position` is how much of the next answer has come.
     #[inline]
     pub(crate) fn verify(
@@ -188,7 +188,7 @@ fn show(bytes: &[u8]) -> String {
 /// Asks for what a server says about its processor time.
 pub(crate) const INFO_CPU: &[u8] = b"*2\r\n$4\r\nINFO\r\n$3\r\ncpu\r\n";
 /// The longest answer to it that makes sense.
-const LONGEST_INFO: usize = 1 << 20;
+const MAX_INFO: usize = 1 << 20;
 
 /// The text of an answer to [`INFO_CPU`]. `None`: it is not whole yet. An answer that is no text,
 /// of a server that does not know the command, gives an empty one.
@@ -196,7 +196,7 @@ pub(crate) fn info_text(answer: &[u8]) -> Option<String> {
     let end = answer.windows(2).position(|pair| pair == LINE_END)?;
     let line = String::from_utf8_lossy(&answer[..end]);
     let len = line.strip_prefix('$').and_then(|len| len.parse::<usize>().ok());
-    let Some(len) = len.filter(|&len| len <= LONGEST_INFO) else {
+    let Some(len) = len.filter(|&len| len <= MAX_INFO) else {
         return Some(String::new());
     };
     let text = answer.get(end + 2..end + 2 + len)?;

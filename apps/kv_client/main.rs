@@ -19,24 +19,23 @@ mod address;
 #[path = "../support/cli.rs"]
 mod cli;
 mod connection;
-mod counts;
+mod counters;
 mod cpu;
-mod crew;
 mod executor;
 mod failure;
 mod format;
-mod lane;
 mod options;
 mod outgoing;
-mod pace;
 mod pipe;
+mod pipeline;
 #[path = "../support/protocol.rs"]
 mod protocol;
+mod rate;
 mod report;
+mod session_totals;
 #[allow(unreachable_pub, reason = "the server has it, too")]
 #[path = "../kv_server/kv/slots.rs"]
 mod slots;
-mod tally;
 mod ticks;
 #[allow(dead_code, reason = "the other examples use the rest")]
 #[path = "../support/unix_socket.rs"]
@@ -45,6 +44,7 @@ mod values;
 #[path = "../support/wakeup.rs"]
 mod wakeup;
 mod work;
+mod workers;
 
 use std::process::ExitCode;
 
@@ -58,7 +58,7 @@ fn main() -> ExitCode {
     };
     // Names are looked up here, before there is an executor that would have to wait for that.
     let found = options.target.resolve().map_err(|source| Failure::Resolve { source });
-    match found.and_then(|()| crew::run(&options)) {
+    match found.and_then(|()| workers::run(&options)) {
         Ok(outcome) => {
             let report = report::success(&options, &outcome);
             cli::end(cli::print(format_args!("{report}")))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Bytes that a lane has to write: copied when they are few, otherwise left where they are.
+//! Bytes that a pipeline has to write: copied when they are few, otherwise left where they are.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -14,7 +14,7 @@ pub(crate) type Parts<'a> = SmallVec<[IoSlice<'a>; 9]>;
 
 pub(crate) struct Outgoing {
     /// Up to this length a value is copied behind its command.
-    copied_at_most: usize,
+    max_copied: usize,
     /// Commands, and short values.
     bytes: Vec<u8>,
     written: usize,
@@ -31,8 +31,8 @@ struct LongValue {
 
 impl Outgoing {
     /// Values of up to so many bytes are copied, so that they and their commands are one part.
-    pub(crate) fn new(copied_at_most: usize) -> Self {
-        Self { copied_at_most, bytes: Vec::new(), written: 0, values: VecDeque::new() }
+    pub(crate) fn new(max_copied: usize) -> Self {
+        Self { max_copied, bytes: Vec::new(), written: 0, values: VecDeque::new() }
     }
 
     #[inline]
@@ -51,7 +51,7 @@ impl Outgoing {
     /// Appends a value. Something must be put behind it.
     #[inline]
     pub(crate) fn put_value(&mut self, values: &Values, place: Range<usize>) {
-        if place.len() <= self.copied_at_most {
+        if place.len() <= self.max_copied {
             self.bytes.extend_from_slice(values.bytes(place));
         } else {
             self.values.push_back(LongValue { behind: self.bytes.len(), place });
@@ -107,9 +107,9 @@ mod tests {
     #[test]
     fn it_comes_out_as_it_went_in() {
         let values = Values::new(1, 10);
-        for copied_at_most in [9, 10] {
+        for max_copied in [9, 10] {
             for step in 1..70 {
-                let mut outgoing = Outgoing::new(copied_at_most);
+                let mut outgoing = Outgoing::new(max_copied);
                 let (mut expected, mut written) = (Vec::new(), Vec::new());
                 for round in 0..3_u32 {
                     for key in 0..3 {

@@ -35,7 +35,7 @@ const COPIED_FOR_SOCKET: usize = 16 << 10;
 
 impl Pipe {
     /// How long a value may be to be copied behind its command, so that both are one part.
-    pub(crate) fn copied_at_most(&self) -> usize {
+    pub(crate) fn max_copied(&self) -> usize {
         match self {
             Self::Shm { .. } => COPIED_FOR_SHM,
             Self::Unix(_) | Self::Tcp(_) => COPIED_FOR_SOCKET,

@@ -5,17 +5,17 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::crew::Outcome;
 use super::failure::Failure;
 use super::options::Options;
 use super::wakeup;
+use super::workers::Outcome;
 
 pub(crate) fn success(options: &Options, outcome: &Outcome) -> Value {
     let latencies = &outcome.latencies;
     let quantile = |quantile| latencies.value_at_quantile(quantile);
     let per_request =
         |time: Duration| (time.as_nanos() as f64 / options.requests as f64 * 10.0).round() / 10.0;
-    let agreement = outcome.counts.and_then(|counts| counts.agreement);
+    let agreement = outcome.totals.and_then(|totals| totals.agreement);
     let client = outcome.cpu.map(|cpu| cpu.client);
     let server = outcome.cpu.and_then(|cpu| cpu.server);
     let both = client.zip(server).map(|(client, server)| client + server);
@@ -33,7 +33,7 @@ pub(crate) fn success(options: &Options, outcome: &Outcome) -> Value {
         "cpu_ns_per_request": both.map(per_request),
         "client_cpu_ns_per_request": client.map(per_request),
         "server_cpu_ns_per_request": server.map(per_request),
-        "shards": outcome.counts.map(|counts| counts.shards),
+        "shards": outcome.totals.map(|totals| totals.shards),
         "protocol": agreement.map(|(protocol, _)| protocol.as_u8()),
         "wakeup": agreement.map(|(_, wakeup)| wakeup::name(wakeup)),
         "connections": options.connections,
@@ -44,8 +44,8 @@ pub(crate) fn success(options: &Options, outcome: &Outcome) -> Value {
         "tick_us": options.tick.as_micros() as u64,
         "errors": 0,
     });
-    if let (Some(report), Some(counts)) = (report.as_object_mut(), &outcome.counts) {
-        report.extend(counts.named().map(|(name, count)| (name.to_owned(), count.into())));
+    if let (Some(report), Some(totals)) = (report.as_object_mut(), &outcome.totals) {
+        report.extend(totals.named().map(|(name, count)| (name.to_owned(), count.into())));
     }
     report
 }

@@ -2,7 +2,7 @@
 //! What one connection asks for, request by request.
 //!
 //! A connection has keys of its own, so it knows what it has written last. Requests for a key all
-//! take the same lane and are carried out in order: what is known when a GET is made is what its
+//! take the same pipeline and are carried out in order: what is known when a GET is made is what its
 //! answer must be.
 
 use std::time::Instant;
@@ -23,8 +23,8 @@ pub(crate) struct Request {
     pub(crate) key: u32,
     /// The version that a SET writes, and that a GET must give.
     pub(crate) version: u32,
-    /// Which lane leads to the key's shard.
-    pub(crate) lane: u32,
+    /// Which pipeline leads to the key's shard.
+    pub(crate) pipeline: u32,
     /// From when its latency counts.
     pub(crate) since: Instant,
 }
@@ -40,7 +40,7 @@ pub(crate) enum Plan {
 
 struct Key {
     version: u32,
-    lane: u32,
+    pipeline: u32,
 }
 
 pub(crate) struct Work {
@@ -54,10 +54,10 @@ pub(crate) struct Work {
 }
 
 impl Work {
-    pub(crate) fn new(connection: u32, keys: u32, lanes: usize, reads: u32, seed: u64) -> Self {
+    pub(crate) fn new(connection: u32, keys: u32, pipelines: usize, reads: u32, seed: u64) -> Self {
         let key = |key| {
-            let lane = shard_of(&key_name(connection, key), lanes) as u32;
-            Key { version: 0, lane }
+            let pipeline = shard_of(&key_name(connection, key), pipelines) as u32;
+            Key { version: 0, pipeline }
         };
         Self {
             keys: (0..keys).map(key).collect(),
@@ -94,8 +94,8 @@ impl Work {
         if operation == Operation::Set {
             key.version = key.version.wrapping_add(1);
         }
-        let Key { version, lane } = *key;
-        Request { operation, key: number as u32, version, lane, since }
+        let Key { version, pipeline } = *key;
+        Request { operation, key: number as u32, version, pipeline, since }
     }
 
     /// Which key, from the upper half of a random number, and what to do, from the lower.

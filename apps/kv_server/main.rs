@@ -41,7 +41,7 @@ use shmipc_glommio::{Config, Cores, Server, Session, Shard as Core, SliceClass, 
 
 use address::HostPort;
 use cli::tell;
-use kv::doors::AllDoors;
+use kv::listeners::Listeners;
 use kv::resp::Limits;
 use kv::shard::{self, Settings};
 
@@ -96,7 +96,7 @@ fn parse() -> Result<Options, ExitCode> {
         cli::option("shm", "PATH", "Listen for sessions over shared memory, on this Unix socket")
             .value_parser(path()),
     )
-    .group(ArgGroup::new("doors").args(["tcp", "unix", "shm"]).multiple(true).required(true))
+    .group(ArgGroup::new("listeners").args(["tcp", "unix", "shm"]).multiple(true).required(true))
     .arg(
         cli::option("shards", "N", "How many shards, one thread each [default: one a processor]")
             .value_parser(value_parser!(u64).range(1..=MAX_SHARDS as u64)),
@@ -194,7 +194,7 @@ fn serve(options: &Options) -> io::Result<()> {
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
     signals.thread_block()?;
     let limits = Limits::for_bulk(options.bulk);
-    // Without a door for others, the shard still has one, which nobody is told of.
+    // Without a socket for others, the shard still has one, which nobody is told of.
     let private = || std::env::temp_dir().join(format!("kv-server-{}.sock", std::process::id()));
     let settings = Settings {
         limits,
@@ -206,9 +206,9 @@ fn serve(options: &Options) -> io::Result<()> {
     };
     // Names are looked up here, before there is an executor that would have to wait for that.
     let tcp = options.tcp.as_ref().map(HostPort::resolve_to_listen).transpose()?;
-    let mut doors = AllDoors::reserve(tcp.as_deref(), options.unix.as_deref())?;
-    let server = start(&settings, &mut doors, options)?;
-    doors.start()?;
+    let mut listeners = Listeners::reserve(tcp.as_deref(), options.unix.as_deref())?;
+    let server = start(&settings, &mut listeners, options)?;
+    listeners.start()?;
 
     let stopper = server.stopper();
     let stopping = thread::Builder::new().spawn(move || {
@@ -223,7 +223,7 @@ fn serve(options: &Options) -> io::Result<()> {
         io::Error::new(error.kind(), format!("{what}: {error}; {remedy}"))
     })?;
 
-    if let Some(address) = doors.tcp_address() {
+    if let Some(address) = listeners.tcp_address() {
         tell(format_args!("listening on tcp {address}"));
     }
     if let Some(path) = &options.unix {
@@ -236,11 +236,11 @@ fn serve(options: &Options) -> io::Result<()> {
     Ok(server.join()?)
 }
 
-/// Starts a shard on each core, and the doors of each.
-fn start(settings: &Settings, doors: &mut AllDoors, options: &Options) -> io::Result<Server> {
+/// Starts a shard on each core, and the listeners of each.
+fn start(settings: &Settings, listeners: &mut Listeners, options: &Options) -> io::Result<Server> {
     let cores = if options.is_pinned { Cores::Count } else { Cores::Unpinned };
     let each: io::Result<Vec<_>> =
-        (0..options.shards).map(|_| doors.for_shard().map(Some)).collect();
+        (0..options.shards).map(|_| listeners.for_shard().map(Some)).collect();
     // Each shard takes its own, once.
     let each = Arc::new(Mutex::new(each?));
     let settings = settings.clone();
@@ -250,9 +250,10 @@ fn start(settings: &Settings, doors: &mut AllDoors, options: &Options) -> io::Re
         .start(move |core: Core| {
             let (settings, each) = (settings.clone(), Arc::clone(&each));
             async move {
-                let doors = each.lock().ok().and_then(|mut each| each[core.index()].take());
-                let doors = doors.ok_or_else(|| io::Error::other("its doors are gone"))?;
-                let (shard, tasks) = shard::start_shard(core.clone(), settings, doors)?;
+                let listeners = each.lock().ok().and_then(|mut each| each[core.index()].take());
+                let listeners =
+                    listeners.ok_or_else(|| io::Error::other("its listeners are gone"))?;
+                let (shard, tasks) = shard::start_shard(core.clone(), settings, listeners)?;
                 glommio::spawn_local(async move {
                     core.stopping().await;
                     drop(tasks);

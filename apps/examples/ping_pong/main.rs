@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use clap::ArgMatches;
 
-use measure::lab::{self, Lab, Outcome};
+use measure::harness::{self, Harness, Outcome};
 use measure::point::{Point, Transport};
 use measure::{count, ours};
 
@@ -153,12 +153,12 @@ impl Options {
 /// Leaves out what says nothing: the floor has one line, large messages many streams do not change,
 /// and two processes that spin without a protocol on one processor never give way.
 fn makes_sense(point: Point) -> bool {
-    let is_bare =
+    let is_floor =
         matches!(point.transport, Transport::Floor | Transport::RawSame | Transport::RawRotating);
     match point.transport {
         Transport::Floor if point.size > 64 => false,
         Transport::RawSame | Transport::RawRotating if point.size <= 64 || !point.touch => false,
-        _ if is_bare => point.streams == 1 && !point.shared_cpu,
+        _ if is_floor => point.streams == 1 && !point.shared_cpu,
         _ => point.streams == 1 || point.size <= 4096,
     }
 }
@@ -184,8 +184,8 @@ fn transports(text: &str) -> Result<Vec<Transport>, String> {
 }
 
 fn main() -> ExitCode {
-    if std::env::args().nth(1).as_deref() == Some(lab::SERVE) {
-        lab::serve();
+    if std::env::args().nth(1).as_deref() == Some(harness::SERVE) {
+        harness::serve();
         return ExitCode::SUCCESS;
     }
     let options = match Options::parse() {
@@ -200,10 +200,10 @@ fn main() -> ExitCode {
     }
     let points = options.points();
     let mut outcomes: Vec<Vec<Outcome>> = vec![Vec::new(); points.len()];
-    let mut lab = Lab::start();
+    let mut harness = Harness::start();
     for _ in 0..options.rounds {
         for (point, outcomes) in points.iter().zip(&mut outcomes) {
-            outcomes.push(lab.run(*point));
+            outcomes.push(harness.run(*point));
         }
     }
     let reports = || {

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::command::{self, Command, Scope, Spec};
-use super::exchange::{Exchange, Merge};
+use super::cross_shard::{CrossShardBatch, Merge};
 use super::execute;
 use super::info::{self, Sections};
 use super::origin::Origin;
@@ -15,10 +15,10 @@ use super::route::{Route, route};
 use super::shard::Shard;
 use super::store::Store;
 
-const NAME_AT_MOST: usize = 256;
+const MAX_NAME: usize = 256;
 const WRONG_PASSWORD: &str = "WRONGPASS invalid username-password pair or user is disabled.";
 /// The longest that DEBUG SLEEP sleeps.
-const SLEEP_AT_MOST: f64 = 60.0;
+const MAX_SLEEP: f64 = 60.0;
 
 /// One client, for its shard.
 pub(crate) struct Caller {
@@ -60,16 +60,16 @@ impl Caller {
     }
 
     /// Executes a command, or has it executed by those whose keys it has.
-    pub(crate) fn take(&mut self, request: Request<'_>, exchange: &mut Exchange) -> Flow {
+    pub(crate) fn take(&mut self, request: Request<'_>, batch: &mut CrossShardBatch) -> Flow {
         if request.len() == 0 {
             return Flow::GoOn;
         }
-        let spec = Spec::of(request, exchange.replies());
-        if spec.is_some_and(|spec| spec.command == Command::Hello) && exchange.has_pieces() {
+        let spec = Spec::of(request, batch.replies());
+        if spec.is_some_and(|spec| spec.command == Command::Hello) && batch.has_pieces() {
             // What was asked before is answered in the version of before.
             return Flow::Later;
         }
-        exchange.note_command();
+        batch.record_command();
         Shard::add(&self.shard.counters.commands);
         let Some(spec) = spec else {
             return Flow::GoOn;
@@ -77,21 +77,21 @@ impl Caller {
         let place = self.shard.place;
         match (route(spec, request, place.index, place.count), self.reach) {
             (Route::To(shard), _) if shard == place.index => {
-                return self.execute(spec, request, exchange.replies());
+                return self.execute(spec, request, batch.replies());
             }
             (Route::Everywhere, Reach::Here) => {
-                return self.execute(spec, request, exchange.replies());
+                return self.execute(spec, request, batch.replies());
             }
             (_, Reach::Here) => {
                 let text = format_args!("ERR not a key of this shard");
-                reply::error(exchange.replies(), text);
+                reply::error(batch.replies(), text);
             }
             (Route::To(shard), Reach::All) => {
                 Shard::add(&self.shard.counters.forwarded);
-                exchange.forward(shard, request.bytes());
+                batch.forward(shard, request.bytes());
             }
-            (Route::Split(owners), Reach::All) => self.split(spec, request, owners, exchange),
-            (Route::Everywhere, Reach::All) => self.ask_all(spec, request, exchange),
+            (Route::Split(owners), Reach::All) => self.split(spec, request, owners, batch),
+            (Route::Everywhere, Reach::All) => self.ask_all(spec, request, batch),
         }
         Flow::GoOn
     }
@@ -155,15 +155,15 @@ impl Caller {
         spec: &Spec,
         request: Request<'_>,
         owners: Vec<usize>,
-        exchange: &mut Exchange,
+        batch: &mut CrossShardBatch,
     ) {
-        exchange.place();
+        batch.place();
         let here = self.shard.place.index;
         let mut keys = vec![0; self.shard.place.count];
         owners.iter().for_each(|&owner| keys[owner] += 1);
         if keys[here] > 0 {
             let mut store = self.shard.store.borrow_mut();
-            self.execute_part(&mut store, spec, request, &owners, keys[here], exchange.replies());
+            self.execute_part(&mut store, spec, request, &owners, keys[here], batch.replies());
         }
         let words = if spec.scope == Scope::Pairs { 2 } else { 1 };
         let mut bytes = Replies::new();
@@ -177,7 +177,7 @@ impl Caller {
                 bytes.clear(usize::MAX);
                 reply::array(&mut bytes, 1 + keys * words);
                 reply::bulk(&mut bytes, spec.name.as_bytes());
-                exchange.queue(shard, bytes.bytes());
+                batch.queue(shard, bytes.bytes());
             }
         }
         for (index, argument) in request.from(1).enumerate() {
@@ -185,13 +185,13 @@ impl Caller {
             if owner != here {
                 bytes.clear(usize::MAX);
                 reply::bulk(&mut bytes, argument);
-                exchange.queue(owner, bytes.bytes());
+                batch.queue(owner, bytes.bytes());
             }
         }
         match spec.command {
-            Command::MGet => exchange.merge(Merge::Elements, owners),
-            Command::MSet => exchange.merge(Merge::AllOk, others),
-            _ => exchange.merge(Merge::Sum, others),
+            Command::MGet => batch.merge(Merge::Elements, owners),
+            Command::MSet => batch.merge(Merge::AllOk, others),
+            _ => batch.merge(Merge::Sum, others),
         }
     }
 
@@ -218,26 +218,26 @@ impl Caller {
     }
 
     /// Asks every shard, this one among them.
-    fn ask_all(&mut self, spec: &Spec, request: Request<'_>, exchange: &mut Exchange) {
+    fn ask_all(&mut self, spec: &Spec, request: Request<'_>, batch: &mut CrossShardBatch) {
         let sections = Sections::of(request);
         if spec.command == Command::Info && !sections.shards {
-            self.execute(spec, request, exchange.replies());
+            self.execute(spec, request, batch.replies());
             return;
         }
-        exchange.place();
+        batch.place();
         let place = self.shard.place;
         for shard in (0..place.count).filter(|&shard| shard != place.index) {
             Shard::add(&self.shard.counters.forwarded);
-            exchange.queue(shard, request.bytes());
+            batch.queue(shard, request.bytes());
         }
         if spec.command == Command::Info {
-            reply::bulk(exchange.replies(), info::line(&self.shard).as_bytes());
-            exchange.merge_text(info::head(&self.shard, sections));
+            reply::bulk(batch.replies(), info::line(&self.shard).as_bytes());
+            batch.merge_text(info::head(&self.shard, sections));
             return;
         }
-        self.execute(spec, request, exchange.replies());
+        self.execute(spec, request, batch.replies());
         let merge = if spec.command == Command::DbSize { Merge::Sum } else { Merge::AllOk };
-        exchange.merge(merge, (0..place.count).collect());
+        batch.merge(merge, (0..place.count).collect());
     }
 
     /// `HELLO [version [AUTH user password] [SETNAME name]]`: from its reply on the client is
@@ -342,7 +342,7 @@ impl Caller {
     }
 
     fn set_name(&mut self, name: &[u8]) -> Result<(), &'static str> {
-        if name.len() > NAME_AT_MOST || !name.iter().all(u8::is_ascii_graphic) {
+        if name.len() > MAX_NAME || !name.iter().all(u8::is_ascii_graphic) {
             return Err("ERR Client names cannot contain spaces, newlines or special characters.");
         }
         self.name = name.to_vec();
@@ -361,7 +361,7 @@ impl Caller {
         }
         let seconds: Option<f64> =
             std::str::from_utf8(request.get(2)).ok().and_then(|text| text.parse().ok());
-        match seconds.filter(|seconds| (0.0..=SLEEP_AT_MOST).contains(seconds)) {
+        match seconds.filter(|seconds| (0.0..=MAX_SLEEP).contains(seconds)) {
             Some(seconds) => {
                 std::thread::sleep(Duration::from_secs_f64(seconds));
                 self.start_turn();

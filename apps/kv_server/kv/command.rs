@@ -109,7 +109,7 @@ static SPECS: &[Spec] = &[
     spec("ttl", Command::Ttl, Scope::Key(1), 2, 2),
 ];
 
-const LONGEST_NAME: usize = 8;
+const MAX_NAME: usize = 8;
 
 const fn spec(
     name: &'static str,
@@ -149,7 +149,7 @@ impl Spec {
 }
 
 fn find(name: &[u8]) -> Option<&'static Spec> {
-    let mut lower = [0; LONGEST_NAME];
+    let mut lower = [0; MAX_NAME];
     let lower = lower.get_mut(..name.len())?;
     lower.copy_from_slice(name);
     lower.make_ascii_lowercase();
@@ -184,7 +184,7 @@ mod tests {
         for spec in SPECS {
             assert_eq!(find(spec.name.to_uppercase().as_bytes()).unwrap().name, spec.name);
         }
-        assert_eq!(SPECS.iter().map(|spec| spec.name.len()).max(), Some(LONGEST_NAME));
+        assert_eq!(SPECS.iter().map(|spec| spec.name.len()).max(), Some(MAX_NAME));
         for name in [&b""[..], b"ge", b"gett", b"get ", b"flushallx", &[b'x'; 1000]] {
             assert!(find(name).is_none());
         }

@@ -13,7 +13,7 @@ use futures_lite::{AsyncRead, AsyncWrite};
 
 use super::caller::{Caller, Flow};
 use super::client_stream::ClientStream;
-use super::exchange::Exchange;
+use super::cross_shard::CrossShardBatch;
 use super::input::Input;
 use super::origin::Origin;
 use super::reply;
@@ -57,7 +57,7 @@ pub(crate) async fn serve(
     loop {
         let turn = connection.take_commands(&mut stream.input);
         let unread = stream.input.unread().len();
-        match connection.exchange.finish(&shard.peers, &mut stream).await {
+        match connection.batch.finish(&shard.remote_shards, &mut stream).await {
             Err(error) if error.kind() == io::ErrorKind::QuotaExceeded => {
                 shard.complaints.tell(&origin, format_args!("{error}"));
                 return stream.hang_up().await;
@@ -85,7 +85,7 @@ pub(crate) async fn serve(
 struct Connection {
     parser: Parser,
     caller: Caller,
-    exchange: Exchange,
+    batch: CrossShardBatch,
 }
 
 impl Connection {
@@ -93,7 +93,7 @@ impl Connection {
         Self {
             parser: Parser::new(shard.settings.limits),
             caller: Caller::new(shard, origin),
-            exchange: Exchange::new(
+            batch: CrossShardBatch::new(
                 shard.place.index,
                 shard.place.count,
                 writes == Writes::Vectored,
@@ -103,18 +103,18 @@ impl Connection {
 
     /// Executes, or passes on, the commands that are there.
     fn take_commands(&mut self, input: &mut Input) -> Turn {
-        let Self { parser, caller, exchange } = self;
+        let Self { parser, caller, batch } = self;
         caller.start_turn();
-        while !exchange.is_full() {
+        while !batch.is_full() {
             let len = match parser.parse(input.unread()) {
                 Ok(Some(len)) => len,
                 Ok(None) => return Turn::Starved,
                 Err(error) => {
-                    reply::error(exchange.replies(), format_args!("ERR {error}"));
+                    reply::error(batch.replies(), format_args!("ERR {error}"));
                     return Turn::Over;
                 }
             };
-            let flow = caller.take(parser.request(input.unread()), exchange);
+            let flow = caller.take(parser.request(input.unread()), batch);
             if flow == Flow::Later {
                 return Turn::Full;
             }

@@ -11,13 +11,13 @@ use super::store::{CountError, Expiry, Full, Moment, Store};
 const NOT_AN_INTEGER: &str = "ERR value is not an integer or out of range";
 const SYNTAX: &str = "ERR syntax error";
 /// How many slots one step of a scan looks at, at most.
-const SCAN_AT_MOST: usize = 10_000;
-const SCAN_BY_DEFAULT: usize = 10;
+const MAX_SCAN: usize = 10_000;
+const DEFAULT_SCAN: usize = 10;
 /// A step of a scan ends when its keys have so many bytes.
 const SCAN_BYTES: usize = 1 << 20;
-const PATTERN_AT_MOST: usize = 4096;
+const MAX_PATTERN: usize = 4096;
 /// The longest reply to MGET. Naming a large value many times costs the client little.
-pub(crate) const REPLY_AT_MOST: usize = 256 << 20;
+pub(crate) const MAX_REPLY: usize = 256 << 20;
 pub(crate) const REPLY_TOO_LONG: &str = "ERR reply is longer than 256 MiB";
 
 /// Which of how many shards a store is: a scan goes on with the next one.
@@ -116,7 +116,7 @@ fn values<'a>(
     reply::array(replies, len);
     for key in keys {
         value(store, key, replies);
-        if replies.len() - before > REPLY_AT_MOST {
+        if replies.len() - before > MAX_REPLY {
             replies.truncate(before);
             return reply::error(replies, format_args!("{REPLY_TOO_LONG}"));
         }
@@ -288,7 +288,7 @@ fn scan(
     replies: &mut Replies,
 ) -> Result<(), Refusal> {
     let from = cursor::slot(request.get(1), place.count).ok_or("ERR invalid cursor")?;
-    let (mut pattern, mut slots) = (&b"*"[..], SCAN_BY_DEFAULT);
+    let (mut pattern, mut slots) = (&b"*"[..], DEFAULT_SCAN);
     let mut options = request.from(2);
     while let Some(option) = options.next() {
         let value = options.next().ok_or(SYNTAX)?;
@@ -300,11 +300,11 @@ fn scan(
             return Err(SYNTAX.into());
         }
     }
-    if slots == 0 || pattern.len() > PATTERN_AT_MOST {
+    if slots == 0 || pattern.len() > MAX_PATTERN {
         return Err(SYNTAX.into());
     }
     let (mut keys, mut len) = (Replies::new(), 0);
-    let next = store.scan(from, slots.min(SCAN_AT_MOST), |key| {
+    let next = store.scan(from, slots.min(MAX_SCAN), |key| {
         if pattern == b"*" || glob::fits(pattern, key) {
             reply::bulk(&mut keys, key);
             len += 1;

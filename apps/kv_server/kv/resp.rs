@@ -10,11 +10,11 @@ use std::fmt;
 use std::ops::Range;
 
 /// The longest line of words, and the most bytes that are searched for the end of one.
-const INLINE_AT_MOST: usize = 64 << 10;
+const INMAX_LINE: usize = 64 << 10;
 /// The most arguments of a command.
-const ARGUMENTS_AT_MOST: i64 = 1 << 20;
+const MAX_ARGUMENTS: i64 = 1 << 20;
 /// The longest line that gives a length: a letter, twenty digits, a line end, and some more.
-const HEADER_AT_MOST: usize = 32;
+const MAX_HEADER: usize = 32;
 /// Room for this many arguments is kept from one command to the next.
 const KEPT_ARGUMENTS: usize = 1024;
 
@@ -30,7 +30,7 @@ pub(crate) struct Limits {
 impl Limits {
     /// Limits for arguments of so many bytes.
     pub(crate) fn for_bulk(bulk: usize) -> Self {
-        Self { bulk, command: bulk.saturating_mul(4).max(INLINE_AT_MOST) }
+        Self { bulk, command: bulk.saturating_mul(4).max(INMAX_LINE) }
     }
 }
 
@@ -193,7 +193,7 @@ impl Parser {
         };
         match count {
             i64::MIN..=0 => Ok(Some(State::Whole { len: at })),
-            1..=ARGUMENTS_AT_MOST => Ok(Some(State::Header { left: count as usize, at })),
+            1..=MAX_ARGUMENTS => Ok(Some(State::Header { left: count as usize, at })),
             _ => Err(ProtocolError::ArrayLength),
         }
     }
@@ -240,11 +240,11 @@ impl Parser {
     }
 
     fn line(&mut self, bytes: &[u8]) -> Result<Option<State>, ProtocolError> {
-        let window = &bytes[..bytes.len().min(INLINE_AT_MOST)];
+        let window = &bytes[..bytes.len().min(INMAX_LINE)];
         let found = window[self.searched..].iter().position(|&byte| byte == b'\n');
         let Some(end) = found.map(|found| self.searched + found) else {
             self.searched = window.len();
-            let is_full = window.len() == INLINE_AT_MOST;
+            let is_full = window.len() == INMAX_LINE;
             return if is_full { Err(ProtocolError::LongLine) } else { Ok(None) };
         };
         let line = bytes[..end].strip_suffix(b"\r").unwrap_or(&bytes[..end]);
@@ -269,9 +269,9 @@ fn number(
     wrong: ProtocolError,
 ) -> Result<Option<(i64, usize)>, ProtocolError> {
     let rest = &bytes[at + 1..];
-    let window = &rest[..rest.len().min(HEADER_AT_MOST)];
+    let window = &rest[..rest.len().min(MAX_HEADER)];
     let Some(end) = window.iter().position(|&byte| byte == b'\n') else {
-        return if window.len() == HEADER_AT_MOST { Err(wrong) } else { Ok(None) };
+        return if window.len() == MAX_HEADER { Err(wrong) } else { Ok(None) };
     };
     let digits = window[..end].strip_suffix(b"\r").ok_or(wrong)?;
     let value = integer(digits).ok_or(wrong)?;
@@ -478,7 +478,7 @@ mod tests {
     #[test]
     fn what_is_no_command_is_refused_by_name() {
         use ProtocolError::*;
-        let long_line = [b'x'; INLINE_AT_MOST];
+        let long_line = [b'x'; INMAX_LINE];
         let refused: &[(&[u8], ProtocolError)] = &[
             (b"*x\r\n", ArrayLength),
             (b"*+1\r\n", ArrayLength),

@@ -12,17 +12,17 @@ use shmipc_glommio::{Config, Session, Shard as Core};
 
 use super::client_stream::OutputLimits;
 use super::connection::{self, Writes};
-use super::doors::{self, Doors};
 use super::execute::Place;
+use super::listeners::{self, ShardListeners};
 use super::origin::{Complaints, Origin};
-use super::peers::Peers;
+use super::remote_shards::RemoteShards;
 use super::resp::Limits;
 use super::store::Store;
 
 /// How often keys that have expired are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_millis(100);
 /// How many are removed before others get their turn.
-const SWEEP_AT_MOST: usize = 1000;
+const MAX_SWEEP: usize = 1000;
 
 /// What all shards are told alike.
 #[derive(Debug, Clone)]
@@ -44,7 +44,7 @@ pub(crate) struct Shard {
     pub(crate) place: Place,
     pub(crate) settings: Settings,
     pub(crate) store: RefCell<Store>,
-    pub(crate) peers: Peers,
+    pub(crate) remote_shards: RemoteShards,
     pub(crate) counters: Counters,
     pub(crate) output: Rc<OutputLimits>,
     pub(crate) complaints: Complaints,
@@ -94,24 +94,24 @@ impl Shard {
     }
 }
 
-/// Starts a shard on the executor of this thread: its store, its doors, its timer. They work as
+/// Starts a shard on the executor of this thread: its store, its listeners, its timer. They work as
 /// long as the tasks live.
 pub(crate) fn start_shard(
     core: Core,
     settings: Settings,
-    doors: Doors,
+    listeners: ShardListeners,
 ) -> io::Result<(Rc<Shard>, Vec<Task<()>>)> {
     let shard = Rc::new(Shard {
         place: Place { index: core.index(), count: core.count() },
         core,
         store: RefCell::new(Store::new()),
-        peers: Peers::new(&settings.shm, settings.config.clone())?,
+        remote_shards: RemoteShards::new(&settings.shm, settings.config.clone())?,
         counters: Counters::default(),
         output: Rc::new(OutputLimits::new(settings.output[0], settings.output[1])),
         complaints: Complaints::default(),
         settings,
     });
-    let mut tasks = doors::open(&shard, doors)?;
+    let mut tasks = listeners::open(&shard, listeners)?;
     tasks.push(glommio::spawn_local(sweep(Rc::clone(&shard))));
     Ok((shard, tasks))
 }
@@ -138,7 +138,7 @@ async fn sweep(shard: Rc<Shard>) {
             let has_more = {
                 let mut store = shard.store.borrow_mut();
                 shard.tell_time(&mut store);
-                store.sweep(SWEEP_AT_MOST)
+                store.sweep(MAX_SWEEP)
             };
             if !has_more {
                 break;

@@ -2,9 +2,9 @@
 
 #![allow(dead_code, reason = "each of the programs uses a part of it")]
 
-pub(crate) mod bare;
 pub(crate) mod count;
-pub(crate) mod lab;
+pub(crate) mod floor;
+pub(crate) mod harness;
 pub(crate) mod ours;
 pub(crate) mod payload;
 pub(crate) mod point;

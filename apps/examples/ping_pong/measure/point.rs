@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use super::{count, lab};
+use super::{count, harness};
 
 /// What carries the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Transport {
-    /// Two bare threads of execution on shared lines: the machine's limit for small messages.
+    /// Two threads, without a protocol, on shared lines: the machine's limit for small messages.
     Floor,
     /// The same for large messages: bytes written and read in shared memory without a protocol. The
     /// reply is written where the request came in.
@@ -171,7 +171,7 @@ impl Stopwatch {
         let histogram = hdrhistogram::Histogram::new_with_bounds(1, 60_000_000_000, 3)
             .expect("bounds that fit");
         // The last one to start, after the warming, is the one that counts.
-        lab::tell_server(lab::BEGIN);
+        harness::tell_server(harness::BEGIN);
         count::begin();
         let started = std::time::Instant::now();
         Self { histogram, started, until: started + slice, batch, operations: 0 }
@@ -195,7 +195,7 @@ impl Stopwatch {
     pub(crate) fn stop(self) -> Slice {
         let elapsed = self.started.elapsed().as_nanos() as f64;
         count::end();
-        lab::tell_server(lab::END);
+        harness::tell_server(harness::END);
         let quantile = |q| self.histogram.value_at_quantile(q) as f64 / 10.0;
         Slice {
             p50_ns: quantile(0.5),

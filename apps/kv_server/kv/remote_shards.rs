@@ -19,11 +19,11 @@ pub(crate) const ONLY: &[u8] = b"*2\r\n$5\r\nSHARD\r\n$4\r\nONLY\r\n";
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The other shards.
-pub(crate) struct Peers {
+pub(crate) struct RemoteShards {
     client: Client,
 }
 
-impl Peers {
+impl RemoteShards {
     /// The shards of the server at this path.
     pub(crate) fn new(path: &Path, config: Config) -> io::Result<Self> {
         let client = Client::builder(path).config(config).acquire_timeout(PATIENCE).build()?;

@@ -9,14 +9,14 @@ use super::reply::{self, Replies};
 use super::resp::integer;
 
 /// The longest line of a shard's reply.
-const LINE_AT_MOST: usize = 64 << 10;
+const MAX_LINE: usize = 64 << 10;
 
 /// The text of an error reply: a shard could not be asked, or said no.
 pub(crate) type Failure = String;
 
 /// Where the replies of a shard come from: another core, or this one.
 #[derive(Default)]
-pub(crate) struct Source {
+pub(crate) struct ReplyStream {
     /// `None`: the shard is that of this core, or there is no link to it yet.
     link: Option<Link>,
     /// What has come over the link.
@@ -32,7 +32,7 @@ enum Link {
     Failed(Failure),
 }
 
-impl Source {
+impl ReplyStream {
     pub(crate) fn linked(reader: ReadHalf) -> Self {
         Self { link: Some(Link::Open(reader)), ..Self::default() }
     }
@@ -121,7 +121,7 @@ impl Source {
                 return Err(error);
             }
             searched = unread.len();
-            if searched > LINE_AT_MOST {
+            if searched > MAX_LINE {
                 return Err(self.give_up());
             }
             self.more().await?;
@@ -197,10 +197,10 @@ mod tests {
 
     use super::*;
 
-    fn of_here(replies: &[u8]) -> Source {
+    fn of_here(replies: &[u8]) -> ReplyStream {
         let mut made_here = Replies::new();
         made_here.extend_from_slice(replies);
-        Source { made_here, ..Source::default() }
+        ReplyStream { made_here, ..ReplyStream::default() }
     }
 
     #[test]
@@ -212,33 +212,36 @@ mod tests {
             b"$-1\r\n",
             b"*3\r\n$1\r\nx\r\n*2\r\n:1\r\n*0\r\n$0\r\n\r\n",
         ];
-        let mut source = of_here(&all.concat());
+        let mut reply_stream = of_here(&all.concat());
         for expected in all {
             let mut reply = Replies::new();
-            block_on(source.copy_reply(&mut reply)).unwrap();
+            block_on(reply_stream.copy_reply(&mut reply)).unwrap();
             assert_eq!(reply.bytes(), expected);
         }
-        assert!(block_on(source.copy_reply(&mut Replies::new())).is_err(), "there is no more");
+        assert!(
+            block_on(reply_stream.copy_reply(&mut Replies::new())).is_err(),
+            "there is no more"
+        );
     }
 
     #[test]
     fn an_error_is_a_failure_and_the_next_reply_is_the_next() {
-        let mut source = of_here(b"-ERR no\r\n:3\r\n-ERR never\r\n+OK\r\n");
-        let failure = block_on(source.copy_reply(&mut Replies::new())).unwrap_err();
+        let mut reply_stream = of_here(b"-ERR no\r\n:3\r\n-ERR never\r\n+OK\r\n");
+        let failure = block_on(reply_stream.copy_reply(&mut Replies::new())).unwrap_err();
         assert_eq!(failure, "ERR no");
-        assert_eq!(block_on(source.number(b':')), Ok(3));
-        assert_eq!(block_on(source.status()), Err("ERR never".into()));
-        assert_eq!(block_on(source.status()), Ok(()));
+        assert_eq!(block_on(reply_stream.number(b':')), Ok(3));
+        assert_eq!(block_on(reply_stream.status()), Err("ERR never".into()));
+        assert_eq!(block_on(reply_stream.status()), Ok(()));
     }
 
     #[test]
     fn what_makes_no_sense_ends_the_link() {
         for reply in [&b"$x\r\n"[..], b"*\r\n", b"$1\n"] {
-            let mut source = of_here(reply);
-            assert!(block_on(source.copy_reply(&mut Replies::new())).is_err());
-            assert!(source.has_failed(), "{}", reply.escape_ascii());
+            let mut reply_stream = of_here(reply);
+            assert!(block_on(reply_stream.copy_reply(&mut Replies::new())).is_err());
+            assert!(reply_stream.has_failed(), "{}", reply.escape_ascii());
         }
-        let mut source = of_here(b"+OK\r\n");
-        assert!(block_on(source.number(b':')).is_err() && source.has_failed());
+        let mut reply_stream = of_here(b"+OK\r\n");
+        assert!(block_on(reply_stream.number(b':')).is_err() && reply_stream.has_failed());
     }
 }

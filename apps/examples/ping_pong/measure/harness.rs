@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 
 use super::count::{self, Cost};
 use super::point::{Point, Slice, Transport};
-use super::{bare, ours, sockets};
+use super::{floor, ours, sockets};
 
 /// The processor of the client and of the server.
 const CLIENT_CPU: usize = 0;
@@ -54,14 +54,14 @@ pub(crate) struct Outcome {
 }
 
 /// The server process, and the end of its output.
-pub(crate) struct Lab {
+pub(crate) struct Harness {
     child: Child,
     output: BufReader<ChildStdout>,
     directory: PathBuf,
     slices: usize,
 }
 
-impl Lab {
+impl Harness {
     pub(crate) fn start() -> Self {
         let directory = PathBuf::from(format!("/dev/shm/ping-pong-{}", std::process::id()));
         std::fs::create_dir_all(&directory).expect("room in /dev/shm");
@@ -104,7 +104,7 @@ impl Lab {
         count::watch_this_thread();
         let slice = match point.transport {
             Transport::Floor | Transport::RawSame | Transport::RawRotating => {
-                bare::measure(&path, point)
+                floor::measure(&path, point)
             }
             Transport::Ours(ours) => ours::measure(&path, ours, point),
             Transport::UdsBlocking => sockets::measure_blocking(&path, point),
@@ -131,7 +131,7 @@ impl Lab {
     }
 }
 
-impl Drop for Lab {
+impl Drop for Harness {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -176,7 +176,7 @@ fn serve_point(path: &Path, point: Point) {
     match point.transport {
         Transport::Floor | Transport::RawSame | Transport::RawRotating => {
             ready();
-            bare::serve(path, point);
+            floor::serve(path, point);
         }
         Transport::Ours(ours) => ours::serve(path, ours, point, ready),
         Transport::UdsBlocking => sockets::serve_blocking(path, point, ready),

@@ -14,7 +14,7 @@ use glommio::timer::Timer;
 
 use super::ticks::Ticks;
 
-pub(crate) struct Pace {
+pub(crate) struct RateSchedule {
     start: Instant,
     /// Seconds from the start to the first request, and from one to the next.
     first: f64,
@@ -27,8 +27,8 @@ pub(crate) struct Pace {
     timer: Option<Timer>,
 }
 
-impl Pace {
-    /// The pace of one of so many connections, which take turns and have `rate` together.
+impl RateSchedule {
+    /// The schedule of one of so many connections, which take turns and have `rate` together.
     pub(crate) fn new(
         start: Instant,
         rate: f64,
@@ -38,9 +38,9 @@ impl Pace {
     ) -> Self {
         let first = connection as f64 / rate;
         let interval = connections as f64 / rate;
-        let mut pace = Self { start, first, interval, ticks, made: 0, due: start, timer: None };
-        pace.due = pace.next_due();
-        pace
+        let mut schedule = Self { start, first, interval, ticks, made: 0, due: start, timer: None };
+        schedule.due = schedule.next_due();
+        schedule
     }
 
     fn next_due(&self) -> Instant {
@@ -92,14 +92,14 @@ mod tests {
     use super::*;
 
     /// The second of two connections that have 1 000 requests a second together.
-    fn pace(start: Instant, ticks: Option<Rc<Ticks>>) -> Pace {
-        Pace::new(start, 1000.0, ticks, 1, 2)
+    fn schedule(start: Instant, ticks: Option<Rc<Ticks>>) -> RateSchedule {
+        RateSchedule::new(start, 1000.0, ticks, 1, 2)
     }
 
-    fn due_times(mut pace: Pace) -> Vec<u128> {
-        let start = pace.start;
+    fn due_times(mut schedule: RateSchedule) -> Vec<u128> {
+        let start = schedule.start;
         let late = start + Duration::from_secs(1);
-        let due = |_| pace.take_due(late).unwrap().duration_since(start).as_micros();
+        let due = |_| schedule.take_due(late).unwrap().duration_since(start).as_micros();
         (0..6).map(due).collect()
     }
 
@@ -111,9 +111,9 @@ mod tests {
     fn requests_are_due_each_at_its_time_or_several_at_a_tick() {
         run(async {
             let start = Instant::now();
-            assert_eq!(due_times(pace(start, None)), [1000, 3000, 5000, 7000, 9000, 11_000]);
+            assert_eq!(due_times(schedule(start, None)), [1000, 3000, 5000, 7000, 9000, 11_000]);
             let (ticks, _teller) = Ticks::start(start, Duration::from_millis(4));
-            let times = due_times(pace(start, Some(ticks)));
+            let times = due_times(schedule(start, Some(ticks)));
             assert_eq!(times, [4000, 4000, 8000, 8000, 12_000, 12_000]);
         });
     }
@@ -127,13 +127,13 @@ mod tests {
                 let ticks = (tick > 0).then_some(ticks);
                 let mut tasks = Vec::new();
                 for _ in 0..3 {
-                    let mut pace = pace(start, ticks.clone());
+                    let mut schedule = schedule(start, ticks.clone());
                     tasks.push(glommio::spawn_local(async move {
                         let mut taken = 0;
                         while taken < 10 {
-                            poll_fn(|context| pace.poll_due(context)).await;
+                            poll_fn(|context| schedule.poll_due(context)).await;
                             // One that waits for ticks is woken by each of them.
-                            while pace.take_due(Instant::now()).is_some() {
+                            while schedule.take_due(Instant::now()).is_some() {
                                 taken += 1;
                             }
                         }

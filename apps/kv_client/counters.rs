@@ -10,13 +10,13 @@ use hdrhistogram::Histogram;
 use super::work::Request;
 
 /// The longest latency that is told apart: ten minutes.
-const LONGEST_NANOS: u64 = 600_000_000_000;
+const MAX_NANOS: u64 = 600_000_000_000;
 
 /// The latencies of an executor, in nanoseconds.
 pub(crate) type Latencies = Rc<RefCell<Histogram<u64>>>;
 
 pub(crate) fn latencies() -> Histogram<u64> {
-    Histogram::new_with_bounds(1, LONGEST_NANOS, 3).expect("bounds in order, 3 digits")
+    Histogram::new_with_bounds(1, MAX_NANOS, 3).expect("bounds in order, 3 digits")
 }
 
 /// What a connection shows to the watchdog of its executor.
@@ -35,7 +35,7 @@ impl Watch {
 }
 
 /// The books of one connection.
-pub(crate) struct Tally {
+pub(crate) struct Counters {
     latencies: Latencies,
     /// When the clock was last looked at. A look costs a tenth of a round trip over shared memory,
     /// so the end of one request is the beginning of the next.
@@ -43,14 +43,14 @@ pub(crate) struct Tally {
     pub(crate) outstanding: usize,
 }
 
-impl Tally {
+impl Counters {
     pub(crate) fn new(latencies: Latencies) -> Self {
         Self { latencies, now: Instant::now(), outstanding: 0 }
     }
 
     /// Notes which requests what was read just now has answered, if any.
     #[inline]
-    pub(crate) fn note_answered(&mut self, requests: impl ExactSizeIterator<Item = Request>) {
+    pub(crate) fn record_answered(&mut self, requests: impl ExactSizeIterator<Item = Request>) {
         self.now = Instant::now();
         self.outstanding -= requests.len();
         let mut latencies = self.latencies.borrow_mut();

@@ -10,12 +10,12 @@ use glommio::{LocalExecutorBuilder, Placement};
 use hdrhistogram::Histogram;
 use shmipc_glommio::{Cores, preflight};
 
-use super::counts::Counts;
+use super::counters::latencies;
 use super::cpu::Cpu;
 use super::executor::{self, Measured};
 use super::failure::Failure;
 use super::options::Options;
-use super::tally::latencies;
+use super::session_totals::SessionTotals;
 
 /// How often those who wait for the others look. To be woken from another thread is no faster.
 const LOOK: Duration = Duration::from_millis(1);
@@ -27,7 +27,7 @@ pub(crate) struct Outcome {
     pub(crate) latencies: Histogram<u64>,
     pub(crate) seconds: f64,
     /// Over shared memory.
-    pub(crate) counts: Option<Counts>,
+    pub(crate) totals: Option<SessionTotals>,
     pub(crate) cpu: Option<Cpu>,
 }
 
@@ -56,7 +56,7 @@ impl Shared {
         }
     }
 
-    pub(crate) fn note_alive(&self, executor: usize) {
+    pub(crate) fn record_alive(&self, executor: usize) {
         self.alive[executor].fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -127,12 +127,12 @@ fn collect(
 
 fn merge(all: impl Iterator<Item = Measured>) -> Outcome {
     let mut merged = latencies();
-    let (mut counts, mut cpu): (Option<Counts>, _) = (None, None);
+    let (mut totals, mut cpu): (Option<SessionTotals>, _) = (None, None);
     let mut span: Option<(Instant, Instant)> = None;
     for measured in all {
         // All have the same bounds, so what is in one fits into the other.
         merged.add(&measured.latencies).expect("histograms of the same bounds");
-        counts = match (counts, measured.counts) {
+        totals = match (totals, measured.totals) {
             (Some(sum), Some(more)) => Some(sum.with(&more)),
             (sum, more) => sum.or(more),
         };
@@ -143,7 +143,7 @@ fn merge(all: impl Iterator<Item = Measured>) -> Outcome {
         });
     }
     let seconds = span.map_or(0.0, |(start, end)| end.duration_since(start).as_secs_f64());
-    Outcome { latencies: merged, seconds, counts, cpu }
+    Outcome { latencies: merged, seconds, totals, cpu }
 }
 
 fn failed(executor: usize, problem: String) -> Failure {

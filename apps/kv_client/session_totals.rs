@@ -16,7 +16,7 @@ const REPORTED: [Reported; 6] = [
 ];
 
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Counts {
+pub(crate) struct SessionTotals {
     /// How many shards each connection reaches.
     pub(crate) shards: usize,
     /// What was agreed on with them.
@@ -24,7 +24,7 @@ pub(crate) struct Counts {
     sums: [u64; REPORTED.len()],
 }
 
-impl Counts {
+impl SessionTotals {
     /// What the sessions of an executor, one to each shard, have counted so far.
     pub(crate) fn of(sessions: &[Session]) -> Self {
         let stats: Vec<_> = sessions.iter().map(Session::stats).collect();

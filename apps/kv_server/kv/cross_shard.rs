@@ -18,20 +18,20 @@ use futures_lite::future::or;
 use shmipc_glommio::{Session, WriteHalf};
 
 use super::client_stream::ReplySink;
-use super::execute::{REPLY_AT_MOST, REPLY_TOO_LONG};
-use super::peers::Peers;
+use super::execute::{MAX_REPLY, REPLY_TOO_LONG};
+use super::remote_shards::RemoteShards;
 use super::reply::{self, Replies};
-use super::source::{Failure, Source};
+use super::reply_stream::{Failure, ReplyStream};
 
 /// A batch ends when so many bytes of replies, or of commands for others, have come together.
 const BATCH_BYTES: usize = 256 << 10;
 /// A batch ends with so many commands.
 const BATCH_COMMANDS: usize = 1024;
 /// So many bytes of replies are sent before the rest of the batch's are there.
-const OUTPUT_AT_MOST: usize = 4 << 20;
+const MAX_OUTPUT: usize = 4 << 20;
 
 /// What the replies to one client are made of.
-pub(crate) struct Exchange {
+pub(crate) struct CrossShardBatch {
     here: usize,
     pieces: Vec<Piece>,
     /// How many bytes of the replies made here belong to pieces already.
@@ -39,7 +39,7 @@ pub(crate) struct Exchange {
     commands: usize,
     queued: usize,
     outgoing: Vec<Outgoing>,
-    sources: Vec<Source>,
+    reply_streams: Vec<ReplyStream>,
     /// Replies of several shards, put together.
     output: Replies,
 }
@@ -77,13 +77,13 @@ struct Outgoing {
     link: Option<(Session, WriteHalf)>,
 }
 
-impl Exchange {
+impl CrossShardBatch {
     /// For a client of the shard `here`, one of so many. `may_refer`: long values are sent from
     /// where the store has them, if that goes.
     pub(crate) fn new(here: usize, shards: usize, may_refer: bool) -> Self {
-        let source = |shard| match shard == here && may_refer {
-            true => Source::referring(),
-            false => Source::default(),
+        let reply_stream = |shard| match shard == here && may_refer {
+            true => ReplyStream::referring(),
+            false => ReplyStream::default(),
         };
         Self {
             here,
@@ -92,7 +92,7 @@ impl Exchange {
             commands: 0,
             queued: 0,
             outgoing: (0..shards).map(|_| Outgoing::default()).collect(),
-            sources: (0..shards).map(source).collect(),
+            reply_streams: (0..shards).map(reply_stream).collect(),
             output: Replies::new(),
         }
     }
@@ -100,7 +100,7 @@ impl Exchange {
     /// Where replies that are made here are written. Their place is behind all that was asked
     /// before.
     pub(crate) fn replies(&mut self) -> &mut Replies {
-        self.sources[self.here].made_here()
+        self.reply_streams[self.here].made_here()
     }
 
     /// Whether it is time to send and to answer.
@@ -110,7 +110,7 @@ impl Exchange {
             || self.replies().len() >= BATCH_BYTES
     }
 
-    pub(crate) fn note_command(&mut self) {
+    pub(crate) fn record_command(&mut self) {
         self.commands += 1;
     }
 
@@ -162,59 +162,59 @@ impl Exchange {
     /// Sends what is to be sent, and answers the client once all replies are there.
     pub(crate) async fn finish(
         &mut self,
-        peers: &Peers,
+        remote_shards: &RemoteShards,
         client: &mut impl ReplySink,
     ) -> io::Result<()> {
         if self.pieces.is_empty() {
-            client.send(self.replies(), OUTPUT_AT_MOST).await?;
+            client.send(self.replies(), MAX_OUTPUT).await?;
         } else {
             self.place();
             // The client has not changed its version since the first of these pieces.
             self.output.protocol = self.replies().protocol;
             // They are taken apart again.
             self.replies().flatten();
-            self.open_links(peers).await;
-            let Self { here, pieces, outgoing, sources, output, .. } = self;
+            self.open_links(remote_shards).await;
+            let Self { here, pieces, outgoing, reply_streams, output, .. } = self;
             let sending = async {
                 poll_fn(|context| poll_send_all(outgoing, context)).await;
                 pending().await
             };
-            or(sending, join_all(pieces, *here, sources, output, client)).await?;
+            or(sending, join_all(pieces, *here, reply_streams, output, client)).await?;
             self.drop_failed_links();
         }
-        self.sources[self.here].forget_made_here(OUTPUT_AT_MOST);
+        self.reply_streams[self.here].forget_made_here(MAX_OUTPUT);
         (self.placed, self.commands, self.queued) = (0, 0, 0);
         Ok(())
     }
 
-    async fn open_links(&mut self, peers: &Peers) {
-        for (shard, (outgoing, source)) in
-            self.outgoing.iter_mut().zip(&mut self.sources).enumerate()
+    async fn open_links(&mut self, remote_shards: &RemoteShards) {
+        for (shard, (outgoing, reply_stream)) in
+            self.outgoing.iter_mut().zip(&mut self.reply_streams).enumerate()
         {
             if outgoing.bytes.is_empty() || outgoing.is_linked() {
                 continue;
             }
-            *source = match peers.open(shard).await {
+            *reply_stream = match remote_shards.open(shard).await {
                 Ok((session, stream)) => {
                     let (reader, writer) = stream.split();
                     outgoing.link = Some((session, writer));
-                    Source::linked(reader)
+                    ReplyStream::linked(reader)
                 }
                 Err(error) => {
                     outgoing.cancel();
-                    Source::failed(format!("ERR shard {shard} cannot be reached: {error}"))
+                    ReplyStream::failed(format!("ERR shard {shard} cannot be reached: {error}"))
                 }
             };
         }
     }
 
     fn drop_failed_links(&mut self) {
-        for (outgoing, source) in self.outgoing.iter_mut().zip(&mut self.sources) {
-            if source.has_failed() {
+        for (outgoing, reply_stream) in self.outgoing.iter_mut().zip(&mut self.reply_streams) {
+            if reply_stream.has_failed() {
                 outgoing.cancel();
-                *source = Source::default();
+                *reply_stream = ReplyStream::default();
             }
-            outgoing.bytes.shrink_to(OUTPUT_AT_MOST);
+            outgoing.bytes.shrink_to(MAX_OUTPUT);
         }
     }
 }
@@ -258,39 +258,39 @@ fn poll_send_all(outgoing: &mut [Outgoing], context: &mut Context<'_>) -> Poll<(
 async fn join_all(
     pieces: &mut Vec<Piece>,
     here: usize,
-    sources: &mut [Source],
+    reply_streams: &mut [ReplyStream],
     output: &mut Replies,
     client: &mut impl ReplySink,
 ) -> io::Result<()> {
     for piece in pieces.drain(..) {
         let before = output.len();
-        if let Err(failure) = join(piece, here, sources, output).await {
+        if let Err(failure) = join(piece, here, reply_streams, output).await {
             output.truncate(before);
             reply::error(output, format_args!("{failure}"));
         }
-        if output.len() >= OUTPUT_AT_MOST {
-            client.send(output, OUTPUT_AT_MOST).await?;
+        if output.len() >= MAX_OUTPUT {
+            client.send(output, MAX_OUTPUT).await?;
         }
     }
-    client.send(output, OUTPUT_AT_MOST).await
+    client.send(output, MAX_OUTPUT).await
 }
 
 /// Appends the next piece. Whatever fails, the replies that belong to it have been taken.
 async fn join(
     piece: Piece,
     here: usize,
-    sources: &mut [Source],
+    reply_streams: &mut [ReplyStream],
     output: &mut Replies,
 ) -> Result<(), Failure> {
     match piece {
-        Piece::Here(len) => sources[here].copy(output, len).await,
-        Piece::Next(shard) => sources[shard].copy_reply(output).await,
-        Piece::Elements(owners) => join_elements(&owners, sources, output).await,
+        Piece::Here(len) => reply_streams[here].copy(output, len).await,
+        Piece::Next(shard) => reply_streams[shard].copy_reply(output).await,
+        Piece::Elements(owners) => join_elements(&owners, reply_streams, output).await,
         Piece::Sum(shards) => {
             let mut sum = 0;
             let mut result = Ok(());
             for shard in shards {
-                match sources[shard].number(b':').await {
+                match reply_streams[shard].number(b':').await {
                     Ok(number) => sum += number,
                     Err(failure) => result = Err(failure),
                 }
@@ -301,7 +301,7 @@ async fn join(
         Piece::AllOk(shards) => {
             let mut result = Ok(());
             for shard in shards {
-                result = result.and(sources[shard].status().await);
+                result = result.and(reply_streams[shard].status().await);
             }
             output.extend_from_slice(reply::OK);
             result
@@ -309,9 +309,9 @@ async fn join(
         Piece::Text(head) => {
             let mut text = head.into_bytes();
             let mut result = Ok(());
-            for source in sources {
+            for reply_stream in reply_streams {
                 let mut part = Replies::new();
-                result = result.and(source.copy_reply(&mut part).await);
+                result = result.and(reply_stream.copy_reply(&mut part).await);
                 let part = part.bytes();
                 let body = part.iter().position(|&byte| byte == b'\n').map_or(0, |end| end + 1);
                 text.extend_from_slice(part[body..].strip_suffix(b"\r\n").unwrap_or_default());
@@ -324,18 +324,18 @@ async fn join(
 
 async fn join_elements(
     owners: &[usize],
-    sources: &mut [Source],
+    reply_streams: &mut [ReplyStream],
     output: &mut Replies,
 ) -> Result<(), Failure> {
     let mut result = Ok(());
-    let mut is_array = vec![None; sources.len()];
+    let mut is_array = vec![None; reply_streams.len()];
     let before = output.len();
     reply::array(output, owners.len());
     for &owner in owners {
         let has_array = match is_array[owner] {
             Some(has_array) => has_array,
             None => {
-                let len = sources[owner].number(b'*').await;
+                let len = reply_streams[owner].number(b'*').await;
                 let has_array = len.is_ok();
                 result = result.and(len.map(drop));
                 is_array[owner] = Some(has_array);
@@ -343,9 +343,9 @@ async fn join_elements(
             }
         };
         if has_array {
-            result = result.and(sources[owner].copy_reply(output).await);
+            result = result.and(reply_streams[owner].copy_reply(output).await);
         }
-        if output.len() - before > REPLY_AT_MOST {
+        if output.len() - before > MAX_REPLY {
             output.truncate(before);
             result = Err(REPLY_TOO_LONG.into());
         }
@@ -363,7 +363,7 @@ mod tests {
     use shmipc_glommio::{Config, Listener};
 
     use super::*;
-    use crate::kv::peers::ONLY;
+    use crate::kv::remote_shards::ONLY;
 
     impl ReplySink for Vec<u8> {
         async fn send(&mut self, replies: &mut Replies, kept: usize) -> io::Result<()> {
@@ -394,39 +394,39 @@ mod tests {
     }
 
     /// The replies to two commands for the other shard, between two of this one.
-    async fn ask(exchange: &mut Exchange, peers: &Peers) -> String {
+    async fn ask(batch: &mut CrossShardBatch, remote_shards: &RemoteShards) -> String {
         let mut client = Vec::new();
-        exchange.replies().extend_from_slice(b"+first\r\n");
-        exchange.forward(1, b"*1\r\n$3\r\nONE\r\n");
-        exchange.forward(1, b"*1\r\n$3\r\nTWO\r\n");
-        exchange.replies().extend_from_slice(b"+last\r\n");
-        exchange.finish(peers, &mut client).await.unwrap();
+        batch.replies().extend_from_slice(b"+first\r\n");
+        batch.forward(1, b"*1\r\n$3\r\nONE\r\n");
+        batch.forward(1, b"*1\r\n$3\r\nTWO\r\n");
+        batch.replies().extend_from_slice(b"+last\r\n");
+        batch.finish(remote_shards, &mut client).await.unwrap();
         String::from_utf8(client).unwrap()
     }
 
     #[test]
     fn a_shard_that_fails_is_told_of_in_its_place_and_asked_again_later() {
-        let name = format!("shmipc-kv-exchange-{}", std::process::id());
+        let name = format!("shmipc-kv-cross-shard-{}", std::process::id());
         let path = std::env::temp_dir().join(name);
         let executor = LocalExecutorBuilder::new(Placement::Unbound).make().unwrap();
         executor.run(async move {
-            let door = |shard: usize| format!("{}.{shard}", path.display());
-            let first = Listener::bind(door(0), config()).unwrap();
-            let peers = Peers::new(&path, config()).unwrap();
-            let mut exchange = Exchange::new(0, 2, true);
-            let replies = ask(&mut exchange, &peers).await;
+            let socket = |shard: usize| format!("{}.{shard}", path.display());
+            let first = Listener::bind(socket(0), config()).unwrap();
+            let remote_shards = RemoteShards::new(&path, config()).unwrap();
+            let mut batch = CrossShardBatch::new(0, 2, true);
+            let replies = ask(&mut batch, &remote_shards).await;
             let lines: Vec<&str> = replies.split("\r\n").collect();
             assert_eq!((lines[0], lines[3], lines.len()), ("+first", "+last", 5), "{replies}");
             assert!(lines[1].starts_with("-ERR shard 1 cannot be reached: "), "{replies}");
             assert_eq!(lines[1], lines[2]);
 
-            let listener = Listener::bind(door(1), config()).unwrap();
+            let listener = Listener::bind(socket(1), config()).unwrap();
             let sessions = Rc::new(Cell::new(0));
             let answer = b"$3\r\none\r\n$3\r\ntw";
             let shard = answer_once_each(listener, answer, Rc::clone(&sessions));
             let shard = glommio::spawn_local(shard);
             for count in 1..4 {
-                let replies = ask(&mut exchange, &peers).await;
+                let replies = ask(&mut batch, &remote_shards).await;
                 let rest = replies.strip_prefix("+first\r\n$3\r\none\r\n-ERR the shard's stream ");
                 let rest = rest.unwrap_or_else(|| panic!("{replies}"));
                 assert!(rest.ends_with("\r\n+last\r\n") && !rest.contains("tw"), "{replies}");

@@ -30,17 +30,17 @@ use super::unix_socket;
 use crate::cli::tell;
 
 /// The most clients of one shard.
-const CLIENTS_AT_MOST: u64 = 10_000;
+const MAX_CLIENTS: u64 = 10_000;
 /// How long accepting pauses when it failed: the process may be out of descriptors.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// The doors of the process, closed when this goes.
-pub(crate) struct AllDoors {
+/// The listeners of the process, closed when this goes.
+pub(crate) struct Listeners {
     tcp: Option<ReservedAddress>,
-    unix: Option<UnixDoor>,
+    unix: Option<UnixSocket>,
 }
 
-struct UnixDoor {
+struct UnixSocket {
     /// Dropped first. `None`: it has an abstract name, which goes with the listener.
     file: Option<SocketFile>,
     listener: UnixListener,
@@ -48,23 +48,23 @@ struct UnixDoor {
     shards: Vec<UnixStream>,
 }
 
-/// The doors of one shard.
+/// The listeners of one shard.
 #[derive(Debug)]
-pub(crate) struct Doors {
+pub(crate) struct ShardListeners {
     tcp: Option<net::SocketAddr>,
     /// Where the numbers of accepted descriptors come in. They are this shard's from then on.
     unix: Option<UnixStream>,
 }
 
-impl AllDoors {
-    /// Takes the addresses. Nobody is served before the shards have their doors.
+impl Listeners {
+    /// Takes the addresses. Nobody is served before the shards have their listeners.
     /// Of several TCP addresses, the first that can be had.
     pub(crate) fn reserve(
         tcp: Option<&[net::SocketAddr]>,
         unix: Option<&Path>,
     ) -> io::Result<Self> {
         let tcp = tcp.map(ReservedAddress::first_of).transpose()?;
-        let unix = unix.map(UnixDoor::open).transpose()?;
+        let unix = unix.map(UnixSocket::open).transpose()?;
         Ok(Self { tcp, unix })
     }
 
@@ -74,25 +74,25 @@ impl AllDoors {
     }
 
     /// What one more shard needs.
-    pub(crate) fn for_shard(&mut self) -> io::Result<Doors> {
+    pub(crate) fn for_shard(&mut self) -> io::Result<ShardListeners> {
         let unix = match &mut self.unix {
-            Some(door) => {
+            Some(socket) => {
                 let (ours, theirs) = UnixStream::pair()?;
-                door.shards.push(ours);
+                socket.shards.push(ours);
                 Some(theirs)
             }
             None => None,
         };
-        Ok(Doors { tcp: self.tcp_address(), unix })
+        Ok(ShardListeners { tcp: self.tcp_address(), unix })
     }
 
     /// Starts to deal connections to the shards.
     pub(crate) fn start(&mut self) -> io::Result<()> {
-        let Some(door) = &mut self.unix else {
+        let Some(socket) = &mut self.unix else {
             return Ok(());
         };
-        let is_abstract = door.file.is_none();
-        let (listener, shards) = (door.listener.try_clone()?, std::mem::take(&mut door.shards));
+        let is_abstract = socket.file.is_none();
+        let (listener, shards) = (socket.listener.try_clone()?, std::mem::take(&mut socket.shards));
         thread::Builder::new()
             .name("accept".into())
             .spawn(move || deal(&listener, is_abstract, &shards))?;
@@ -121,7 +121,7 @@ fn deal(listener: &UnixListener, is_abstract: bool, shards: &[UnixStream]) {
     }
 }
 
-impl UnixDoor {
+impl UnixSocket {
     /// Listens where only this user can connect. What a dead server left there is replaced.
     fn open(path: &Path) -> io::Result<Self> {
         let failed = |error: io::Error| {
@@ -151,20 +151,20 @@ impl UnixDoor {
         let listener = UnixListener::bind(path)?;
         unix_socket::refuse_descriptors(listener.as_fd());
         let file = Some(SocketFile::of(path)?);
-        let door = Self { file, listener, shards: Vec::new() };
+        let socket = Self { file, listener, shards: Vec::new() };
         fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-        Ok(door)
+        Ok(socket)
     }
 }
 
-/// Opens a shard's doors. They are open as long as the tasks live.
-pub(crate) fn open(shard: &Rc<Shard>, doors: Doors) -> io::Result<Vec<Task<()>>> {
+/// Opens a shard's listeners. They are open as long as the tasks live.
+pub(crate) fn open(shard: &Rc<Shard>, listeners: ShardListeners) -> io::Result<Vec<Task<()>>> {
     let mut tasks = Vec::new();
-    if let Some(address) = doors.tcp {
+    if let Some(address) = listeners.tcp {
         let listener = glommio_net::TcpListener::bind(address).map_err(io::Error::from)?;
         tasks.push(glommio::spawn_local(accept_tcp(Rc::clone(shard), listener)));
     }
-    if let Some(dealt) = doors.unix {
+    if let Some(dealt) = listeners.unix {
         // SAFETY: the descriptor is open and has no other owner once it is taken out of `dealt`.
         let dealt = unsafe { glommio_net::UnixStream::from_raw_fd(dealt.into_raw_fd()) };
         tasks.push(glommio::spawn_local(accept_unix(Rc::clone(shard), dealt)));
@@ -202,7 +202,7 @@ fn welcome(
 ) {
     let shard = Rc::clone(shard);
     glommio::spawn_local(async move {
-        if shard.counters.clients.get() >= CLIENTS_AT_MOST {
+        if shard.counters.clients.get() >= MAX_CLIENTS {
             let refusal = b"-ERR max number of clients reached\r\n";
             return stream.write_all(refusal).await.ok();
         }

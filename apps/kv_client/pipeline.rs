@@ -5,14 +5,14 @@ use std::collections::VecDeque;
 use std::io;
 use std::task::{Context, Poll};
 
+use super::counters::Counters;
 use super::failure::Failure;
 use super::format::{Format, INFO_CPU, info_text};
 use super::outgoing::Outgoing;
 use super::pipe::{Piece, Pipe};
-use super::tally::Tally;
 use super::work::Request;
 
-pub(crate) struct Lane {
+pub(crate) struct Pipeline {
     pipe: Pipe,
     outgoing: Outgoing,
     outstanding: VecDeque<Request>,
@@ -20,10 +20,10 @@ pub(crate) struct Lane {
     position: usize,
 }
 
-impl Lane {
+impl Pipeline {
     pub(crate) fn new(pipe: Pipe, depth: usize) -> Self {
         Self {
-            outgoing: Outgoing::new(pipe.copied_at_most()),
+            outgoing: Outgoing::new(pipe.max_copied()),
             pipe,
             outstanding: VecDeque::with_capacity(depth),
             position: 0,
@@ -36,7 +36,7 @@ impl Lane {
         self.outstanding.is_empty()
     }
 
-    /// Takes a request, to be written when the lane is polled.
+    /// Takes a request, to be written when the pipeline is polled.
     #[inline]
     pub(crate) fn push(&mut self, request: Request, format: &Format) {
         format.write(&request, &mut self.outgoing);
@@ -73,8 +73,8 @@ impl Lane {
         context: &mut Context<'_>,
         buffer: &mut [u8],
         format: &Format,
-        tally: &mut Tally,
-    ) -> Result<bool, LaneFailure> {
+        counters: &mut Counters,
+    ) -> Result<bool, PipelineError> {
         let mut has_moved = false;
         while let Poll::Ready(Piece { len, has_more }) = self.pipe.poll_read(context, buffer)? {
             if len == 0 {
@@ -82,7 +82,7 @@ impl Lane {
             }
             has_moved = true;
             let answered = format.verify(&buffer[..len], &self.outstanding, &mut self.position)?;
-            tally.note_answered(self.outstanding.drain(..answered));
+            counters.record_answered(self.outstanding.drain(..answered));
             // To look again for what may have come meanwhile can wait until its slot is filled.
             if !has_more {
                 break;
@@ -122,19 +122,19 @@ fn closed() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection")
 }
 
-/// Why a lane is of no more use.
-pub(crate) enum LaneFailure {
+/// Why a pipeline is of no more use.
+pub(crate) enum PipelineError {
     Pipe(io::Error),
     Answer(Failure),
 }
 
-impl From<io::Error> for LaneFailure {
+impl From<io::Error> for PipelineError {
     fn from(error: io::Error) -> Self {
         Self::Pipe(error)
     }
 }
 
-impl From<Failure> for LaneFailure {
+impl From<Failure> for PipelineError {
     fn from(failure: Failure) -> Self {
         Self::Answer(failure)
     }
