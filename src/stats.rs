@@ -35,7 +35,7 @@ use shmipc_core::shm::pool::SliceUsage;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct SessionStats {
-    /// Events put into the send queue: flushes and closes.
+    /// Events put into the send queue: messages and closes.
     pub events_sent: u64,
     /// Events taken from the receive queue.
     pub events_received: u64,

@@ -139,7 +139,7 @@ impl Driver for SessionInner {
                     self.reactor.spawn(send_kept(session));
                 }
             }
-            Err(error) if is_gone(&error) => self.note_hung_up(),
+            Err(error) if is_gone(&error) => self.on_hang_up(),
             Err(error) => self.fail(Error::os("send to the peer", error)),
         }
     }
@@ -253,7 +253,7 @@ impl SessionInner {
 
     /// The peer is gone. The next turn ends the session, behind everything that the peer sent
     /// before it went.
-    pub(crate) fn note_hung_up(&self) {
+    pub(crate) fn on_hang_up(&self) {
         self.socket.is_hung_up.set(true);
         self.activate();
     }

@@ -22,7 +22,7 @@ pub(crate) enum WaitsFor {
     Readers,
 }
 
-/// The present wait. Whoever owns it ends it before it goes.
+/// The present wait. Its owner ends it before it is dropped.
 #[derive(Debug, Default)]
 pub(crate) struct SendWait {
     present: Option<(WaitsFor, Registration)>,

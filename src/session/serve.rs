@@ -21,7 +21,7 @@ use shmipc_core::error::Error;
 
 impl Session {
     /// Accepts every stream that the peer opens and serves each in a task of its own, until the
-    /// session is over and all the tasks have ended. Gives the reason of the session's end.
+    /// session is over and all the tasks have ended. Returns why the session ended.
     ///
     /// A task that fails or panics ends its stream only: it is [reset](Stream::reset), so that a
     /// peer of this crate reads [`Error::StreamReset`] behind what it got, and not a clean end. It
@@ -100,7 +100,7 @@ async fn serve_one(
             if let Some(error) = outcome.failure() {
                 session.counters.failed_streams.add(1);
                 if let Some(served_by) = session.supervision.served_by.get() {
-                    served_by.note_failed_stream();
+                    served_by.record_failed_stream();
                 }
                 log_failure(&session, Some(stream.id()), error);
             }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Handlers that are watched: how they end decides how the streams end that they leave behind.
 //!
-//! A handler that fails drops its stream before anybody sees that it has failed, in the same poll.
+//! A handler that fails drops its stream before its failure is seen, in the same poll.
 //! Dropped streams are closed, and a peer takes that for a clean end. So while a handler is polled,
 //! the ends of its session's streams are put off; behind the poll they are closed, or
 //! [reset](crate::Stream::reset) if the handler has failed. So they are when a handler is dropped
-//! before it has ended. What a handler closes by name, it has closed.
+//! before it has ended. A stream that a handler closes itself stays closed.
 
 use std::cell::Cell;
 use std::convert::Infallible;
@@ -87,7 +87,7 @@ impl SessionInner {
 
     #[inline(never)]
     fn settle_some(&self, mark: Mark, of: Of<'_>, has_failed: bool) {
-        // Also where a part of it is held elsewhere: nobody would end it.
+        // Also where a part of it is held elsewhere: nothing else would end it.
         if let (Of::Stream(stream), true) = (of, has_failed) {
             self.proto.reset_stream(self, stream);
         }

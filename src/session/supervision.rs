@@ -29,7 +29,7 @@ impl ServedBy {
         self.session
     }
 
-    pub(crate) fn note_failed_stream(&self) {
+    pub(crate) fn record_failed_stream(&self) {
         (self.count_failed_stream)();
     }
 }

@@ -12,7 +12,7 @@ use shmipc_core::error::{Error, Result};
 /// Sends what was kept until nothing is.
 pub(crate) async fn send_kept(session: Rc<SessionInner>) {
     match session.socket.outbox.send_kept(&session.socket.socket).await {
-        Err(error) if is_gone(&error) => session.note_hung_up(),
+        Err(error) if is_gone(&error) => session.on_hang_up(),
         Err(error) => session.fail(Error::os("send to the peer", error)),
         Ok(()) => {}
     }

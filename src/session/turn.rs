@@ -21,13 +21,13 @@ const WORTH_LOOKING_AGAIN: usize = 16;
 /// How many events ahead a slice is brought near.
 const LOOK_AHEAD: u32 = 2;
 /// How often a task looks at the queue itself before it sleeps: a microsecond or so, within which a
-/// peer answers that is at it, even if its own task has to go over its poller.
+/// peer answers that is at it, even if its own task has to go over its reactor.
 const IN_PLACE_LOOKS: usize = 600;
 /// After so many of these looks, the queues of the core's other sessions are looked at too.
 const LOOKS_AT_OTHERS: usize = 8;
 /// How many waits are not made in place after some that were in vain.
 const IN_PLACE_SKIPS: u32 = 63;
-/// What a session's tasks may spend in a row without the poller's turn: some 20 us, so that other
+/// What a session's tasks may spend in a row without the reactor's turn: some 20 us, so that other
 /// tasks, and what io_uring has for them, are not kept waiting for much longer.
 const IN_PLACE_CREDIT: usize = 32;
 /// What a message costs of it: itself, and one more for so many bytes.
@@ -35,7 +35,7 @@ const IN_PLACE_COST: usize = 1;
 const IN_PLACE_BYTES: usize = 32 << 10;
 
 impl SessionInner {
-    /// One turn of the poller.
+    /// One turn of the reactor.
     pub(crate) fn turn(&self, now: Instant) -> PollOutcome {
         let spins = self.config.settings().spin != Spin::Never;
         self.activity.in_place.credit.set(if spins { IN_PLACE_CREDIT } else { 0 });
@@ -110,7 +110,7 @@ impl SessionInner {
         PollOutcome::Idle
     }
 
-    /// Says that nobody looks at the queue any more, until the socket or the doorbell wakes this
+    /// Tells the peer that the queue is not looked at any more, until the socket or the doorbell wakes this
     /// side. `false`: something came meanwhile.
     pub(crate) fn fall_asleep(&self) -> bool {
         let result = self.queues.consumer.borrow_mut().try_sleep();
@@ -123,7 +123,7 @@ impl SessionInner {
         true
     }
 
-    /// Takes up to `limit` events from the queue. Gives how many there were.
+    /// Takes up to `limit` events from the queue. Returns how many there were.
     #[inline]
     fn drain(&self, limit: usize) -> Result<usize, MemoryError> {
         let mut taken = 0;
@@ -159,10 +159,10 @@ impl SessionInner {
     }
 
     /// Waits a moment for data of a stream that the calling task would otherwise sleep for, and
-    /// drains the queue itself. Gives the stream's next chain when that is what came; everything
+    /// drains the queue itself. Returns the stream's next chain when that is what came; everything
     /// else goes its way, behind it.
     ///
-    /// The way over the poller and back costs more than a peer that is at it takes to answer. It
+    /// The way over the reactor and back costs more than a peer that is at it takes to answer. It
     /// is taken all the same when other streams wait too, since their tasks could run meanwhile;
     /// when the [credit](IN_PLACE_CREDIT) is spent, since a task that never sleeps lets no other
     /// run; and for a while after waits in vain.
@@ -212,7 +212,7 @@ impl SessionInner {
         None
     }
 
-    /// Takes the events that are there, and gives the first chain if it is one of this stream.
+    /// Takes the events that are there, and returns the first chain if it is one of this stream.
     #[inline]
     fn drain_in_place(&self, stream: &StreamInner) -> Result<Option<Chain>, MemoryError> {
         let available = self.queues.consumer.borrow_mut().available()? as usize;
@@ -347,8 +347,8 @@ mod tests {
         [client.unwrap(), server.unwrap()]
     }
 
-    /// What comes over the socket is behind what is in the queue, and so somebody else than the
-    /// poller takes that. Only a turn tells the peer that there is room again.
+    /// What comes over the socket is behind what is in the queue, and so that is not always
+    /// taken in a turn. Only a turn tells the peer that there is room again.
     #[test]
     fn what_is_taken_out_of_turn_is_followed_by_one() {
         let test = async {

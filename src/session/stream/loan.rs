@@ -2,7 +2,7 @@
 //! Messages as values: memory that is lent to be written, and memory that has arrived.
 //!
 //! Both own their slices. A loan that is dropped, and a message that is read or dropped, give them
-//! back; there is no ritual to forget.
+//! back; nothing has to be called for that.
 
 use bytes::{Buf, Bytes};
 
@@ -73,14 +73,14 @@ impl Loan {
         self.chain.is_shared()
     }
 
-    /// Copies bytes behind those that were written, as many as there is room for. Gives how many:
+    /// Copies bytes behind those that were written, as many as there is room for. Returns how many:
     /// what does not fit is not an error, unless it is written by [`std::io::Write::write_all`].
     #[inline]
     pub fn write(&mut self, bytes: &[u8]) -> usize {
         self.chain.write(bytes)
     }
 
-    /// Gives the room behind what was written, slice by slice, to be written in place. Bytes count
+    /// Returns the room behind what was written, slice by slice, to be written in place. Bytes count
     /// as written when [`advance`](Self::advance) says so; they hold something old until then.
     ///
     /// # Errors
@@ -147,7 +147,7 @@ impl std::io::Write for Loan {
     }
 }
 
-/// One flush of the peer, as [`Stream::recv`](crate::Stream::recv) gives it.
+/// One message of the peer, as [`Stream::recv`](crate::Stream::recv) gives it.
 ///
 /// Its bytes stay in shared memory until they are copied out, or looked at through
 /// [`views`](Self::views). Slices go back as they are consumed, and all of them when it is dropped.
@@ -196,12 +196,12 @@ impl Message {
         self.chain.is_shared()
     }
 
-    /// Copies the first bytes out, as many as `to` holds, and consumes them. Gives how many.
+    /// Copies the first bytes out, as many as `to` holds, and consumes them. Returns how many.
     pub fn read(&mut self, to: &mut [u8]) -> usize {
         self.chain.read(to)
     }
 
-    /// Copies the first bytes out, as many as `to` holds, and keeps them. Gives how many.
+    /// Copies the first bytes out, as many as `to` holds, and keeps them. Returns how many.
     pub fn peek(&self, to: &mut [u8]) -> usize {
         self.chain.copy_out(to)
     }
@@ -260,7 +260,7 @@ impl Message {
 
     /// A [`Buf`](bytes::Buf) over the bytes where they are, which consumes them.
     ///
-    /// [`into_bytes`](Self::into_bytes) gives one for peers that nobody speaks for, after a copy.
+    /// [`into_bytes`](Self::into_bytes) makes one of a copy, also for peers that are not trusted.
     ///
     /// # Errors
     ///

@@ -25,13 +25,13 @@ use crate::session::stream::write_half::WriteHalf;
 use shmipc_core::error::{Error, Result};
 use shmipc_core::proto::stream_state::HalfState;
 
-/// A stream of bytes to and from the peer, in flushes.
+/// A stream of bytes to and from the peer, in messages.
 ///
 /// Three ways to use it, over the same state:
 ///
 /// - [`AsyncRead`], [`AsyncBufRead`] and [`AsyncWrite`]: as a socket. These copy.
-/// - [`alloc`](Self::alloc) lends shared memory, [`send`](Self::send) passes it on as one flush.
-/// - [`recv`](Self::recv) takes one flush of the peer as a [`Message`].
+/// - [`alloc`](Self::alloc) lends shared memory, [`send`](Self::send) passes it on as one message.
+/// - [`recv`](Self::recv) takes one message of the peer as a [`Message`].
 ///
 /// What was written or sent is on its way when that returns; [`flush`] waits only for data that had
 /// to go over the socket. Dropping a stream closes it, gives all its memory back, and loses nothing
@@ -146,7 +146,7 @@ impl Stream {
         AllocFuture::new(&mut self.writer, len)
     }
 
-    /// Sends what was written into a loan, as one flush.
+    /// Sends what was written into a loan, as one message.
     ///
     /// A loan of any stream of the same session will do. One into which nothing was written is
     /// given back, and nothing is sent. Waits while the send queue is full, and while the peer's
@@ -164,13 +164,13 @@ impl Stream {
     }
 
     /// Passes a message on that was received on this stream or another one of the same session,
-    /// without a copy: what of it is unread, as one flush. For the rest as [`send`](Self::send).
+    /// without a copy: what of it is unread, as one message. For the rest as [`send`](Self::send).
     #[inline]
     pub fn forward(&mut self, message: Message) -> SendFuture<'_> {
         SendFuture::new(&mut self.writer, message.chain)
     }
 
-    /// Waits for the next flush of the peer, and takes it as a whole. `None` is the end: the peer
+    /// Waits for the next message of the peer, and takes it as a whole. `None` is the end: the peer
     /// sends nothing more, and everything that it sent was taken.
     ///
     /// Cancel-safe: nothing is taken until it is given.
@@ -184,7 +184,7 @@ impl Stream {
         RecvFuture::new(&mut self.reader)
     }
 
-    /// The flushes of the peer as a [stream of futures](futures_lite::Stream), which ends with the
+    /// The messages of the peer as a [stream of futures](futures_lite::Stream), which ends with the
     /// peer's, or after the first error.
     pub fn messages(&mut self) -> Messages<'_> {
         self.reader.messages()

@@ -108,7 +108,7 @@ impl ReadHalf {
         self.deadline.set(deadline);
     }
 
-    /// Waits for the next flush of the peer, and takes it as a whole. `None` is the end: the peer
+    /// Waits for the next message of the peer, and takes it as a whole. `None` is the end: the peer
     /// sends nothing more, and everything that it sent was taken.
     ///
     /// Cancel-safe: nothing is taken until it is given.
@@ -122,7 +122,7 @@ impl ReadHalf {
         RecvFuture::new(self)
     }
 
-    /// The flushes of the peer as a [stream of futures](futures_lite::Stream), which ends with the
+    /// The messages of the peer as a [stream of futures](futures_lite::Stream), which ends with the
     /// peer's, or after the first error.
     pub fn messages(&mut self) -> Messages<'_> {
         Messages { half: self, is_over: false }
@@ -148,7 +148,7 @@ impl ReadHalf {
         }
     }
 
-    /// What [`AsyncBufRead`] has shown and nobody consumed.
+    /// What [`AsyncBufRead`] has shown and was not consumed.
     #[cold]
     fn take_lent(&mut self) -> Message {
         let bytes = Bytes::copy_from_slice(self.lent.rest());
@@ -158,7 +158,7 @@ impl ReadHalf {
         Message { chain: Chain::received(pool, bytes, held) }
     }
 
-    /// The next flush of the peer, which is not yet counted as taken; `None` is the end.
+    /// The next message of the peer, which is not yet counted as taken; `None` is the end.
     #[inline]
     fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<Chain>>> {
         let (session, inner) = (self.session(), &*self.inner);
@@ -275,7 +275,7 @@ impl AsyncBufRead for ReadHalf {
     }
 }
 
-/// Waits for the next flush of the peer: see [`Stream::recv`](crate::Stream::recv).
+/// Waits for the next message of the peer: see [`Stream::recv`](crate::Stream::recv).
 ///
 /// ```
 /// use futures_lite::future::poll_once;
@@ -322,7 +322,7 @@ impl Future for RecvFuture<'_> {
     }
 }
 
-/// The flushes of the peer, one after the other: see [`Stream::messages`](crate::Stream::messages).
+/// The messages of the peer, one after the other: see [`Stream::messages`](crate::Stream::messages).
 ///
 /// ```
 /// use futures_lite::StreamExt;
@@ -347,7 +347,7 @@ impl Future for RecvFuture<'_> {
 /// while let Some(message) = messages.next().await {
 ///     lengths.push(message?.len());
 /// }
-/// assert_eq!(lengths, [5, 6]); // one for each flush of the peer
+/// assert_eq!(lengths, [5, 6]); // one for each message of the peer
 /// # std::io::Result::Ok(()) }).unwrap().join().unwrap().unwrap();
 /// ```
 #[must_use = "streams do nothing unless they are polled"]

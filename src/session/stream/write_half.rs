@@ -126,7 +126,7 @@ impl WriteHalf {
         AllocFuture::new(self, len)
     }
 
-    /// Sends what was written into a loan, as one flush.
+    /// Sends what was written into a loan, as one message.
     ///
     /// A loan of any stream of the same session will do. One into which nothing was written is
     /// given back, and nothing is sent. Waits while the send queue is full, and while the peer's
@@ -135,7 +135,7 @@ impl WriteHalf {
     ///
     /// A loan of private memory goes into shared memory when there are slices by now, and over the
     /// socket otherwise; there, what is longer than
-    /// [`max_message_len`](crate::ConfigBuilder::max_message_len) arrives as several flushes.
+    /// [`max_message_len`](crate::ConfigBuilder::max_message_len) arrives as several messages.
     ///
     /// # Errors
     ///
@@ -148,7 +148,7 @@ impl WriteHalf {
     }
 
     /// Passes a message on that was received on this stream or another one of the same session,
-    /// without a copy: what of it is unread, as one flush. For the rest as [`send`](Self::send).
+    /// without a copy: what of it is unread, as one message. For the rest as [`send`](Self::send).
     #[inline]
     pub fn forward(&mut self, message: Message) -> SendFuture<'_> {
         SendFuture::new(self, message.chain)

@@ -15,7 +15,7 @@
 //! much as a window has come without credit for it; all that a sender sent before it had to wait
 //! does come.
 //!
-//! Whom it trusts: nobody. Credit for more than was sent counts as credit for what was sent.
+//! Trust: none in the peer. Credit for more than was sent counts as credit for what was sent.
 
 use std::cell::Cell;
 
@@ -48,7 +48,7 @@ impl SendWindow {
 
     /// Counts a message that went through shared memory.
     #[inline]
-    pub fn note_sent(&self, size: u64) {
+    pub fn record_sent(&self, size: u64) {
         self.sent.set(self.sent.get().wrapping_add(size));
     }
 
@@ -80,8 +80,8 @@ impl SendWindow {
     }
 
     /// Counts a message that went over the socket, and what it costs the peer until it is taken.
-    pub fn note_sent_over_socket(&self, size: u64, cost: u64) {
-        self.note_sent(size);
+    pub fn record_sent_over_socket(&self, size: u64, cost: u64) {
+        self.record_sent(size);
         self.socket_until.set(self.sent.get());
         self.socket_bytes.set(self.socket_bytes.get() + size);
         self.socket_cost.set(self.socket_cost.get() + cost);
@@ -116,13 +116,13 @@ impl SendWindow {
     }
 
     /// Records that the peer was asked, with what was credited and sent by now.
-    pub fn note_asked(&self) {
+    pub fn on_asked(&self) {
         self.asked_at.set(Some((self.credited.get(), self.sent.get())));
     }
 
     /// The peer says that its reader waits. It counts for the next message only, and not at all
     /// while something is on its way that the peer did not know of.
-    pub fn note_wanted(&self) {
+    pub fn on_reader_wanted(&self) {
         if self.is_all_taken() {
             self.wanted_at.set(Some(self.sent.get()));
         }
@@ -202,7 +202,7 @@ impl ReceiveWindow {
 
     /// The peer asks for credit: now, or when the reader takes the next message.
     /// Records that the peer was asked, with what was credited and sent by now.
-    pub fn note_asked(&self) {
+    pub fn on_asked(&self) {
         self.hurry.set(Hurry::Asked);
     }
 
@@ -219,7 +219,7 @@ impl ReceiveWindow {
 
     /// A message came.
     #[inline]
-    pub fn note_come(&self, size: u64) {
+    pub fn record_arrival(&self, size: u64) {
         self.uncredited.set(self.uncredited.get().wrapping_add(size));
     }
 
@@ -232,7 +232,7 @@ impl ReceiveWindow {
     /// The reader took a message. Credit is due once it is half a window, or less of what came over
     /// the socket, and when the reader is `done` with that.
     #[inline]
-    pub fn note_taken(
+    pub fn record_taken(
         &self,
         size: u64,
         over_socket: bool,
@@ -264,9 +264,9 @@ mod tests {
     #[test]
     fn a_full_window_waits_for_credit() {
         let window = SendWindow::default();
-        window.note_sent(60);
+        window.record_sent(60);
         assert!(window.has_room(100));
-        window.note_sent(60);
+        window.record_sent(60);
         assert!(!window.has_room(100));
         window.credit(19);
         assert!(!window.has_room(100));
@@ -274,15 +274,15 @@ mod tests {
         assert!(window.has_room(100));
         window.credit(u64::MAX);
         assert!(window.has_room(1), "no more credit than what was sent");
-        window.note_sent(1);
+        window.record_sent(1);
         assert!(!window.has_room(1));
     }
 
     #[test]
     fn the_socket_is_left_when_all_of_it_was_taken() {
         let window = SendWindow::default();
-        window.note_sent(10);
-        window.note_sent_over_socket(5, 133);
+        window.record_sent(10);
+        window.record_sent_over_socket(5, 133);
         assert!(!window.is_socket_done());
         window.credit(14);
         assert!(!window.is_socket_done());
@@ -294,39 +294,39 @@ mod tests {
     fn a_reader_waits_for_one_message_and_for_none_while_some_are_on_their_way() {
         let window = SendWindow::default();
         assert!(!window.is_wanted() && window.may_ask());
-        window.note_asked();
+        window.on_asked();
         assert!(!window.may_ask());
-        window.note_wanted();
+        window.on_reader_wanted();
         assert!(window.is_wanted());
-        window.note_sent_over_socket(5, 133);
+        window.record_sent_over_socket(5, 133);
         assert!(!window.is_wanted() && window.may_ask());
-        window.note_wanted();
+        window.on_reader_wanted();
         assert!(!window.is_wanted(), "the peer has not said that it has the last one");
         window.credit(5);
-        window.note_wanted();
+        window.on_reader_wanted();
         assert!(window.is_wanted());
     }
 
     #[test]
     fn credit_for_the_socket_comes_when_the_reader_is_done() {
         let window = ReceiveWindow::default();
-        (0..3).for_each(|_| window.note_come(10));
-        assert_eq!(window.note_taken(10, true, false, 1000), CreditUpdate::Not);
-        assert_eq!(window.note_taken(10, false, true, 1000), CreditUpdate::Now);
+        (0..3).for_each(|_| window.record_arrival(10));
+        assert_eq!(window.record_taken(10, true, false, 1000), CreditUpdate::Not);
+        assert_eq!(window.record_taken(10, false, true, 1000), CreditUpdate::Now);
         assert_eq!(window.take(), 20);
-        assert_eq!(window.note_taken(10, false, true, 1000), CreditUpdate::Not);
+        assert_eq!(window.record_taken(10, false, true, 1000), CreditUpdate::Not);
     }
 
     #[test]
     fn credit_waits_as_long_as_the_sender_has_room() {
         let window = ReceiveWindow::default();
-        (0..7).for_each(|_| window.note_come(10));
-        let due: Vec<_> = (0..7).map(|_| window.note_taken(10, false, false, 100)).collect();
+        (0..7).for_each(|_| window.record_arrival(10));
+        let due: Vec<_> = (0..7).map(|_| window.record_taken(10, false, false, 100)).collect();
         assert_eq!(due, [[CreditUpdate::Not; 4].as_slice(), &[CreditUpdate::Soon; 3]].concat());
         assert!(!window.is_sender_near_its_end(100));
-        window.note_come(10);
+        window.record_arrival(10);
         assert!(window.is_sender_near_its_end(100));
-        assert_eq!(window.note_taken(10, false, false, 100), CreditUpdate::Now);
+        assert_eq!(window.record_taken(10, false, false, 100), CreditUpdate::Now);
         assert_eq!(window.take(), 80);
         window.put_back(80);
         assert!(window.is_sender_near_its_end(100), "it was not told");
@@ -353,14 +353,14 @@ mod tests {
                 sender.credit(u64::from(receiver.take()));
             };
             let come = |message: (u64, bool)| {
-                receiver.note_come(message.0);
+                receiver.record_arrival(message.0);
                 if is_kept.get() && receiver.is_sender_near_its_end(window) {
                     tell();
                 }
                 message
             };
             let read = |(size, over_socket), done, is_asleep| {
-                match receiver.note_taken(size, over_socket, done, window) {
+                match receiver.record_taken(size, over_socket, done, window) {
                     CreditUpdate::Not => {}
                     CreditUpdate::Soon if is_asleep => is_kept.set(true),
                     CreditUpdate::Soon | CreditUpdate::Now => tell(),
@@ -380,9 +380,9 @@ mod tests {
                     prop_assert!(sender.is_socket_done());
                 }
                 if over_socket {
-                    sender.note_sent_over_socket(size, size + 128);
+                    sender.record_sent_over_socket(size, size + 128);
                 } else {
-                    sender.note_sent(size);
+                    sender.record_sent(size);
                 }
                 way.push_back((size, over_socket));
                 let unread: u64 = way.iter().chain(&queue).map(|(size, _)| size).sum();

@@ -135,7 +135,7 @@ impl<D: Driver> RunningSession<D> {
         if matches!(self.push(driver, event), Ok(true)) {
             // It opens the stream, if nothing has.
             stream.set_known_to_peer();
-            stream.sending.note_asked();
+            stream.sending.on_asked();
         }
     }
 
@@ -147,7 +147,7 @@ impl<D: Driver> RunningSession<D> {
         if credit > 0 || self.is_waited_for(driver, stream) {
             self.send_credit(driver, stream, credit);
         } else {
-            stream.receiving.note_asked();
+            stream.receiving.on_asked();
         }
     }
 
@@ -191,7 +191,7 @@ impl<D: Driver> RunningSession<D> {
         // While the peer has not said that it knows of credit, none is due, but it is counted.
         let is_known = window != UNBOUNDED;
         let done = over_socket && is_known && stream.inbound.borrow().socket_len() == 0;
-        match stream.receiving.note_taken(occupied, over_socket, done, window) {
+        match stream.receiving.record_taken(occupied, over_socket, done, window) {
             CreditUpdate::Not => {}
             // It would take the event for data, whatever came over the socket.
             _ if !is_known => {}
@@ -212,7 +212,7 @@ impl<D: Driver> RunningSession<D> {
     /// A message of a stream came. Its sender may have come to the end of its credit.
     #[inline]
     pub(super) fn on_arrival(&self, driver: &D, stream: &StreamEntry<D>, payload: &D::Payload) {
-        stream.receiving.note_come(payload.occupies());
+        stream.receiving.record_arrival(payload.occupies());
         if stream.has_waiting_credit.get()
             && stream.receiving.is_sender_near_its_end(self.credit.window_here.get())
         {
@@ -301,7 +301,7 @@ impl<D: Driver> RunningSession<D> {
             Some(stream) => {
                 let taken = stream.sending.credit(u64::from(event.offset));
                 if says_reader_waits {
-                    stream.sending.note_wanted();
+                    stream.sending.on_reader_wanted();
                 }
                 self.on_socket_taken(driver, taken);
                 driver.wake_writer(&stream);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a running session asks of whoever drives it.
+//! What a running session asks of its driver.
 
 use std::rc::Rc;
 

@@ -3,7 +3,7 @@
 //!
 //! A peer of this crate that sees the connection end takes what was sent before. Others do not:
 //! shmipc-go looks at the hang-up first and drops its queue, and what its streams had received and
-//! nobody had read (`docs/protocol.md#ending-a-session`). So towards a peer that is not known to be
+//! was not read yet (`docs/protocol.md#ending-a-session`). So towards a peer that is not known to be
 //! of this crate the connection stays up, for the time of
 //! [`close_timeout`](crate::ConfigBuilder::close_timeout) at most, until the peer
 //!

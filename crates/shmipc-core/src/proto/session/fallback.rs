@@ -211,13 +211,13 @@ impl<D: Driver> RunningSession<D> {
     /// Counts a message of a stream that went over the socket.
     pub(super) fn on_sent_over_socket(&self, stream: &StreamEntry<D>, len: usize, now: Instant) {
         let cost = cost_over_socket(len);
-        stream.sending.note_sent_over_socket(len as u64, cost);
+        stream.sending.record_sent_over_socket(len as u64, cost);
         stream.record_unanswered(len as u64);
         self.credit.last_over_socket.set(Some(now));
         self.credit.socket_unread.set(self.credit.socket_unread.get() + cost);
     }
 
-    /// Whether nothing of what a stream was used for is left on it: whoever takes it next begins
+    /// Whether nothing of what a stream was used for is left on it: so its next user begins
     /// afresh.
     ///
     /// A peer that does not know the extension never returns to memory on a stream whose data went

@@ -275,7 +275,7 @@ impl<D: Driver> RunningSession<D> {
         driver.wake_acceptors();
     }
 
-    /// The last handle is gone: closes the streams that nobody can accept any more.
+    /// The last handle is gone: closes the streams that cannot be accepted any more.
     pub fn refuse_unaccepted(&self, driver: &D) {
         self.accepts.is_closed.set(true);
         let waiting = std::mem::take(&mut *self.accepts.ready.borrow_mut());

@@ -135,7 +135,7 @@ impl<D: Driver> StreamEntry<D> {
     pub(super) fn on_sent(&self, offset: u32, occupies: u64) {
         self.set_known_to_peer();
         self.last_sent.set(offset);
-        self.sending.note_sent(occupies);
+        self.sending.record_sent(occupies);
     }
 
     /// Something of it came.
