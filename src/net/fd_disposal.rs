@@ -25,6 +25,7 @@ use crate::exec::runtime::TcpStream;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, sockopt};
 
+use crate::net::descriptor::fd_of_stream;
 use crate::net::fd_passing::{peek, refuse_descriptors};
 use shmipc_core::shm::region::FdKind;
 
@@ -89,7 +90,8 @@ pub(crate) fn close(fd: OwnedFd) {
 }
 
 /// As [`close`], for a socket that glommio has taken over.
-pub(crate) fn close_stream(stream: TcpStream, fd: BorrowedFd<'_>) {
+pub(crate) fn close_stream(stream: TcpStream) {
+    let fd = fd_of_stream(&stream);
     if is_harmless(fd) {
         return drop(stream);
     }
@@ -103,7 +105,7 @@ pub(crate) fn close_stream(stream: TcpStream, fd: BorrowedFd<'_>) {
         // There is no room for it. So it stays open here while the helper empties it.
         Err(_) => {
             let is_empty = Arc::new(AtomicBool::new(false));
-            let target = Target::ReadBuffer(fd.as_raw_fd(), Arc::clone(&is_empty));
+            let target = Target::Kept(fd.as_raw_fd(), Arc::clone(&is_empty));
             KEPT.with_borrow_mut(|kept| kept.0.push(Kept { stream: Some(stream), is_empty }));
             submit(Job { target, uid });
         }
@@ -224,7 +226,7 @@ struct Job {
 enum Target {
     Connection(OwnedFd),
     /// Somebody else's, who closes it when this has become true.
-    ReadBuffer(RawFd, Arc<AtomicBool>),
+    Kept(RawFd, Arc<AtomicBool>),
     Listener(OwnedFd),
     /// Of descriptors whose files are open elsewhere.
     Duplicates(Vec<OwnedFd>),
@@ -326,7 +328,7 @@ fn help() {
 fn close_here(target: Target) {
     match target {
         Target::Connection(fd) => empty(fd.as_raw_fd()),
-        Target::ReadBuffer(fd, is_empty) => {
+        Target::Kept(fd, is_empty) => {
             empty(fd);
             // Pairs with the acquire load in `catch_up`.
             is_empty.store(true, Ordering::Release);
@@ -466,7 +468,7 @@ mod tests {
             drop(writing);
             let (raw, is_empty) = (ours.as_raw_fd(), Arc::new(AtomicBool::new(false)));
             let _ = nix::sys::socket::shutdown(raw, Shutdown::Both);
-            submit(Job { target: Target::ReadBuffer(raw, Arc::clone(&is_empty)), uid: None });
+            submit(Job { target: Target::Kept(raw, Arc::clone(&is_empty)), uid: None });
             assert_eq!(File::from(reading).read(&mut [0]).unwrap(), 0);
             let start = Instant::now();
             while !is_empty.load(Ordering::Acquire) {

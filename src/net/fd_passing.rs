@@ -20,23 +20,32 @@
 //! - A receive skips an out-of-band byte, and closes what came with it. So such bytes are kept in
 //!   line with the others (`SO_OOBINLINE`).
 //!
-//! `unsafe` here: a socket option that `nix` does not know, the control messages of `recvmsg`, and
-//! taking over the descriptors that the kernel made for them.
+//! `unsafe` here: the control messages of `recvmsg`, and taking over the descriptors that the kernel
+//! made for them. (`nix` gives no descriptors of a message of which some were cut.)
 
 use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::ptr;
 
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::sockopt;
+use nix::{setsockopt_impl, sockopt_impl};
 
 use crate::net::fd_disposal;
 use shmipc_core::shm::region::FdKind;
 
-/// Whether descriptors can be sent to a Unix socket (`asm-generic/socket.h`).
+/// `asm-generic/socket.h`
 const SO_PASSRIGHTS: libc::c_int = 83;
+
+sockopt_impl!(
+    /// Whether descriptors can be sent to a Unix socket.
+    PassRights,
+    SetOnly,
+    libc::SOL_SOCKET,
+    SO_PASSRIGHTS,
+    bool
+);
 
 /// How many descriptors of one message are looked at: more than are ever due, and no more, since
 /// duplicates of what is foreign stay open for as long as their closes take.
@@ -64,18 +73,7 @@ pub(crate) fn admit_descriptors(socket: impl AsFd) -> io::Result<()> {
 }
 
 fn set_pass_rights(socket: BorrowedFd<'_>, passes: bool) -> io::Result<()> {
-    let value = libc::c_int::from(passes);
-    // SAFETY: the option takes an `int`, which is read during the call.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_PASSRIGHTS,
-            ptr::from_ref(&value).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    Ok(nix::sys::socket::setsockopt(&socket, PassRights, &passes)?)
 }
 
 /// What stands first in a socket's queue.

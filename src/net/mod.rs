@@ -2,6 +2,8 @@
 //! Sockets, their files, and who is at the other end.
 //!
 //! - [`socket`]: a connected socket: readiness, sends that do not wait, descriptors.
+//! - [`eventfd`]: wakes a peer, and waits to be woken; [`descriptor`]: the raw descriptors that the
+//!   other files need, behind safe functions.
 //! - [`fd_passing`]: receives descriptors from a peer; [`fd_disposal`]: closes sockets and
 //!   descriptors whose close a peer can make slow.
 //! - [`socket_file`]: the files of Unix sockets; [`bind_lock`]: the lock that is held while one is
@@ -15,6 +17,8 @@ pub(crate) mod admission;
 pub(crate) mod bind_lock;
 pub(crate) mod bound_socket;
 pub(crate) mod credentials;
+pub(crate) mod descriptor;
+pub(crate) mod eventfd;
 pub(crate) mod fd_disposal;
 pub(crate) mod fd_passing;
 pub(crate) mod outbox;

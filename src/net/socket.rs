@@ -8,15 +8,11 @@
 //! peer passes along ([`fd_passing`](crate::net::fd_passing)).
 //!
 //! Nothing is sent by glommio, which would have the kernel raise `SIGPIPE` where the peer has gone.
-//!
-//! `unsafe` here: descriptors that change owners; and a question about a socket's buffer for which
-//! `nix` has no function.
 
 use std::cell::Cell;
 use std::io::{self, IoSlice};
-use std::mem::ManuallyDrop;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -32,6 +28,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType};
 
 use crate::net::credentials::PeerCredentials;
+use crate::net::descriptor::{fd_of_stream, listener_from, send_queue_len, stream_from};
 use crate::net::fd_disposal::{self, PeerSocket};
 use crate::net::fd_passing::{Peeked, admit_descriptors, peek, refuse_descriptors};
 use crate::net::socket_file;
@@ -39,8 +36,8 @@ use shmipc_core::error::Error;
 
 /// A connected stream socket.
 pub(crate) struct Socket {
-    /// Dropped by the drop of this, and nowhere else.
-    stream: ManuallyDrop<TcpStream>,
+    /// `None` only while this is dropped.
+    stream: Option<TcpStream>,
     is_tcp: bool,
     passing: Cell<Passing>,
 }
@@ -93,7 +90,7 @@ impl Socket {
 
     fn unix(stream: TcpStream, refuses_descriptors: bool) -> Self {
         let passing = if refuses_descriptors { Passing::Impossible } else { Passing::Possible };
-        Self { stream: ManuallyDrop::new(stream), is_tcp: false, passing: Cell::new(passing) }
+        Self { stream: Some(stream), is_tcp: false, passing: Cell::new(passing) }
     }
 
     /// Connects to a Unix socket.
@@ -129,12 +126,9 @@ impl Socket {
 
     fn from_stream(stream: TcpStream, is_tcp: bool) -> Result<Self, Error> {
         let socket = if is_tcp {
-            let stream = ManuallyDrop::new(stream);
-            Self { stream, is_tcp, passing: Cell::new(Passing::Impossible) }
+            Self { stream: Some(stream), is_tcp, passing: Cell::new(Passing::Impossible) }
         } else {
-            // SAFETY: the descriptor is the stream's, which outlives the call.
-            let fd = unsafe { BorrowedFd::borrow_raw(stream.as_raw_fd()) };
-            let refuses_descriptors = refuse_descriptors(fd);
+            let refuses_descriptors = refuse_descriptors(fd_of_stream(&stream));
             Self::unix(stream, refuses_descriptors)
         };
         let failed = |errno: Errno| Error::os("set up a socket", errno);
@@ -155,18 +149,21 @@ impl Socket {
         PeerCredentials::of(self.fd(), self.is_tcp)
     }
 
+    fn stream(&self) -> &TcpStream {
+        self.stream.as_ref().expect("taken by the drop only")
+    }
+
     fn fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor is the stream's, which lives as long as the borrow.
-        unsafe { BorrowedFd::borrow_raw(self.stream.as_raw_fd()) }
+        fd_of_stream(self.stream())
     }
 
     fn raw(&self) -> RawFd {
-        self.stream.as_raw_fd()
+        self.stream().as_raw_fd()
     }
 
     /// Waits until there is something to receive, or the end. Cancel-safe: takes nothing.
     pub(crate) async fn readable(&self) -> Result<(), Error> {
-        match self.stream.peek(&mut [0]).await {
+        match self.stream().peek(&mut [0]).await {
             Ok(_) => Ok(()),
             Err(error) => match io::Error::from(error) {
                 // What came before can still be received, and then the end.
@@ -294,11 +291,7 @@ impl Socket {
 
     /// About how many bytes the peer has not read yet; over TCP, that its host has not received.
     pub(crate) fn unread_by_peer(&self) -> usize {
-        let mut bytes: nix::libc::c_int = 0;
-        // SAFETY: the kernel writes one integer to the address, which is that of a live one.
-        let result = unsafe { nix::libc::ioctl(self.raw(), nix::libc::TIOCOUTQ, &raw mut bytes) };
-        // An error means that there is no connection any more.
-        if result == 0 { usize::try_from(bytes).unwrap_or_default() } else { 0 }
+        send_queue_len(self.fd()).unwrap_or_default()
     }
 
     /// Ends the connection in both directions, for every handle on it.
@@ -310,13 +303,10 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        let fd = self.stream.as_raw_fd();
-        // SAFETY: taken here only, and nothing uses it behind the drop.
-        let stream = unsafe { ManuallyDrop::take(&mut self.stream) };
-        if self.passing.get() != Passing::Impossible {
-            // SAFETY: the descriptor is the stream's, and open as long as that is; it is not used
-            // behind the close of it.
-            fd_disposal::close_stream(stream, unsafe { BorrowedFd::borrow_raw(fd) });
+        if let Some(stream) = self.stream.take()
+            && self.passing.get() != Passing::Impossible
+        {
+            fd_disposal::close_stream(stream);
         }
     }
 }
@@ -378,11 +368,6 @@ impl Room {
     }
 }
 
-fn stream_from(fd: OwnedFd) -> TcpStream {
-    // SAFETY: `into_raw_fd` gave up the ownership that the stream takes over.
-    unsafe { TcpStream::from_raw_fd(fd.into_raw_fd()) }
-}
-
 /// A listening socket, Unix or TCP.
 pub(crate) struct ListenerSocket {
     listener: TcpListener,
@@ -392,9 +377,7 @@ pub(crate) struct ListenerSocket {
 impl ListenerSocket {
     /// Takes over a socket that listens.
     pub(crate) fn new(fd: OwnedFd, is_tcp: bool) -> Self {
-        // SAFETY: `into_raw_fd` gave up the ownership that the listener takes over.
-        let listener = unsafe { TcpListener::from_raw_fd(fd.into_raw_fd()) };
-        Self { listener, is_tcp }
+        Self { listener: listener_from(fd), is_tcp }
     }
 
     pub(crate) async fn accept(&self) -> Result<Socket, Error> {
