@@ -30,7 +30,7 @@ use shmipc_core::proto::Negotiated;
 use shmipc_core::proto::stream_table::Role;
 use shmipc_core::shm::chain::Chain;
 use shmipc_core::shm::event_queue::{self, Consumer, Producer};
-use shmipc_core::shm::format::Side;
+use shmipc_core::shm::pool::Side;
 use shmipc_core::shm::pool::SlicePool;
 use shmipc_core::shm::region::Region;
 use shmipc_core::wire::layout::QueueLayout;

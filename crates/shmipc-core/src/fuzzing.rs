@@ -14,8 +14,8 @@ use crate::proto::handshake_server::{ServerCapabilities, ServerHandshake, Server
 use crate::shm::access::Memory;
 use crate::shm::chain::Chain;
 use crate::shm::event_queue;
-use crate::shm::format::{ListSets, Side};
 use crate::shm::pool::SlicePool;
+use crate::shm::pool::{ListSets, Side};
 use crate::shm::region::Region;
 use crate::wire::layout::QueueLayout;
 use crate::wire::{Deframer, Event, Features, Header, MemoryPaths, Message, ShardIdentity};

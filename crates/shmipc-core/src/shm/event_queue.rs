@@ -38,8 +38,8 @@
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
-use super::access::{Memory, is_one_access};
 use crate::error::MemoryError;
+use crate::shm::map::access::{Memory, is_one_access};
 use crate::wire::event::{EVENT_LEN, Event};
 use crate::wire::layout::{QUEUE_HEADER_LEN, QueueLayout, queue_len, queue_memory_len};
 
@@ -486,8 +486,8 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::region::Region;
     use super::*;
+    use crate::shm::map::region::Region;
 
     const LAYOUTS: [QueueLayout; 2] = if cfg!(all(target_arch = "x86_64", not(miri))) {
         [QueueLayout::PackedX86, QueueLayout::Aligned]

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Chains of slices as the messages of a running session.
 
-use super::access::Memory;
-use super::chain::Chain;
-use super::chain_queue::ChainQueue;
 use crate::payload::{Inbound, Payload};
+use crate::shm::chain::Chain;
+use crate::shm::chain::queue::ChainQueue;
+use crate::shm::map::access::Memory;
 
 impl<M: Memory> Payload for Chain<M> {
     #[inline]

@@ -21,7 +21,7 @@
 //! # A set of lists for each side
 //!
 //! When both sides are of this crate and have agreed on it, every size has two lists, and a side
-//! takes from its own alone, as [`owned_list`](super::owned_list) says. The magazine of a size
+//! takes from its own alone, as [`owned_list`](crate::shm::pool::owned_list) says. The magazine of a size
 //! holds slices of both: the slice in which a request came is still the one that the reply goes out
 //! in, whichever list it stands in. What overflows goes back to the lists that it stands in. The
 //! bound is a quarter of the shorter list: more than in a list for both, since only what was
@@ -31,21 +31,30 @@
 //!
 //! [rests]: SlicePool::set_resting
 
+mod create;
+pub(super) mod format;
+pub(super) mod free_list;
+mod magazine;
+pub(super) mod owned_list;
+mod prefetcher;
+pub(super) mod size_class;
+pub(super) mod slice_table;
+
 use std::cell::{Cell, RefCell};
 use std::io::IoSlice;
 use std::rc::Rc;
 
-use super::access::{Memory, PeerTrust};
-use super::chain::{Chain, ChainState, SentChain};
-use super::format::Lists;
-use super::free_list::MAX_BATCH;
-use super::region::Region;
-use super::size_class::{Class, Classes};
-use super::slice_table::Entry;
-pub(super) use super::slice_table::NO_SLICE;
-pub use super::slice_table::SliceId;
-pub use super::slice_table::{ListOwner, SliceUsage};
+pub use self::format::{ListSets, Side};
+pub(super) use self::slice_table::NO_SLICE;
+pub use self::slice_table::{ListOwner, SliceId, SliceUsage};
 use crate::error::MemoryError;
+use crate::shm::chain::{Chain, ChainState, SentChain};
+use crate::shm::map::access::{Memory, PeerTrust};
+use crate::shm::map::region::Region;
+use crate::shm::pool::format::Lists;
+use crate::shm::pool::free_list::MAX_BATCH;
+use crate::shm::pool::size_class::{Class, Classes};
+use crate::shm::pool::slice_table::Entry;
 use crate::wire::layout::{FLAG_HAS_NEXT, FLAG_IN_USE, SLICE_SIZE_OFFSET};
 
 /// The most chains whose memory is kept for the chains to come.
@@ -510,7 +519,6 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::format::{ListSets, Side};
     use super::*;
     use crate::config::SliceClass;
     use crate::wire::layout::{
@@ -591,7 +599,7 @@ mod tests {
         let memory = Rc::new(Region::heap(1 << 20));
         let config = crate::config::Config::default();
         SlicePool::create(&memory, config.slice_classes(), ListSets::Shared).unwrap();
-        let captured = include_bytes!("../../tests/vectors/buffer-1MiB-default-fresh.bin");
+        let captured = include_bytes!("../../../tests/vectors/buffer-1MiB-default-fresh.bin");
         let mut ours = vec![0; 1 << 20];
         memory.copy_out(0, &mut ours);
         let differs = ours.iter().zip(captured).position(|(ours, theirs)| ours != theirs);

@@ -6,9 +6,9 @@ use std::sync::atomic::Ordering;
 
 use loom::thread;
 
-use super::super::access::Memory;
-use super::super::owned_list::OwnedList;
 use super::{Held, check};
+use crate::shm::map::access::Memory;
+use crate::shm::pool::owned_list::OwnedList;
 use crate::wire::layout::{LIST_TAIL_OFFSET, SLICE_FLAGS_OFFSET};
 
 /// A list that one side takes from, and for each of its slices a cell that its holder writes to.

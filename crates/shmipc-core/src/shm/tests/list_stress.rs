@@ -41,11 +41,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use self::player::{EVENTS, Finding, Kind, LONG, Random, TASK, books};
-use super::access::Memory;
-use super::event_queue;
-use super::format::map_lists;
-use super::owned_list::OwnedList;
-use super::region::Region;
+use crate::shm::event_queue;
+use crate::shm::map::access::Memory;
+use crate::shm::map::region::Region;
+use crate::shm::pool::format::map_lists;
+use crate::shm::pool::owned_list::OwnedList;
 
 mod player;
 

@@ -4,19 +4,19 @@
 //!
 //! A size has one list for both sides, or one for each ([`ListSets`]). Slices are numbered through
 //! all lists, in the order in which they stand in the memory; the number is that of a slice's entry
-//! in the [ledger](super::slice_table).
+//! in the [ledger](crate::shm::pool::slice_table).
 //!
 //! Private memory of one core. What it says of the lists was checked when they were created or
 //! mapped, and the peer cannot change it.
 
-use super::access::Memory;
-use super::format::{ListSets, Lists};
-use super::free_list::{Batch, FreeList, MAX_BATCH};
-use super::magazine::Magazine;
-use super::owned_list::OwnedList;
-use super::prefetcher::LinkPrefetcher;
-use super::slice_table::{Entry, ListOwner, SliceId, SliceUsage};
 use crate::error::MemoryError;
+use crate::shm::map::access::Memory;
+use crate::shm::pool::format::{ListSets, Lists};
+use crate::shm::pool::free_list::{Batch, FreeList, MAX_BATCH};
+use crate::shm::pool::magazine::Magazine;
+use crate::shm::pool::owned_list::OwnedList;
+use crate::shm::pool::prefetcher::LinkPrefetcher;
+use crate::shm::pool::slice_table::{Entry, ListOwner, SliceId, SliceUsage};
 
 /// The most slices that this side keeps a ledger for: 96 MiB of ledger.
 const MAX_SLICES: u64 = 4 << 20;
@@ -24,7 +24,7 @@ const MAX_SLICES: u64 = 4 << 20;
 const MAX_MAGAZINE: usize = 2 * MAX_BATCH;
 
 /// All sizes, and all lists.
-pub(super) struct Classes {
+pub(crate) struct Classes {
     /// Smallest slices first.
     classes: Vec<Class>,
     /// Set by set, in each of them in the order of the classes.
@@ -33,7 +33,7 @@ pub(super) struct Classes {
 }
 
 /// One size of slices.
-pub(super) struct Class {
+pub(crate) struct Class {
     /// Bytes of payload in each slice.
     pub(super) slice_capacity: u32,
     /// The private stack, the hottest slice last.
@@ -43,7 +43,7 @@ pub(super) struct Class {
     /// What that list is expected to give next.
     scout: LinkPrefetcher,
     /// The number of that list's first slice.
-    pub(super) first: SliceId,
+    pub(crate) first: SliceId,
 }
 
 enum Taker {
@@ -54,26 +54,26 @@ enum Taker {
 }
 
 /// A list, and the numbers of its slices.
-pub(super) struct ListRange {
-    pub(super) list: FreeList,
+pub(crate) struct ListRange {
+    pub(crate) list: FreeList,
     /// Offset of the first byte behind the list. Fits: the whole memory does.
     end: u32,
     /// The number of its first slice.
-    pub(super) first: SliceId,
+    pub(crate) first: SliceId,
     /// The number behind that of its last slice.
     behind: SliceId,
 }
 
 impl ListRange {
     #[inline]
-    pub(super) fn has(&self, id: SliceId) -> bool {
+    pub(crate) fn has(&self, id: SliceId) -> bool {
         (self.first..self.behind).contains(&id)
     }
 }
 
 impl Classes {
     /// The sizes of a memory that was created or mapped, and a ledger for its slices.
-    pub(super) fn new<M: Memory>(
+    pub(crate) fn new<M: Memory>(
         memory: &M,
         lists: &Lists,
     ) -> Result<(Self, Box<[Entry]>), MemoryError> {
@@ -111,7 +111,7 @@ impl Classes {
 
     /// Smallest slices first.
     #[inline]
-    pub(super) fn iter(&self) -> std::slice::Iter<'_, Class> {
+    pub(crate) fn iter(&self) -> std::slice::Iter<'_, Class> {
         self.classes.iter()
     }
 
@@ -128,13 +128,13 @@ impl Classes {
     }
 
     /// The lists with slices of one size: one, or one of each set.
-    pub(super) fn stands_of(&self, class: u8) -> impl Iterator<Item = &ListRange> {
+    pub(crate) fn stands_of(&self, class: u8) -> impl Iterator<Item = &ListRange> {
         self.stands.iter().skip(usize::from(class)).step_by(self.classes.len())
     }
 
     /// The slice that starts at an offset from the start of the memory, if one does.
     #[inline]
-    pub(super) fn locate(&self, offset: u32) -> Option<SliceId> {
+    pub(crate) fn locate(&self, offset: u32) -> Option<SliceId> {
         let stand = self.stands.iter().find(|stand| offset < stand.end)?;
         Some(stand.first + stand.list.place_of_slice(offset)?)
     }
@@ -203,7 +203,7 @@ impl Class {
     }
 
     /// The list that this side takes from.
-    pub(super) fn list(&self) -> &FreeList {
+    pub(crate) fn list(&self) -> &FreeList {
         match &self.taker {
             Taker::Shared(list) => list,
             Taker::Alone(popper) => popper.list(),
@@ -211,7 +211,7 @@ impl Class {
     }
 
     /// Takes up to `want` slices from the list.
-    pub(super) fn take<M: Memory>(&self, memory: &M, want: usize) -> Result<Batch, MemoryError> {
+    pub(crate) fn take<M: Memory>(&self, memory: &M, want: usize) -> Result<Batch, MemoryError> {
         let list = self.list();
         let head = match &self.taker {
             Taker::Shared(list) => list.head(memory),

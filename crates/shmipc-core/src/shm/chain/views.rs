@@ -3,10 +3,10 @@
 //!
 //! `unsafe` here: the promise of the user, [`PeerTrust`], stands for what cannot be checked.
 
-use super::access::PeerTrust;
-use super::chain::{Chain, Private};
-use super::pool::{NO_SLICE, SliceId, SlicePool};
-use super::region::Region;
+use crate::shm::chain::{Chain, Private};
+use crate::shm::map::access::PeerTrust;
+use crate::shm::map::region::Region;
+use crate::shm::pool::{NO_SLICE, SliceId, SlicePool};
 
 /// References into the memory itself, for peers that a promise speaks for.
 impl Chain<Region> {

@@ -10,14 +10,14 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use super::super::access::Memory;
-use super::super::event_queue::{self, Consumer, Producer};
-use super::super::format::{ListSets, Side, create_lists, map_lists};
-use super::super::region::Region;
-use super::super::size_class::Classes;
-use super::super::slice_table::{Entry, SliceId};
 use crate::config::SliceClass;
 use crate::error::MemoryError;
+use crate::shm::event_queue::{self, Consumer, Producer};
+use crate::shm::map::access::Memory;
+use crate::shm::map::region::Region;
+use crate::shm::pool::format::{ListSets, Side, create_lists, map_lists};
+use crate::shm::pool::size_class::Classes;
+use crate::shm::pool::slice_table::{Entry, SliceId};
 use crate::wire::Event;
 use crate::wire::layout::{
     FLAG_HAS_NEXT, FLAG_IN_USE, LIST_HEADER_LEN, MANAGER_HEADER_LEN, QueueLayout,

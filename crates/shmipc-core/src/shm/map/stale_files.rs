@@ -19,8 +19,8 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::sys::stat::Mode;
 
-use super::directory::{Directory, FileIdentity};
 use crate::error::Error;
+use crate::shm::map::directory::{Directory, FileIdentity};
 
 /// Prefixes whose left-overs this process has removed.
 static DONE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
@@ -143,8 +143,8 @@ fn remove_if_left(directory: &Directory, name: &OsStr) -> io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::region::Region;
     use super::*;
+    use crate::shm::map::region::Region;
 
     #[test]
     fn names_are_recognized() {

@@ -15,7 +15,7 @@
 //! the links are read again: slices that went through the other side's hands have other links, and
 //! the list is reported broken. The manager's ledger catches the rest as far as it can be caught: a
 //! slice that this side still holds can never be taken again. Between two sides of this crate no
-//! list has two takers, if they have agreed on that: see [`owned_list`](super::owned_list).
+//! list has two takers, if they have agreed on that: see [`owned_list`](crate::shm::pool::owned_list).
 //!
 //! Whom it trusts: nobody. Where the list stands and how large its slices are is private. Every
 //! offset read from shared memory is checked against the grid of slices before it is followed;
@@ -23,8 +23,8 @@
 
 use std::sync::atomic::Ordering;
 
-use super::access::{Memory, ODD_FIELDS, is_exchangeable};
 use crate::error::MemoryError;
+use crate::shm::map::access::{Memory, ODD_FIELDS, is_exchangeable};
 use crate::wire::layout::{
     FLAG_HAS_NEXT, FLAG_IN_USE, LIST_CAPACITY_OFFSET, LIST_HEAD_OFFSET, LIST_HEADER_LEN,
     LIST_SIZE_OFFSET, LIST_SLICE_CAPACITY_OFFSET, LIST_TAIL_OFFSET, SLICE_CAPACITY_OFFSET,
@@ -33,7 +33,7 @@ use crate::wire::layout::{
 };
 
 /// The most slices that one batch moves.
-pub const MAX_BATCH: usize = 32;
+pub(super) const MAX_BATCH: usize = 32;
 
 /// How often a take starts over before it says that the list is busy. A start-over needs the peer
 /// to have moved in between, so an honest peer does not come near.
@@ -45,7 +45,7 @@ const ASTRAY_TRIES: usize = 16;
 
 /// Where a list stands and what it holds, in private memory.
 #[derive(Debug, Clone, Copy)]
-pub struct FreeList {
+pub(crate) struct FreeList {
     /// Offset of the list header.
     header: usize,
     /// Number of slices.
@@ -55,7 +55,7 @@ pub struct FreeList {
 }
 
 /// Up to [`MAX_BATCH`] slices, by their places in the list.
-pub struct Batch {
+pub(crate) struct Batch {
     places: [u32; MAX_BATCH],
     len: usize,
 }
@@ -64,7 +64,7 @@ impl Batch {
     pub(super) const EMPTY: Self = Self { places: [0; MAX_BATCH], len: 0 };
 
     /// Where the slices are that were taken.
-    pub fn places(&self) -> &[u32] {
+    pub(crate) fn places(&self) -> &[u32] {
         &self.places[..self.len]
     }
 
@@ -75,7 +75,7 @@ impl Batch {
 
 impl FreeList {
     /// Lays out a full list at `header`. The caller has made sure that the memory holds it.
-    pub fn create<M: Memory>(
+    pub(crate) fn create<M: Memory>(
         memory: &M,
         header: usize,
         capacity: u32,
@@ -104,7 +104,11 @@ impl FreeList {
     }
 
     /// Checks a list that the peer laid out at `header`; it must end at or before `end`.
-    pub fn map<M: Memory>(memory: &M, header: usize, end: usize) -> Result<Self, MemoryError> {
+    pub(super) fn map<M: Memory>(
+        memory: &M,
+        header: usize,
+        end: usize,
+    ) -> Result<Self, MemoryError> {
         let too_small =
             |needed: u64| MemoryError::TooSmall { what: "a buffer list", needed, have: end as u64 };
         let slices = header as u64 + LIST_HEADER_LEN as u64;
@@ -160,17 +164,17 @@ impl FreeList {
     }
 
     /// How many slices the list was made with.
-    pub fn capacity(&self) -> u32 {
+    pub(crate) fn capacity(&self) -> u32 {
         self.capacity
     }
 
     /// How many bytes a slice holds.
-    pub fn slice_capacity(&self) -> u32 {
+    pub(super) fn slice_capacity(&self) -> u32 {
         self.slice_capacity
     }
 
     /// Offset of the first byte behind the list.
-    pub fn end(&self) -> usize {
+    pub(super) fn end(&self) -> usize {
         self.slice(self.capacity)
     }
 
@@ -180,7 +184,7 @@ impl FreeList {
 
     /// Offset of the slice at `place`, from the start of the memory.
     #[inline]
-    pub fn slice(&self, place: u32) -> usize {
+    pub(crate) fn slice(&self, place: u32) -> usize {
         self.header + LIST_HEADER_LEN + place as usize * self.stride() as usize
     }
 
@@ -199,7 +203,7 @@ impl FreeList {
 
     /// The place that an offset from the start of the memory names, if a slice starts there.
     #[inline]
-    pub fn place_of_slice(&self, offset: u32) -> Option<u32> {
+    pub(super) fn place_of_slice(&self, offset: u32) -> Option<u32> {
         let slices = self.header + LIST_HEADER_LEN;
         let relative = (offset as usize).checked_sub(slices)?;
         self.place(u32::try_from(relative).ok()?)
@@ -220,7 +224,7 @@ impl FreeList {
 
     /// How many slices the list says are free. The peer can write what it likes here.
     #[inline]
-    pub fn free<M: Memory>(&self, memory: &M) -> i32 {
+    pub(crate) fn free<M: Memory>(&self, memory: &M) -> i32 {
         memory.load_u32(self.header + LIST_SIZE_OFFSET, Ordering::Acquire).cast_signed()
     }
 
@@ -235,7 +239,7 @@ impl FreeList {
     /// # Errors
     ///
     /// [`MemoryError`] when the list does not hold together; the session is over then.
-    pub fn take<M: Memory>(&self, memory: &M, want: usize) -> Result<Batch, MemoryError> {
+    pub(crate) fn take<M: Memory>(&self, memory: &M, want: usize) -> Result<Batch, MemoryError> {
         let Some(want) = self.reserve(memory, want) else {
             return Ok(Batch::EMPTY);
         };
@@ -396,7 +400,7 @@ impl FreeList {
     /// # Errors
     ///
     /// [`MemoryError`] when the list's tail names no slice; the session is over then.
-    pub fn give<M: Memory>(&self, memory: &M, places: &[u32]) -> Result<(), MemoryError> {
+    pub(crate) fn give<M: Memory>(&self, memory: &M, places: &[u32]) -> Result<(), MemoryError> {
         let (Some(&first), Some(&last)) = (places.first(), places.last()) else {
             return Ok(());
         };
@@ -441,8 +445,8 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::region::Region;
     use super::*;
+    use crate::shm::map::region::Region;
 
     const SLICE: u32 = 64;
 

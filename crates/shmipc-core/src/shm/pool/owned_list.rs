@@ -2,7 +2,7 @@
 //! The one side that takes slices from a list: a head with a single writer.
 //!
 //! Between two sides of this crate that have agreed on it, every size stands in the memory twice,
-//! once for each side ([`ListSets`](super::format::ListSets)). A side takes slices only from its
+//! once for each side ([`ListSets`](crate::shm::pool::format::ListSets)). A side takes slices only from its
 //! own lists. Whoever frees a slice gives it to the list that it stands in, as ever
 //! ([`FreeList::give`]), so a list has two givers and one taker.
 //!
@@ -34,12 +34,12 @@
 
 use std::cell::Cell;
 
-use super::access::Memory;
-use super::free_list::{Batch, FreeList};
 use crate::error::MemoryError;
+use crate::shm::map::access::Memory;
+use crate::shm::pool::free_list::{Batch, FreeList};
 
 /// Takes slices from a list that nobody else takes from.
-pub(super) struct OwnedList {
+pub(crate) struct OwnedList {
     list: FreeList,
     /// The first free slice, from the end of the list's header. A slice starts there.
     head: Cell<u32>,
@@ -51,12 +51,12 @@ impl OwnedList {
     /// # Errors
     ///
     /// [`MemoryError`] when no slice starts there.
-    pub(super) fn new<M: Memory>(memory: &M, list: FreeList) -> Result<Self, MemoryError> {
+    pub(crate) fn new<M: Memory>(memory: &M, list: FreeList) -> Result<Self, MemoryError> {
         let head = Cell::new(list.head(memory)?);
         Ok(Self { list, head })
     }
 
-    pub(super) fn list(&self) -> &FreeList {
+    pub(crate) fn list(&self) -> &FreeList {
         &self.list
     }
 
@@ -70,7 +70,7 @@ impl OwnedList {
     /// # Errors
     ///
     /// [`MemoryError`] when the list does not hold together; the session is over then.
-    pub(super) fn take<M: Memory>(&self, memory: &M, want: usize) -> Result<Batch, MemoryError> {
+    pub(crate) fn take<M: Memory>(&self, memory: &M, want: usize) -> Result<Batch, MemoryError> {
         let (batch, next) = self.list.walk(memory, self.head.get(), want)?;
         if batch.is_empty() {
             return Ok(batch);
@@ -100,9 +100,9 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::free_list::MAX_BATCH;
-    use super::super::region::Region;
     use super::*;
+    use crate::shm::map::region::Region;
+    use crate::shm::pool::free_list::MAX_BATCH;
     use crate::wire::layout::{
         FLAG_HAS_NEXT, LIST_HEAD_OFFSET, LIST_SIZE_OFFSET, LIST_TAIL_OFFSET, SLICE_CAPACITY_OFFSET,
         SLICE_FLAGS_OFFSET, SLICE_HEADER_LEN, SLICE_NEXT_OFFSET, list_len,

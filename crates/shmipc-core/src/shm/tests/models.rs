@@ -15,14 +15,14 @@ use loom::sync::atomic::{AtomicI64, AtomicU32, fence};
 use loom::sync::{Condvar, Mutex};
 use loom::thread;
 
-use super::access::Memory;
-use super::chain::Chain;
-use super::event_queue::{self, Consumer, Producer};
-use super::format::{ListSets, Side};
-use super::free_list::FreeList;
-use super::pool::SlicePool;
 use crate::config::SliceClass;
 use crate::error::MemoryError;
+use crate::shm::chain::Chain;
+use crate::shm::event_queue::{self, Consumer, Producer};
+use crate::shm::map::access::Memory;
+use crate::shm::pool::SlicePool;
+use crate::shm::pool::format::{ListSets, Side};
+use crate::shm::pool::free_list::FreeList;
 use crate::wire::Event;
 use crate::wire::layout::{QueueLayout, list_len};
 

@@ -4,13 +4,13 @@
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
-use super::access::Memory;
-use super::chain::ChainState;
-use super::format::{ListSets, create_lists, map_lists};
-use super::pool::SlicePool;
-use super::slice_table::Entry;
 use crate::config::{PRIVATE_BYTES_PER_SLICE, SliceClass};
 use crate::error::MemoryError;
+use crate::shm::chain::ChainState;
+use crate::shm::map::access::Memory;
+use crate::shm::pool::SlicePool;
+use crate::shm::pool::format::{ListSets, create_lists, map_lists};
+use crate::shm::pool::slice_table::Entry;
 use crate::wire::Extension;
 
 // A line of the ledger; and for one message in each slice, what the message consists of, its place

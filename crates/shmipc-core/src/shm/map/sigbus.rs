@@ -313,9 +313,9 @@ mod tests {
     use std::path::Path;
     use std::process::{Command, ExitStatus};
 
-    use super::super::access::Memory;
-    use super::super::region::Region;
     use super::*;
+    use crate::shm::map::access::Memory;
+    use crate::shm::map::region::Region;
 
     /// A mapped region whose file can still be truncated, and that file.
     fn truncatable(len: usize) -> (Region, File) {

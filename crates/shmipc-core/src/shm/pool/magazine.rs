@@ -7,7 +7,7 @@
 
 use std::cell::Cell;
 
-use super::pool::SliceId;
+use crate::shm::pool::SliceId;
 
 /// Up to so many free slices of one size, whichever lists they stand in.
 pub(super) struct Magazine {

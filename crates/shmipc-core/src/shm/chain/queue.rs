@@ -4,10 +4,10 @@
 use std::collections::VecDeque;
 use std::rc::Rc;
 
-use super::access::Memory;
-use super::chain::{Chain, ChainState};
-use super::pool::SlicePool;
-use super::region::Region;
+use crate::shm::chain::{Chain, ChainState};
+use crate::shm::map::access::Memory;
+use crate::shm::map::region::Region;
+use crate::shm::pool::SlicePool;
 
 /// Chains in the order in which they came, and how many bytes they hold together.
 pub struct ChainQueue<M: Memory = Region> {
@@ -121,10 +121,10 @@ impl<M: Memory> Drop for ChainQueue<M> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::format::ListSets;
     use super::*;
     use crate::config::SliceClass;
     use crate::shm::chain::SOCKET_MESSAGE_COST;
+    use crate::shm::pool::format::ListSets;
 
     /// The cost is of the memory that is kept. It falls when that does, and in all by what came.
     #[test]

@@ -12,8 +12,8 @@
 
 use std::cell::Cell;
 
-use super::access::Memory;
-use super::free_list::{Batch, FreeList};
+use crate::shm::map::access::Memory;
+use crate::shm::pool::free_list::{Batch, FreeList};
 
 /// What is known of the order of one list.
 pub(super) struct LinkPrefetcher {
@@ -56,8 +56,8 @@ impl LinkPrefetcher {
 
 #[cfg(test)]
 mod tests {
-    use super::super::region::Region;
     use super::*;
+    use crate::shm::map::region::Region;
     use crate::wire::layout::list_len;
 
     const SLICE: u32 = 64;

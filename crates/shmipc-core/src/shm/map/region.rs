@@ -4,7 +4,7 @@
 //! Invariants: a [`Region`] is mapped, readable and writable from creation to drop, and starts at a
 //! multiple of 64. Its length is what `fstat` said once, checked against a limit; nothing that the
 //! peer writes changes it. A memfd that this side creates is sealed against shrinking and growing;
-//! what else is truncated under us is [caught](super::sigbus).
+//! what else is truncated under us is [caught](crate::shm::map::sigbus).
 
 use std::alloc::Layout;
 use std::collections::BTreeMap;
@@ -24,12 +24,12 @@ use nix::fcntl::{FcntlArg, Flock, OFlag, SealFlag};
 use nix::sys::memfd::MFdFlags;
 use nix::sys::stat::Mode;
 
-use super::claims::{Claim, Purpose};
-use super::directory::{Directory, FileIdentity, beneath};
-use super::sigbus::Guarded;
-use super::stale_files;
 use crate::error::{Error, HandshakeError, MemoryError};
 use crate::limits;
+use crate::shm::map::claims::{Claim, Purpose};
+use crate::shm::map::directory::{Directory, FileIdentity, beneath};
+use crate::shm::map::sigbus::Guarded;
+use crate::shm::map::stale_files;
 
 /// Makes a memfd that nobody can execute, nor make executable (`linux/memfd.h`).
 const MFD_NOEXEC_SEAL: u32 = 8;
@@ -122,7 +122,7 @@ impl Region {
     ///
     /// It is another session's.
     ///
-    /// [`claims`]: super::claims
+    /// [`claims`]: crate::shm::map::claims
     pub fn claim(&mut self, purpose: Purpose) -> Result<(), HandshakeError> {
         if let Backing::Mapping { identity, claim, .. } = &mut self.backing {
             *claim = Some(Claim::new(*identity, purpose)?);
@@ -131,7 +131,7 @@ impl Region {
     }
 
     /// Whether a page of it was not there, and all of it is private zeroes since
-    /// (see [`sigbus`](super::sigbus)).
+    /// (see [`sigbus`](crate::shm::map::sigbus)).
     #[inline]
     pub fn is_lost(&self) -> bool {
         match &self.backing {
@@ -410,8 +410,8 @@ mod tests {
     use std::path::PathBuf;
     use std::sync::atomic::Ordering;
 
-    use super::super::access::Memory;
     use super::*;
+    use crate::shm::map::access::Memory;
 
     fn path(name: &str) -> PathBuf {
         std::env::temp_dir().join(format!("shmipc-region-{}-{name}", std::process::id()))

@@ -6,11 +6,11 @@
 
 use std::rc::Rc;
 
-use super::access::Memory;
-use super::chain::Chain;
-use super::pool::SlicePool;
-use super::slice_table::SliceId;
 use crate::error::MemoryError;
+use crate::shm::chain::Chain;
+use crate::shm::map::access::Memory;
+use crate::shm::pool::SlicePool;
+use crate::shm::pool::slice_table::SliceId;
 use crate::wire::layout::FLAG_HAS_NEXT;
 
 impl<M: Memory> SlicePool<M> {

@@ -4,10 +4,10 @@
 
 use std::sync::atomic::Ordering;
 
-use super::access::Memory;
-use super::free_list::FreeList;
 use crate::config::SliceClass;
 use crate::error::MemoryError;
+use crate::shm::map::access::Memory;
+use crate::shm::pool::free_list::FreeList;
 use crate::wire::layout::{
     LIST_HEADER_LEN, MANAGER_HEADER_LEN, MANAGER_LIST_COUNT_OFFSET, MANAGER_USED_LEN_OFFSET,
     SLICE_HEADER_LEN, list_len,
@@ -74,9 +74,9 @@ impl ListSets {
 }
 
 /// The lists of a memory, set by set.
-pub(super) struct Lists {
+pub(crate) struct Lists {
     /// All sets have the same slice capacities, smallest first.
-    pub(super) lists: Vec<FreeList>,
+    pub(crate) lists: Vec<FreeList>,
     pub(super) sets: ListSets,
 }
 
@@ -94,7 +94,7 @@ impl Lists {
 
 /// Lays out the memory: every class gets its share of what the headers leave, and every set of
 /// lists the same part of it.
-pub(super) fn create_lists<M: Memory>(
+pub(crate) fn create_lists<M: Memory>(
     memory: &M,
     classes: &[SliceClass],
     sets: ListSets,
@@ -125,7 +125,7 @@ pub(super) fn create_lists<M: Memory>(
 }
 
 /// Checks a memory that the peer laid out.
-pub(super) fn map_lists<M: Memory>(memory: &M, sets: ListSets) -> Result<Lists, MemoryError> {
+pub(crate) fn map_lists<M: Memory>(memory: &M, sets: ListSets) -> Result<Lists, MemoryError> {
     let have = memory.len() as u64;
     if have < MANAGER_HEADER_LEN as u64 {
         let needed = MANAGER_HEADER_LEN as u64;
@@ -196,9 +196,9 @@ fn check_place_in_set(
 mod tests {
     use std::rc::Rc;
 
-    use super::super::pool::SlicePool;
-    use super::super::region::Region;
     use super::*;
+    use crate::shm::map::region::Region;
+    use crate::shm::pool::SlicePool;
 
     const CLASSES: [SliceClass; 3] =
         [SliceClass::new(64, 50), SliceClass::new(256, 30), SliceClass::new(1024, 20)];

@@ -12,7 +12,7 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
-use super::region::Region;
+use crate::shm::map::region::Region;
 
 /// Shared memory as the algorithms see it.
 ///
@@ -87,7 +87,7 @@ impl Region {
     /// reference lives: no [`Self::view_mut`] of them lives, and the peer is one that a
     /// [`PeerTrust`] speaks for.
     #[inline(always)]
-    pub(super) unsafe fn view(&self, at: usize, len: usize) -> &[u8] {
+    pub(in crate::shm) unsafe fn view(&self, at: usize, len: usize) -> &[u8] {
         // SAFETY: inside and mapped, checked by `pointer`; nobody writes, promised by the caller.
         unsafe { std::slice::from_raw_parts(self.pointer(at, len), len) }
     }
@@ -99,7 +99,7 @@ impl Region {
     /// As [`Self::view`], and no other reference to these bytes lives.
     #[inline(always)]
     #[allow(clippy::mut_from_ref, reason = "the caller holds the slice, and there is one holder")]
-    pub(super) unsafe fn view_mut(&self, at: usize, len: usize) -> &mut [u8] {
+    pub(in crate::shm) unsafe fn view_mut(&self, at: usize, len: usize) -> &mut [u8] {
         // SAFETY: inside and mapped, checked by `pointer`; nobody else reads or writes, promised by
         // the caller.
         unsafe { std::slice::from_raw_parts_mut(self.pointer(at, len), len) }

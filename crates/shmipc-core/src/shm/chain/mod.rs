@@ -15,14 +15,21 @@
 //! waits until the stores have left the processor, behind the stores to lines that the peer has
 //! (80 ns a hop). What the second pointer leads to is recycled.
 
+mod adopt;
+mod payload;
+mod queue;
+mod views;
+
 use std::rc::Rc;
 
 use bytes::{Buf, Bytes};
 
-use super::access::Memory;
-use super::pool::{NO_SLICE, SliceId, SlicePool};
-use super::region::Region;
+use crate::shm::map::access::Memory;
+use crate::shm::map::region::Region;
+use crate::shm::pool::{NO_SLICE, SliceId, SlicePool};
 
+pub use self::queue::ChainQueue;
+pub use self::views::{SliceViews, SpareViews};
 pub use crate::payload::SentChain;
 pub use crate::wire::deframe::SOCKET_MESSAGE_COST;
 
@@ -37,7 +44,7 @@ pub struct Chain<M: Memory = Region> {
 }
 
 /// What a chain consists of. Dropped alone it would keep its slices from everybody; only this file
-/// and the [queue](super::chain_queue) take it out of its chain.
+/// and the [queue](crate::shm::chain::queue) take it out of its chain.
 pub(super) struct ChainState {
     pub(super) first: SliceId,
     pub(super) last: SliceId,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What this side knows of each slice, in private memory.
 //!
-//! Nothing here is read from or seen by the peer; the page of [`pool`](super::pool) says what
+//! Nothing here is read from or seen by the peer; the page of [`pool`](crate::shm::pool) says what
 //! it is for.
 
 use std::cell::Cell;
@@ -11,34 +11,34 @@ use crate::wire::layout::SLICE_HEADER_LEN;
 /// A slice, counted through all lists of its memory.
 pub type SliceId = u32;
 /// No slice: the end of a chain.
-pub(super) const NO_SLICE: SliceId = u32::MAX;
+pub(crate) const NO_SLICE: SliceId = u32::MAX;
 
 /// What the ledger says about one slice.
 ///
 /// Each field is read and written alone, never the whole entry: see the page of
-/// [`chain`](super::chain) for what a load that spans two fresh stores costs.
+/// [`chain`](crate::shm::chain) for what a load that spans two fresh stores costs.
 #[derive(Debug)]
-pub(super) struct Entry {
+pub(crate) struct Entry {
     /// Offset of the slice from the start of the memory; 0 while this side has it neither in a
     /// chain nor in a magazine. No slice starts at 0, where the header of the memory stands.
-    pub(super) offset: Cell<u32>,
+    pub(crate) offset: Cell<u32>,
     /// The next slice of the chain, or [`NO_SLICE`].
-    pub(super) next: Cell<SliceId>,
+    pub(crate) next: Cell<SliceId>,
     /// Where the bytes that count start, behind the slice header.
-    pub(super) start: Cell<u32>,
+    pub(crate) start: Cell<u32>,
     /// How many bytes count.
-    pub(super) len: Cell<u32>,
+    pub(crate) len: Cell<u32>,
     /// How many bytes the slice can hold.
-    pub(super) capacity: u32,
+    pub(crate) capacity: u32,
     /// Which of the sizes that is, so that a freed slice finds its magazine without a search.
-    pub(super) class: u8,
+    pub(crate) class: u8,
 }
 
 // The ledger is as long as there are slices.
 const _: () = assert!(size_of::<Entry>() == 24);
 
 impl Entry {
-    pub(super) const fn new(class: u8, capacity: u32) -> Self {
+    pub(crate) const fn new(class: u8, capacity: u32) -> Self {
         Self {
             offset: Cell::new(0),
             next: Cell::new(NO_SLICE),
@@ -50,7 +50,7 @@ impl Entry {
     }
 
     #[inline]
-    pub(super) fn set(&self, offset: u32, start: u32, len: u32) {
+    pub(crate) fn set(&self, offset: u32, start: u32, len: u32) {
         self.offset.set(offset);
         self.next.set(NO_SLICE);
         self.start.set(start);
@@ -59,7 +59,7 @@ impl Entry {
 
     /// Offset of the first byte that counts, from the start of the memory.
     #[inline]
-    pub(super) fn data(&self) -> usize {
+    pub(crate) fn data(&self) -> usize {
         self.offset.get() as usize + SLICE_HEADER_LEN + self.start.get() as usize
     }
 }
