@@ -103,10 +103,13 @@ impl Outbox {
     /// started to send the rest.
     pub(crate) fn send(&self, socket: &Socket, message: &[u8]) -> io::Result<bool> {
         self.taken_in.set(self.taken_in.get() + message.len() as u64);
-        let sent = if self.is_empty() { socket.try_send(message)? } else { 0 };
-        if sent < message.len() {
+        let sent = if self.is_empty() { socket.try_send(message) } else { Ok(0) };
+        // Also what is refused, so that the session does not end as if it had been taken.
+        let taken = *sent.as_ref().unwrap_or(&0);
+        if taken < message.len() {
             let has_payload = message.len() > FALLBACK_HEADER_LEN;
-            self.kept.borrow_mut().push(&message[sent..], has_payload);
+            self.kept.borrow_mut().push(&message[taken..], has_payload);
+            sent?;
             return Ok(!self.has_task.replace(true));
         }
         Ok(false)

@@ -230,11 +230,16 @@ impl<D: Driver> RunningSession<D> {
     /// The peer has ended the session. Whether it had taken everything by then, as far as can be
     /// told from this side. `None`: it had if it has no slice of this side any more.
     pub fn has_peer_taken_all(&self, driver: &D) -> Option<bool> {
-        if self.has_deferred_closes() || !matches!(driver.in_flight(), Ok((_, 0))) {
+        // Also those that were not published yet.
+        let has_taken_events =
+            driver.in_flight().is_ok_and(|(taken, _)| taken == driver.events_pushed());
+        let left_in_socket = driver.unsent_bytes() + driver.bytes_in_socket();
+        if self.has_deferred_closes() || !has_taken_events || left_in_socket > 0 {
             return Some(false);
         }
         if self.credit.is_known() {
-            return Some(true);
+            // What its readers have taken that way has credit.
+            return Some(self.credit.socket_unread.get() == 0);
         }
         if self.unconfirmed() > 0 { Some(false) } else { None }
     }

@@ -31,6 +31,8 @@ pub mod fallback;
 pub mod path_order;
 pub mod receive;
 pub mod send;
+#[cfg(test)]
+mod sim;
 pub mod stall;
 pub mod stream;
 pub mod transmit;
