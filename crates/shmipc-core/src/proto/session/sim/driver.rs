@@ -272,6 +272,16 @@ impl Driver for Side {
     type Inbound = SimInbound;
     type SliceId = u32;
     type StreamTasks = StreamTasks;
+    type Slot<'a> = ();
+
+    fn reserve(&self) -> Result<Option<()>, MemoryError> {
+        Ok((!self.out.is_full()?).then_some(()))
+    }
+
+    fn commit(&self, (): (), event: Event, _len: usize) {
+        assert!(self.push_event(event).is_ok_and(|is_pushed| is_pushed), "room was reserved");
+        self.record(Counted::EventSent);
+    }
 
     fn push_event(&self, event: Event) -> Result<bool, MemoryError> {
         let is_pushed = self.out.push(event)?;
@@ -312,10 +322,6 @@ impl Driver for Side {
 
     fn in_flight(&self) -> Result<(i64, u32), MemoryError> {
         self.out.in_flight()
-    }
-
-    fn is_queue_full(&self) -> Result<bool, MemoryError> {
-        self.out.is_full()
     }
 
     fn is_peer_asleep(&self) -> bool {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use crate::error::{Error, Result};
-use crate::payload::Payload;
+use crate::payload::{Payload, SentChain};
 use crate::proto::session::driver::Driver;
 use crate::proto::session::ending::{FinalStep, FinalWait};
 use crate::proto::session::fallback::{PoolWait, ReserveGate, ReturnAttempts, ReturnStep};
@@ -154,7 +154,7 @@ impl Writer {
         side.proto.check_open(stream)?;
         side.activate();
         match side.proto.queue_gate(side, stream)? {
-            SendGate::Open | SendGate::OnSocket => return Poll::Ready(Ok(())),
+            SendGate::Open(()) | SendGate::OnSocket => return Poll::Ready(Ok(())),
             SendGate::Window => drop(stream.tasks.writer.register(&self.task)),
             SendGate::Queue => side.room.register(&self.task, None),
         }
@@ -190,7 +190,7 @@ impl Writer {
         let occupies = side.pool().capacity_of(&slices) as u64;
         let bytes = self.pattern.bytes(self.sent, len);
         let offset = side.pool().send(side.number, slices, bytes);
-        side.proto.send_slices(side, stream, offset, occupies)?;
+        side.proto.send_written(side, stream, &SentChain { offset, len, occupies })?;
         self.sent += len as u64;
         Ok(len)
     }
@@ -255,7 +255,7 @@ impl Writer {
     /// Sends the loan.
     fn poll_send(&mut self, side: &Side, stream: &SimStream) -> Poll<Result<usize>> {
         let gate = side.proto.send_gate(side, stream)?;
-        if gate != SendGate::Open || !matches!(self.loan, Some(Loan::Slices(_))) {
+        if !matches!((&gate, &self.loan), (SendGate::Open(()), Some(Loan::Slices(_)))) {
             if ready!(self.poll_path(side, stream)) == DataPath::Socket {
                 return self.poll_send_whole(side, stream);
             }
