@@ -101,6 +101,64 @@ fn check_imports(of: &str, allowed: &[(&str, &[&str])]) {
     }
 }
 
+/// What `exec` has of glommio's under the names that the other rooms use.
+fn names_of_glommio() -> Vec<String> {
+    let mut names = Vec::new();
+    for (path, text) in sources("") {
+        if room(&path) != "exec" {
+            continue;
+        }
+        for import in code(&text).split("use glommio::").skip(1) {
+            let import = import.split(';').next().unwrap();
+            let words = import.split(|c: char| !c.is_alphanumeric() && c != '_');
+            // Types begin with a capital letter; modules and functions stand in no signature.
+            let types = words.filter(|word| word.starts_with(char::is_uppercase));
+            names.extend(types.map(str::to_owned));
+        }
+    }
+    assert!(names.iter().any(|name| name == "Task"), "the search finds nothing any more");
+    names
+}
+
+/// The parts of a file's code that callers of the crate can see the types of: public items up to
+/// their bodies, headers of implementations, and associated types.
+fn public_signatures(code: &str) -> Vec<&str> {
+    let mut found = Vec::new();
+    let mut offset = 0;
+    for line in code.split_inclusive('\n') {
+        let start = line.trim_start();
+        if ["pub ", "impl", "type "].iter().any(|begins| start.starts_with(begins)) {
+            let rest = &code[offset + line.len() - start.len()..];
+            let is_field =
+                start.starts_with("pub ") && !start.contains('(') && start.contains(": ");
+            let ends: &[char] = if is_field { &[',', '}'] } else { &['{', ';'] };
+            found.push(&rest[..rest.find(ends).unwrap_or(rest.len())]);
+        }
+        offset += line.len();
+    }
+    found
+}
+
+#[test]
+fn no_public_signature_names_glommio() {
+    let names = names_of_glommio();
+    let mut signatures = 0;
+    for (path, text) in sources("") {
+        let code = code(&text);
+        for signature in public_signatures(&code) {
+            signatures += usize::from(signature.starts_with("pub "));
+            let mut words = signature.split(|c: char| !c.is_alphanumeric() && c != '_');
+            let found = words.find(|word| *word == "glommio" || names.iter().any(|it| it == word));
+            assert!(found.is_none(), "{} has {signature}", path.display());
+        }
+        // Renamed, or all at once, they would not be found above.
+        let is_passed_on =
+            code.contains("pub use glommio") || code.contains("pub use exec::runtime");
+        assert!(!is_passed_on, "{} passes on what glommio has", path.display());
+    }
+    assert!(signatures > 200, "the search finds nothing any more");
+}
+
 #[test]
 fn unsafe_stands_in_its_rooms_and_is_explained() {
     let rooms = [

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Tasks and what they wait for. The only room that names glommio.
 //!
-//! - [`runtime`]: the parts of glommio that this crate uses.
+//! - [`runtime`]: the parts of glommio that this crate uses; [`options`]: how executors are made.
 //! - [`task_set`]: tasks that are cancelled with their owner.
 //! - [`wakers`]: places where tasks wait for a change; [`task_waker`]: one stored waker per task;
 //!   [`deadline`]: a time limit for a wait.
@@ -15,6 +15,7 @@ pub(crate) mod callback;
 pub(crate) mod contain;
 pub(crate) mod deadline;
 pub(crate) mod log_limit;
+pub(crate) mod options;
 pub(crate) mod runtime;
 pub(crate) mod task_set;
 pub(crate) mod task_waker;

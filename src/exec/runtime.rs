@@ -4,9 +4,7 @@
 pub(crate) use glommio::io::BufferedFile;
 pub(crate) use glommio::net::{TcpListener, TcpStream};
 pub(crate) use glommio::timer::sleep;
-pub(crate) use glommio::{
-    CpuLocation, CpuSet, LocalExecutorBuilder, Placement, Task, TaskQueueHandle, spawn_local,
-};
+pub(crate) use glommio::{CpuLocation, CpuSet, Task, TaskQueueHandle, spawn_local};
 use glommio::{Latency, Shares};
 
 /// Tells executors of this process apart.

@@ -20,8 +20,8 @@
 //! - A receive skips an out-of-band byte, and closes what came with it. So such bytes are kept in
 //!   line with the others (`SO_OOBINLINE`).
 //!
-//! `unsafe` here: the control messages of `recvmsg`, and taking over the descriptors that the kernel
-//! made for them. (`nix` gives no descriptors of a message of which some were cut.)
+//! `unsafe` here: the control messages of `recvmsg`, and taking over the descriptors that the
+//! kernel made for them. (`nix` returns none of them when some were cut.)
 
 use std::io;
 use std::mem::{MaybeUninit, size_of};

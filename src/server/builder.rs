@@ -9,8 +9,7 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crate::exec::runtime::{LocalExecutorBuilder, Placement};
-
+use crate::exec::options::ExecutorOptions;
 use crate::net::bound_socket::{BoundSocket, listen_error};
 use crate::net::credentials::PeerCredentials;
 use crate::net::socket_file::{self, shard_path};
@@ -29,8 +28,6 @@ use shmipc_core::shm::access::PeerTrust;
 /// How long the files of sockets are waited for, on the thread that starts a server: longer than
 /// the kernel takes to clear up behind a process that was killed.
 const TURN_PATIENCE: Duration = Duration::from_secs(5);
-
-type MakeExecutor = Box<dyn Fn(usize, Option<usize>) -> LocalExecutorBuilder>;
 
 /// Says how a [`Server`] is to be, and starts it.
 ///
@@ -63,7 +60,7 @@ pub struct ServerBuilder {
     queue: usize,
     patience: Duration,
     trust: Option<u64>,
-    executor: Option<MakeExecutor>,
+    executor: ExecutorOptions,
     on_rejected: Option<OnRefused>,
     authorize: Option<Authorize>,
 }
@@ -78,7 +75,7 @@ impl ServerBuilder {
             queue: 64,
             patience: Duration::from_secs(5),
             trust: None,
-            executor: None,
+            executor: ExecutorOptions::default(),
             on_rejected: None,
             authorize: None,
         }
@@ -122,13 +119,9 @@ impl ServerBuilder {
         self
     }
 
-    /// Makes the executor of each shard, given its index and the processor that it should be pinned
-    /// to. Default: `LocalExecutorBuilder::new(Placement::Fixed(processor))`, or `Unbound`.
-    pub fn executor(
-        mut self,
-        make: impl Fn(usize, Option<usize>) -> LocalExecutorBuilder + 'static,
-    ) -> Self {
-        self.executor = Some(Box::new(make));
+    /// How the executor of each shard is set up. Default: [`ExecutorOptions::new`].
+    pub fn executor(mut self, options: ExecutorOptions) -> Self {
+        self.executor = options;
         self
     }
 
@@ -202,6 +195,7 @@ impl ServerBuilder {
             let problem = "nothing would get through";
             return Err(ConfigError::Limit { what: "handoff_capacity", value: 0, problem }.into());
         }
+        self.executor.check()?;
         let cores = self.cores.choose()?;
         // And the thread of the door that they share.
         look_ahead(&cores, 1)?;
@@ -240,8 +234,7 @@ impl ServerBuilder {
                 authorize: self.authorize.clone(),
             };
             let (factory, tell) = (factory.clone(), tell.clone());
-            let executor = self.executor_of(index, cores[index]);
-            server.add_thread(core.start(executor, factory, tell)?);
+            server.add_thread(core.start(self.executor.clone(), factory, tell)?);
         }
         drop(tell);
         // Each core says one word, or drops its end of the channel without.
@@ -255,14 +248,6 @@ impl ServerBuilder {
         let door = BoundSocket::open(&self.path, &self.config, TURN_PATIENCE)?;
         server.open_shared_door(door, dealer_control, self.deal, self.on_rejected)?;
         Ok(server)
-    }
-
-    fn executor_of(&self, index: usize, core: Option<usize>) -> LocalExecutorBuilder {
-        if let Some(make) = &self.executor {
-            return make(index, core);
-        }
-        let placement = core.map_or(Placement::Unbound, Placement::Fixed);
-        LocalExecutorBuilder::new(placement)
     }
 }
 

@@ -2,7 +2,6 @@
 //! The thread of one shard of a server, and what it shares with the others.
 
 use std::cell::RefCell;
-use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -13,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::exec::runtime::LocalExecutorBuilder;
+use crate::exec::options::ExecutorOptions;
 use crate::exec::runtime::spawn_local;
 use futures_lite::future::or;
 
@@ -154,7 +153,7 @@ impl Core {
     /// Starts the thread of a shard. It says one word to `tell` once it is ready.
     pub(crate) fn start<F, M, H, S, E, D>(
         self,
-        executor: LocalExecutorBuilder,
+        executor: ExecutorOptions,
         factory: F,
         tell: mpsc::Sender<()>,
     ) -> Result<JoinHandle<Result<()>>>
@@ -166,15 +165,16 @@ impl Core {
         S: Future<Output = std::result::Result<(), D>> + 'static,
         D: Into<Failure> + 'static,
     {
-        let index = self.place.index;
+        let (index, processor) = (self.place.index, self.place.core);
+        let name = executor.name_of_thread(index);
         let run = move || {
             let _stops_all = StopsAll(Arc::clone(&self.common));
             let wreck = CrashCleanup::new(&self.door)?;
             let shown = Rc::clone(&wreck);
             let run = AssertUnwindSafe(|| {
                 let executor = executor
-                    .make()
-                    .map_err(|error| shard_error(index, Box::new(io::Error::from(error))))?;
+                    .make(processor)
+                    .map_err(|error| shard_error(index, Box::new(error)))?;
                 executor.run(async move {
                     let result = self.run(factory, tell, Rc::clone(&shown)).await;
                     // Nothing is left that somebody would have to clear away.
@@ -188,7 +188,7 @@ impl Core {
                 Err(shard_error(index, panic_text(&*panic).into()))
             })
         };
-        std::thread::Builder::new().name(format!("shard-{index}")).spawn(run).map_err(|error| {
+        std::thread::Builder::new().name(name).spawn(run).map_err(|error| {
             match thread_error(error) {
                 Ok(too_few) => too_few.into(),
                 Err(error) => shard_error(index, error.into()),
