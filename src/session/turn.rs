@@ -110,8 +110,8 @@ impl SessionInner {
         PollOutcome::Idle
     }
 
-    /// Tells the peer that the queue is not looked at any more, until the socket or the doorbell wakes this
-    /// side. `false`: something came meanwhile.
+    /// Tells the peer that the queue is not looked at any more, until the socket or the doorbell
+    /// wakes this side. `false`: something came meanwhile.
     pub(crate) fn fall_asleep(&self) -> bool {
         let result = self.queues.consumer.borrow_mut().try_sleep();
         match result {
