@@ -4,7 +4,7 @@
 //!
 //! Not a part of the crate's interface: it is there with `--cfg fuzzing` only.
 
-pub use shmipc_core::fuzzing::{deframe, handshake, memories};
+pub use shmipc_core::fuzzing::{deframe, handshake, memories, running_session};
 
 mod session;
 

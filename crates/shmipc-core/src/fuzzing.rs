@@ -203,6 +203,12 @@ fn client_handshake(
     }
 }
 
+/// A running session over plain vectors, and a peer that does anything at any time: what it makes
+/// this side keep is bounded, and everything comes back at the end.
+pub fn running_session(data: &[u8]) {
+    crate::proto::session::sim::hostile::run(data);
+}
+
 /// Size classes that leave room for every kind of chain in little memory.
 pub const CLASSES: [SliceClass; 2] = [SliceClass::new(44, 40), SliceClass::new(236, 55)];
 /// Sizes that this crate does not make, and takes from peers: some fields lie across two lines.
@@ -366,6 +372,7 @@ mod tests {
         run("deframe", deframe);
         run("handshake", handshake);
         run("memories", memories);
+        run("running_session", running_session);
     }
 
     proptest! {

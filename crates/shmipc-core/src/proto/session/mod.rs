@@ -31,8 +31,8 @@ pub mod fallback;
 pub mod path_order;
 pub mod receive;
 pub mod send;
-#[cfg(test)]
-mod sim;
+#[cfg(any(test, fuzzing, feature = "test-util"))]
+pub(crate) mod sim;
 pub mod stall;
 pub mod stream;
 pub mod transmit;

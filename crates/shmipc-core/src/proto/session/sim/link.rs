@@ -277,6 +277,12 @@ impl Pool {
         self.slices.borrow().iter().filter(|slice| slice.state != SliceState::Free).count()
     }
 
+    /// How many slices are neither free nor in a message on its way.
+    pub(super) fn held(&self) -> usize {
+        let parcels = self.parcels.borrow();
+        self.in_use() - parcels.iter().flatten().map(|(slices, _)| slices.len()).sum::<usize>()
+    }
+
     pub(super) fn is_with_peer(&self, side: usize, id: u32) -> bool {
         self.slices.borrow()[id as usize].state == SliceState::Sent(side)
     }

@@ -9,6 +9,7 @@
 //! - [`link`]: queues, slices and socket. - [`driver`], [`turn`]: what a front end does.
 //! - `tasks`: a task that sends, one that reads, one that closes, as the handles do it.
 //! - `program`: what is done with streams, and what may be seen. - `setup`: what a seed stands for.
+//! - [`hostile`]: one side, and a peer that does what a fuzzer says.
 //! - `world`: what happens next, and what has to hold at any time and at the end.
 //!
 //! Checked: the bytes of each direction come in order, once, and on their own stream; an end is
@@ -18,12 +19,19 @@
 //! `SHMIPC_SEED=N` runs one seed, `SHMIPC_SIM_SECONDS=N` as many as fit, `SHMIPC_SIM_FIRST=N` from
 //! that one on.
 
+// A fuzzer uses a part of it.
+#![cfg_attr(not(test), allow(dead_code))]
+
 mod driver;
+pub(crate) mod hostile;
 mod link;
+#[cfg(test)]
 mod program;
+#[cfg(test)]
 mod setup;
 mod tasks;
 mod turn;
+#[cfg(test)]
 mod world;
 
 #[cfg(test)]
@@ -31,6 +39,8 @@ mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::time::{Duration, Instant};
 
+    use super::hostile;
+    use super::setup::Rng;
     use super::world::World;
 
     /// Seeds that found something once.
@@ -52,6 +62,22 @@ mod tests {
             panic!("SHMIPC_SEED={seed} failed after {operations} operations: {setup:#?}");
         }
         operations
+    }
+
+    /// A peer that does what random bytes say.
+    #[test]
+    #[cfg_attr(miri, ignore)]
+    fn a_hostile_peer_ends_its_own_session_at_most() {
+        let time = Duration::from_secs(1);
+        let (begin, mut seed) = (Instant::now(), number_in("SHMIPC_SEED").unwrap_or(0));
+        while begin.elapsed() < time {
+            let mut rng = Rng::new(seed);
+            let bytes: Vec<u8> = (0..rng.below(600)).map(|_| rng.next() as u8).collect();
+            if catch_unwind(|| hostile::run(&bytes)).is_err() {
+                panic!("SHMIPC_SEED={seed} failed");
+            }
+            seed += 1;
+        }
     }
 
     #[test]
