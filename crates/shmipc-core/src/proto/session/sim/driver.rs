@@ -17,7 +17,7 @@ use crate::proto::session::sim::link::{EventQueue, Pipe, Pool, SimInbound, SimPa
 use crate::proto::session::stream::{Half, Halves, StreamEntry};
 use crate::proto::session::{RunningSession, SessionLimits};
 use crate::proto::stream_table::Role;
-use crate::wire::{Deframer, Event, Extension, sync_event};
+use crate::wire::{Deframer, Event, EventState, Extension, MessageType, sync_event};
 
 /// Payload waits while so much is kept for the socket.
 const KEEP_AT_MOST: usize = 2 << 10;
@@ -257,6 +257,19 @@ impl Side {
         self.activate();
     }
 
+    /// Others close a stream by the queue, also when its last data went over the socket, which has
+    /// taken that by then.
+    fn close_by_queue(&self, message: &[u8]) -> bool {
+        let [.., kind, a, b, c, d] = *message else { return false };
+        let is_close = message.len() == 12 && kind == MessageType::StreamClose as u8;
+        if !is_close || !self.is_outbox_empty() {
+            return false;
+        }
+        let (stream_id, status) =
+            (u32::from_be_bytes([a, b, c, d]), EventState::Closed.to_status());
+        self.push_event(Event { stream_id, offset: 0, status }).is_ok_and(|is_pushed| is_pushed)
+    }
+
     /// One half of a handle is gone.
     pub(super) fn drop_half(&self, stream: &SimStream, half: Half) {
         match (stream.drop_half(half), half) {
@@ -386,6 +399,9 @@ impl Driver for Side {
             return self.proto.on_outbox_overfull(self);
         }
         self.note_activity();
+        if self.is_foreign && self.close_by_queue(message) {
+            return;
+        }
         outbox.taken_in.set(outbox.taken_in.get() + message.len() as u64);
         let is_gone = self.pipe_out.is_closed.get();
         let is_taken = self.is_outbox_empty() && !is_gone;
