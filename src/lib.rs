@@ -114,10 +114,10 @@ pub use shmipc_core::error::{
     WireError,
 };
 pub use shmipc_core::footprint::Footprint;
-pub use shmipc_core::shm::access::PeerTrust;
+pub use shmipc_core::shm::map::sigbus::disable_sigbus_guard;
+pub use shmipc_core::shm::map::stale_files::remove_leftovers;
+pub use shmipc_core::shm::map::trust::PeerTrust;
 pub use shmipc_core::shm::pool::{ListOwner, SliceUsage};
-pub use shmipc_core::shm::sigbus::disable_sigbus_guard;
-pub use shmipc_core::shm::stale_files::remove_leftovers;
 pub use shmipc_core::wire;
 pub use shmipc_core::wire::ShardIdentity;
 pub use stats::{PoolUsage, SessionStats};

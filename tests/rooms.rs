@@ -164,7 +164,7 @@ fn unsafe_stands_in_its_rooms_and_is_explained() {
     let rooms = [
         "shm/map/access.rs",
         "shm/map/sigbus.rs",
-        "shm/map/region.rs",
+        "shm/map/trust.rs",
         "shm/chain/views.rs",
         "net/descriptor.rs",
         "net/fd_passing.rs",

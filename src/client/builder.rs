@@ -12,7 +12,7 @@ use crate::client::reconnect::{OnChange, SessionStatus};
 use crate::connect::connector::Connector;
 use shmipc_core::config::Config;
 use shmipc_core::error::{ConfigError, Result};
-use shmipc_core::shm::access::PeerTrust;
+use shmipc_core::shm::map::trust::PeerTrust;
 
 /// The most sessions that one core keeps to one shard.
 const MOST_SESSIONS: usize = 64;

@@ -22,7 +22,7 @@ use crate::session::handle::Session;
 use crate::session::local_reactor::LocalReactor;
 use shmipc_core::config::{Config, ProtocolVersion};
 use shmipc_core::error::{Error, HandshakeError, Result};
-use shmipc_core::shm::access::PeerTrust;
+use shmipc_core::shm::map::trust::PeerTrust;
 
 /// Connects to servers. Each session has its own shared memory.
 ///

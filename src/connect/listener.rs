@@ -39,8 +39,8 @@ use crate::session::handle::Session;
 use crate::session::local_reactor::LocalReactor;
 use shmipc_core::config::{Config, ProtocolVersion};
 use shmipc_core::error::{Error, HandshakeError, Result};
-use shmipc_core::shm::access::PeerTrust;
-use shmipc_core::shm::stale_files;
+use shmipc_core::shm::map::stale_files;
+use shmipc_core::shm::map::trust::PeerTrust;
 use shmipc_core::wire::ShardIdentity;
 
 /// How long handshakes that have nothing to wait for any more get to end.

@@ -30,9 +30,9 @@ use shmipc_core::proto::Negotiated;
 use shmipc_core::proto::stream_table::Role;
 use shmipc_core::shm::chain::Chain;
 use shmipc_core::shm::event_queue::{self, Consumer, Producer};
-use shmipc_core::shm::pool::Side;
+use shmipc_core::shm::map::region::Region;
 use shmipc_core::shm::pool::SlicePool;
-use shmipc_core::shm::region::Region;
+use shmipc_core::shm::pool::format::Side;
 use shmipc_core::wire::layout::QueueLayout;
 use shmipc_core::wire::{Event, fallback_header, sync_event};
 

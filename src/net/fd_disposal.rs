@@ -27,7 +27,7 @@ use nix::sys::socket::{MsgFlags, Shutdown, sockopt};
 
 use crate::net::descriptor::fd_of_stream;
 use crate::net::fd_passing::{peek, refuse_descriptors};
-use shmipc_core::shm::region::FdKind;
+use shmipc_core::shm::map::fd_kind::FdKind;
 
 /// The most threads that empty sockets, in all and for one user.
 const MAX_THREADS: usize = 256;

@@ -33,7 +33,7 @@ use nix::sys::socket::sockopt;
 use nix::{setsockopt_impl, sockopt_impl};
 
 use crate::net::fd_disposal;
-use shmipc_core::shm::region::FdKind;
+use shmipc_core::shm::map::fd_kind::FdKind;
 
 /// `asm-generic/socket.h`
 const SO_PASSRIGHTS: libc::c_int = 83;

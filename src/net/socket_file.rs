@@ -36,7 +36,7 @@ use crate::net::fd_disposal::{self, PeerSocket};
 use crate::net::fd_passing::refuse_descriptors;
 use shmipc_core::config::SocketFile;
 use shmipc_core::error::{ConfigError, Error, MAX_SOCKET_PATH};
-use shmipc_core::shm::directory::{Directory, FileIdentity};
+use shmipc_core::shm::map::directory::{Directory, FileIdentity};
 
 /// How many connections wait to be accepted.
 const BACKLOG: i32 = 1024;

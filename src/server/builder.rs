@@ -23,7 +23,7 @@ use crate::session::stream::Stream;
 use crate::session::supervised::StreamOutcome;
 use shmipc_core::config::Config;
 use shmipc_core::error::{ConfigError, Error, Result};
-use shmipc_core::shm::access::PeerTrust;
+use shmipc_core::shm::map::trust::PeerTrust;
 
 /// How long the files of sockets are waited for, on the thread that starts a server: longer than
 /// the kernel takes to clear up behind a process that was killed.

@@ -15,7 +15,7 @@ use crate::session::wakeup::Doorbell;
 use shmipc_core::error::{Error, MemoryError};
 use shmipc_core::proto::session::driver::{Counted, Driver};
 use shmipc_core::shm::chain::Chain;
-use shmipc_core::shm::chain::ChainQueue;
+use shmipc_core::shm::chain::queue::ChainQueue;
 use shmipc_core::shm::pool::SliceId;
 use shmipc_core::wire::{Deframer, Event, Extension, sync_event};
 

@@ -10,8 +10,9 @@ use crate::session::wakeup::Doorbell;
 use shmipc_core::proto::Negotiated;
 use shmipc_core::proto::stream_table::Role;
 use shmipc_core::shm::event_queue::{Consumer, Producer};
+use shmipc_core::shm::map::region::Region;
+use shmipc_core::shm::map::shared_file::SharedFile;
 use shmipc_core::shm::pool::SlicePool;
-use shmipc_core::shm::region::{Region, SharedFile};
 
 /// What two sides agreed on, ready to carry a session.
 pub(crate) struct Established {

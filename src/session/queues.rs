@@ -6,7 +6,7 @@ use std::cell::{Cell, RefCell, RefMut};
 use crate::exec::wakers::WakerList;
 use shmipc_core::error::MemoryError;
 use shmipc_core::shm::event_queue::{Consumer, Producer};
-use shmipc_core::shm::region::Region;
+use shmipc_core::shm::map::region::Region;
 use shmipc_core::wire::Event;
 
 /// How many events are published with one store, in the middle of a batch.

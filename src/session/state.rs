@@ -30,8 +30,8 @@ use shmipc_core::error::{Error, MemoryError};
 use shmipc_core::proto::session::driver::Driver;
 use shmipc_core::proto::session::stream::StreamEntry;
 use shmipc_core::proto::session::{RunningSession, SessionLimits};
+use shmipc_core::shm::map::shared_file::SharedFile;
 use shmipc_core::shm::pool::SlicePool;
-use shmipc_core::shm::region::SharedFile;
 
 /// A stream, as its handles and its session share it.
 pub(crate) type StreamInner = StreamEntry<SessionInner>;

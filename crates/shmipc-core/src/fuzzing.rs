@@ -11,12 +11,12 @@ use std::sync::atomic::Ordering;
 use crate::config::{MemoryKind, ProtocolVersion, SliceClass, Wakeup};
 use crate::proto::handshake_client::{ClientHandshake, ClientStep};
 use crate::proto::handshake_server::{ServerCapabilities, ServerHandshake, ServerStep};
-use crate::shm::access::Memory;
 use crate::shm::chain::Chain;
 use crate::shm::event_queue;
+use crate::shm::map::memory::Memory;
+use crate::shm::map::region::Region;
 use crate::shm::pool::SlicePool;
-use crate::shm::pool::{ListSets, Side};
-use crate::shm::region::Region;
+use crate::shm::pool::format::{ListSets, Side};
 use crate::wire::layout::QueueLayout;
 use crate::wire::{Deframer, Event, Features, Header, MemoryPaths, Message, ShardIdentity};
 

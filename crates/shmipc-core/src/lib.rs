@@ -43,8 +43,8 @@ pub use error::{
     WireError,
 };
 pub use footprint::Footprint;
-pub use shm::access::PeerTrust;
+pub use shm::map::sigbus::disable_sigbus_guard;
+pub use shm::map::stale_files::remove_leftovers;
+pub use shm::map::trust::PeerTrust;
 pub use shm::pool::{ListOwner, SliceUsage};
-pub use shm::sigbus::disable_sigbus_guard;
-pub use shm::stale_files::remove_leftovers;
 pub use wire::ShardIdentity;

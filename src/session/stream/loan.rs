@@ -7,9 +7,9 @@
 use bytes::{Buf, Bytes};
 
 use shmipc_core::error::{Error, Result};
-use shmipc_core::shm::access::PeerTrust;
 use shmipc_core::shm::chain::Chain;
-use shmipc_core::shm::chain::{SliceViews, SpareViews};
+use shmipc_core::shm::chain::views::{SliceViews, SpareViews};
+use shmipc_core::shm::map::trust::PeerTrust;
 
 /// Shared memory to write a message into, lent by [`Stream::alloc`](crate::Stream::alloc) and
 /// passed on by [`Stream::send`](crate::Stream::send) without a copy.

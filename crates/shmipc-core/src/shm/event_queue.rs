@@ -39,7 +39,7 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
 use crate::error::MemoryError;
-use crate::shm::map::access::{Memory, is_one_access};
+use crate::shm::map::memory::{Memory, is_one_access};
 use crate::wire::event::{EVENT_LEN, Event};
 use crate::wire::layout::{QUEUE_HEADER_LEN, QueueLayout, queue_len, queue_memory_len};
 

@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use crate::error::MemoryError;
 use crate::shm::chain::Chain;
-use crate::shm::map::access::Memory;
+use crate::shm::map::memory::Memory;
 use crate::shm::pool::SlicePool;
 use crate::shm::pool::slice_table::SliceId;
 use crate::wire::layout::FLAG_HAS_NEXT;

@@ -17,19 +17,17 @@
 
 mod adopt;
 mod payload;
-mod queue;
-mod views;
+pub mod queue;
+pub mod views;
 
 use std::rc::Rc;
 
 use bytes::{Buf, Bytes};
 
-use crate::shm::map::access::Memory;
+use crate::shm::map::memory::Memory;
 use crate::shm::map::region::Region;
 use crate::shm::pool::{NO_SLICE, SliceId, SlicePool};
 
-pub use self::queue::ChainQueue;
-pub use self::views::{SliceViews, SpareViews};
 pub use crate::payload::SentChain;
 pub use crate::wire::deframe::SOCKET_MESSAGE_COST;
 

@@ -4,7 +4,7 @@
 use crate::payload::{Inbound, Payload};
 use crate::shm::chain::Chain;
 use crate::shm::chain::queue::ChainQueue;
-use crate::shm::map::access::Memory;
+use crate::shm::map::memory::Memory;
 
 impl<M: Memory> Payload for Chain<M> {
     #[inline]

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use crate::shm::chain::{Chain, ChainState};
-use crate::shm::map::access::Memory;
+use crate::shm::map::memory::Memory;
 use crate::shm::map::region::Region;
 use crate::shm::pool::SlicePool;
 

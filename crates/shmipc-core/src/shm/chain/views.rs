@@ -4,8 +4,8 @@
 //! `unsafe` here: the promise of the user, [`PeerTrust`], stands for what cannot be checked.
 
 use crate::shm::chain::{Chain, Private};
-use crate::shm::map::access::PeerTrust;
 use crate::shm::map::region::Region;
+use crate::shm::map::trust::PeerTrust;
 use crate::shm::pool::{NO_SLICE, SliceId, SlicePool};
 
 /// References into the memory itself, for peers that a promise speaks for.

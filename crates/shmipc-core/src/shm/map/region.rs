@@ -6,21 +6,18 @@
 //! peer writes changes it. A memfd that this side creates is sealed against shrinking and growing;
 //! what else is truncated under us is [caught](crate::shm::map::sigbus).
 
-use std::alloc::Layout;
-use std::collections::BTreeMap;
-use std::ffi::{CString, OsString};
-use std::fs::{self, File};
+use std::ffi::CString;
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, Flock, OFlag, SealFlag};
+use nix::fcntl::{FcntlArg, OFlag, SealFlag};
 use nix::sys::memfd::MFdFlags;
 use nix::sys::stat::Mode;
 
@@ -28,61 +25,13 @@ use crate::error::{Error, HandshakeError, MemoryError};
 use crate::limits;
 use crate::shm::map::claims::{Claim, Purpose};
 use crate::shm::map::directory::{Directory, FileIdentity, beneath};
+use crate::shm::map::fd_kind::FdKind;
+use crate::shm::map::shared_file::{FoundFile, NewFile, SharedFile};
 use crate::shm::map::sigbus::Guarded;
 use crate::shm::map::stale_files;
 
 /// Makes a memfd that nobody can execute, nor make executable (`linux/memfd.h`).
 const MFD_NOEXEC_SEAL: u32 = 8;
-
-/// How `/proc` shows an eventfd.
-const EVENT_FD: &str = "anon_inode:[eventfd]";
-
-/// What a descriptor is, found out without asking its file system, which may be a program of a
-/// peer's (FUSE) that answers when it likes.
-#[derive(Debug, PartialEq, Eq)]
-pub enum FdKind {
-    /// A memfd, or a regular file of a file system in memory.
-    Memory,
-    /// An eventfd.
-    EventFd,
-    /// Something else, by the name that `/proc` shows for it.
-    Other(String),
-}
-
-impl FdKind {
-    /// What the descriptor is.
-    pub fn of(fd: BorrowedFd<'_>) -> Self {
-        // Answered by the kernel for memory, and refused for everything else.
-        if nix::fcntl::fcntl(fd, FcntlArg::F_GET_SEALS).is_ok() {
-            return Self::Memory;
-        }
-        let name = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-        match name.map(|name| name.to_string_lossy().into_owned()) {
-            Ok(name) if name == EVENT_FD => Self::EventFd,
-            Ok(name) => Self::Other(name),
-            Err(error) => Self::Other(error.to_string()),
-        }
-    }
-
-    /// Whether to close it is nothing to wait for.
-    pub fn is_harmless(&self) -> bool {
-        matches!(self, Self::Memory | Self::EventFd)
-    }
-
-    /// What it is, in words.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Memory => "memory",
-            Self::EventFd => "an eventfd",
-            Self::Other(name) if name.starts_with("pipe:") => "a pipe",
-            Self::Other(name) if name.starts_with("socket:") => "a socket",
-            Self::Other(name) if name.starts_with('/') => {
-                "a directory, a device, or a file that is not in memory"
-            }
-            Self::Other(_) => "of another kind",
-        }
-    }
-}
 
 /// Memory that another party may read and write at any time.
 pub struct Region {
@@ -102,8 +51,18 @@ enum Backing {
         /// Dropped last: as long as it is mapped, the inode is not another file's.
         claim: Option<Claim>,
     },
-    Heap(Layout),
+    Heap {
+        #[allow(dead_code, reason = "held for its drop, which frees the memory")]
+        lines: Vec<Line>,
+    },
 }
+
+/// A part of memory on the heap, aligned as a mapping is to a cache line.
+#[derive(Clone)]
+#[repr(align(64))]
+struct Line(#[allow(dead_code, reason = "accessed through the region's base")] [u8; LINE]);
+
+const LINE: usize = 64;
 
 #[allow(clippy::len_without_is_empty, reason = "no memory is empty")]
 impl Region {
@@ -136,18 +95,17 @@ impl Region {
     pub fn is_lost(&self) -> bool {
         match &self.backing {
             Backing::Mapping { guard, .. } => guard.as_ref().is_some_and(Guarded::is_lost),
-            Backing::Heap(_) => false,
+            Backing::Heap { .. } => false,
         }
     }
 
     /// Zeroed memory on the heap, for tests and models that need no peer.
     #[cfg_attr(not(test), allow(dead_code))]
     pub fn heap(len: usize) -> Self {
-        let layout = Layout::from_size_align(len.max(1), 4096).expect("a length below isize::MAX");
-        // SAFETY: the layout has a length above zero.
-        let base = unsafe { std::alloc::alloc_zeroed(layout) };
-        let Some(base) = NonNull::new(base) else { std::alloc::handle_alloc_error(layout) };
-        Self { base, len, backing: Backing::Heap(layout) }
+        let mut lines = vec![Line([0; LINE]); len.max(1).div_ceil(LINE)];
+        // Stays where it is: a vector that is moved leaves its items in place.
+        let base = NonNull::new(lines.as_mut_ptr().cast()).expect("a vector with items");
+        Self { base, len, backing: Backing::Heap { lines } }
     }
 
     /// An anonymous memory of `len` zero bytes, and its descriptor to pass on.
@@ -197,11 +155,10 @@ impl Region {
             }
         };
         let identity = FileIdentity::of(&file).map_err(failed)?;
-        let mut entry = SharedFile::new(FoundFile { directory, name, identity });
+        let entry = SharedFile::new(FoundFile { directory, name, identity });
         file.set_len(len as u64).map_err(failed)?;
         let region = Self::map(&file, len)?;
-        entry.lock = Some(file);
-        Ok((region, NewFile { entry }))
+        Ok((region, NewFile::new(entry, file)))
     }
 
     /// Maps what a peer passed as a descriptor. `role` names the memory in errors.
@@ -306,112 +263,18 @@ impl Region {
     }
 }
 
-impl Drop for Region {
-    fn drop(&mut self) {
-        match self.backing {
-            Backing::Mapping { .. } => {}
-            // SAFETY: `base` came from `alloc_zeroed` with this very layout, in `heap`.
-            Backing::Heap(layout) => unsafe { std::alloc::dealloc(self.base.as_ptr(), layout) },
-        }
-    }
-}
-
 fn is_outside(error: &io::Error) -> bool {
     error.raw_os_error().map(Errno::from_raw) == Some(Errno::EXDEV)
 }
 
-/// Where the file of a memory is, held so that it cannot be taken for another one.
-pub struct FoundFile {
-    directory: Arc<Directory>,
-    name: OsString,
-    identity: FileIdentity,
-}
-
-/// A shared-memory file that was just created.
-pub struct NewFile {
-    entry: SharedFile,
-}
-
-impl NewFile {
-    /// Has the file system set memory aside for `len` bytes from `offset` on. What is not set aside
-    /// may turn out not to be there when it is touched, and who touches it is killed (`SIGBUS`).
-    ///
-    /// Sets aside a page in some 250 ns.
-    pub fn reserve(&self, offset: usize, len: usize) -> io::Result<()> {
-        let number = |value: usize| i64::try_from(value).map_err(io::Error::other);
-        let mode = nix::fcntl::FallocateFlags::empty();
-        let file = self.entry.lock.as_deref().expect("a new file is kept locked");
-        Ok(nix::fcntl::fallocate(file, mode, number(offset)?, number(len)?)?)
-    }
-
-    /// The entry of the directory, which is removed when it is dropped.
-    pub fn into_entry(self) -> SharedFile {
-        self.entry
-    }
-}
-
-/// A shared-memory file's entry in the file system. Dropping the last one in this process removes
-/// the entry, if it is still that of the file that was mapped.
-///
-/// The last one: all sessions of a shmipc-go client name the same buffer file, and a later session
-/// of it must still find the file when an earlier one ends. Mappings stay valid. A missing entry
-/// is no error, since the other side removes it too.
-pub struct SharedFile {
-    place: FoundFile,
-    /// Says that its creator lives, if that is who this is (see [`stale_files`]).
-    lock: Option<Flock<File>>,
-}
-
-/// An entry by its directory, its name and its file.
-type EntryKey = (FileIdentity, OsString, FileIdentity);
-
-/// How many [`SharedFile`]s each entry has. Touched when sessions come and go, never in between.
-static ENTRIES: Mutex<BTreeMap<EntryKey, usize>> = Mutex::new(BTreeMap::new());
-
-impl FoundFile {
-    fn key(&self) -> EntryKey {
-        (self.directory.identity(), self.name.clone(), self.identity)
-    }
-}
-
-impl SharedFile {
-    /// Takes part in the removal of a file that was mapped, and found to be shared memory.
-    pub fn new(place: FoundFile) -> Self {
-        let mut entries = ENTRIES.lock().unwrap_or_else(PoisonError::into_inner);
-        *entries.entry(place.key()).or_default() += 1;
-        Self { place, lock: None }
-    }
-}
-
-impl Drop for SharedFile {
-    fn drop(&mut self) {
-        // Held while the file is removed, so that no session of this process maps it meanwhile and
-        // counts on its name.
-        let mut entries = ENTRIES.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = self.place.key();
-        match entries.get_mut(&key) {
-            Some(count) if *count > 1 => {
-                *count -= 1;
-                return;
-            }
-            _ => entries.remove(&key),
-        };
-        let FoundFile { directory, name, identity } = &self.place;
-        match directory.remove(name, *identity) {
-            Ok(true) => {}
-            Ok(false) => tracing::trace!(?name, "removed by the other side, or replaced"),
-            Err(error) => tracing::warn!(?name, %error, "cannot remove"),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::path::PathBuf;
     use std::sync::atomic::Ordering;
 
     use super::*;
-    use crate::shm::map::access::Memory;
+    use crate::shm::map::memory::Memory;
 
     fn path(name: &str) -> PathBuf {
         std::env::temp_dir().join(format!("shmipc-region-{}-{name}", std::process::id()))

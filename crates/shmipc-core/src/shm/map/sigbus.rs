@@ -314,7 +314,7 @@ mod tests {
     use std::process::{Command, ExitStatus};
 
     use super::*;
-    use crate::shm::map::access::Memory;
+    use crate::shm::map::memory::Memory;
     use crate::shm::map::region::Region;
 
     /// A mapped region whose file can still be truncated, and that file.

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use crate::config::{PRIVATE_BYTES_PER_SLICE, SliceClass};
 use crate::error::MemoryError;
 use crate::shm::chain::ChainState;
-use crate::shm::map::access::Memory;
+use crate::shm::map::memory::Memory;
 use crate::shm::pool::SlicePool;
 use crate::shm::pool::format::{ListSets, create_lists, map_lists};
 use crate::shm::pool::slice_table::Entry;

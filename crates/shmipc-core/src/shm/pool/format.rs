@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use crate::config::SliceClass;
 use crate::error::MemoryError;
-use crate::shm::map::access::Memory;
+use crate::shm::map::memory::Memory;
 use crate::shm::pool::free_list::FreeList;
 use crate::wire::layout::{
     LIST_HEADER_LEN, MANAGER_HEADER_LEN, MANAGER_LIST_COUNT_OFFSET, MANAGER_USED_LEN_OFFSET,

@@ -24,7 +24,7 @@
 use std::sync::atomic::Ordering;
 
 use crate::error::MemoryError;
-use crate::shm::map::access::{Memory, ODD_FIELDS, is_exchangeable};
+use crate::shm::map::memory::{Memory, ODD_FIELDS, is_exchangeable};
 use crate::wire::layout::{
     FLAG_HAS_NEXT, FLAG_IN_USE, LIST_CAPACITY_OFFSET, LIST_HEAD_OFFSET, LIST_HEADER_LEN,
     LIST_SIZE_OFFSET, LIST_SLICE_CAPACITY_OFFSET, LIST_TAIL_OFFSET, SLICE_CAPACITY_OFFSET,

@@ -32,7 +32,7 @@
 //! [rests]: SlicePool::set_resting
 
 mod create;
-pub(super) mod format;
+pub mod format;
 pub(super) mod free_list;
 mod magazine;
 pub(super) mod owned_list;
@@ -44,13 +44,13 @@ use std::cell::{Cell, RefCell};
 use std::io::IoSlice;
 use std::rc::Rc;
 
-pub use self::format::{ListSets, Side};
 pub(super) use self::slice_table::NO_SLICE;
 pub use self::slice_table::{ListOwner, SliceId, SliceUsage};
 use crate::error::MemoryError;
 use crate::shm::chain::{Chain, ChainState, SentChain};
-use crate::shm::map::access::{Memory, PeerTrust};
+use crate::shm::map::memory::Memory;
 use crate::shm::map::region::Region;
+use crate::shm::map::trust::PeerTrust;
 use crate::shm::pool::format::Lists;
 use crate::shm::pool::free_list::MAX_BATCH;
 use crate::shm::pool::size_class::{Class, Classes};
@@ -521,6 +521,7 @@ mod tests {
 
     use super::*;
     use crate::config::SliceClass;
+    use crate::shm::pool::format::{ListSets, Side};
     use crate::wire::layout::{
         LIST_HEAD_OFFSET, LIST_HEADER_LEN, LIST_SIZE_OFFSET, LIST_TAIL_OFFSET, MANAGER_HEADER_LEN,
         SLICE_CAPACITY_OFFSET, SLICE_FLAGS_OFFSET, SLICE_HEADER_LEN, SLICE_NEXT_OFFSET,

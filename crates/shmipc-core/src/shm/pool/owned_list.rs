@@ -35,7 +35,7 @@
 use std::cell::Cell;
 
 use crate::error::MemoryError;
-use crate::shm::map::access::Memory;
+use crate::shm::map::memory::Memory;
 use crate::shm::pool::free_list::{Batch, FreeList};
 
 /// Takes slices from a list that nobody else takes from.

@@ -12,7 +12,7 @@
 
 use std::cell::Cell;
 
-use crate::shm::map::access::Memory;
+use crate::shm::map::memory::Memory;
 use crate::shm::pool::free_list::{Batch, FreeList};
 
 /// What is known of the order of one list.

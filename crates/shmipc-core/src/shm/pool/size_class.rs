@@ -10,7 +10,7 @@
 //! mapped, and the peer cannot change it.
 
 use crate::error::MemoryError;
-use crate::shm::map::access::Memory;
+use crate::shm::map::memory::Memory;
 use crate::shm::pool::format::{ListSets, Lists};
 use crate::shm::pool::free_list::{Batch, FreeList, MAX_BATCH};
 use crate::shm::pool::magazine::Magazine;

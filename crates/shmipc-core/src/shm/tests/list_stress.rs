@@ -42,7 +42,7 @@ use nix::unistd::Pid;
 
 use self::player::{EVENTS, Finding, Kind, LONG, Random, TASK, books};
 use crate::shm::event_queue;
-use crate::shm::map::access::Memory;
+use crate::shm::map::memory::Memory;
 use crate::shm::map::region::Region;
 use crate::shm::pool::format::map_lists;
 use crate::shm::pool::owned_list::OwnedList;

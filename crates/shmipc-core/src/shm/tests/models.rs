@@ -19,7 +19,7 @@ use crate::config::SliceClass;
 use crate::error::MemoryError;
 use crate::shm::chain::Chain;
 use crate::shm::event_queue::{self, Consumer, Producer};
-use crate::shm::map::access::Memory;
+use crate::shm::map::memory::Memory;
 use crate::shm::pool::SlicePool;
 use crate::shm::pool::format::{ListSets, Side};
 use crate::shm::pool::free_list::FreeList;

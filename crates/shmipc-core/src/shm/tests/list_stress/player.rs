@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use crate::config::SliceClass;
 use crate::error::MemoryError;
 use crate::shm::event_queue::{self, Consumer, Producer};
-use crate::shm::map::access::Memory;
+use crate::shm::map::memory::Memory;
 use crate::shm::map::region::Region;
 use crate::shm::pool::format::{ListSets, Side, create_lists, map_lists};
 use crate::shm::pool::size_class::Classes;

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use loom::thread;
 
 use super::{Held, check};
-use crate::shm::map::access::Memory;
+use crate::shm::map::memory::Memory;
 use crate::shm::pool::owned_list::OwnedList;
 use crate::wire::layout::{LIST_TAIL_OFFSET, SLICE_FLAGS_OFFSET};
 
