@@ -199,11 +199,11 @@ fn shown(mut item: Item) -> Item {
     match &mut item {
         Item::Const(item) => {
             keep_promises(&mut item.attrs);
-            item.expr = Box::new(syn::parse_quote!(_));
+            *item.expr = syn::parse_quote!(_);
         }
         Item::Static(item) => {
             keep_promises(&mut item.attrs);
-            item.expr = Box::new(syn::parse_quote!(_));
+            *item.expr = syn::parse_quote!(_);
         }
         Item::Enum(item) => {
             keep_promises(&mut item.attrs);
@@ -214,7 +214,7 @@ fn shown(mut item: Item) -> Item {
         }
         Item::Fn(item) => {
             keep_promises(&mut item.attrs);
-            item.block = Box::new(nothing());
+            *item.block = nothing();
         }
         Item::Struct(item) => {
             keep_promises(&mut item.attrs);

@@ -80,8 +80,9 @@ impl Loan {
         self.chain.write(bytes)
     }
 
-    /// Returns the room behind what was written, slice by slice, to be written in place. Bytes count
-    /// as written when [`advance`](Self::advance) says so; they hold something old until then.
+    /// Returns the room behind what was written, slice by slice, to be written in place. Bytes
+    /// count as written when [`advance`](Self::advance) says so; they hold something old until
+    /// then.
     ///
     /// # Errors
     ///

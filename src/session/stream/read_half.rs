@@ -322,7 +322,8 @@ impl Future for RecvFuture<'_> {
     }
 }
 
-/// The messages of the peer, one after the other: see [`Stream::messages`](crate::Stream::messages).
+/// The messages of the peer, one after the other: see
+/// [`Stream::messages`](crate::Stream::messages).
 ///
 /// ```
 /// use futures_lite::StreamExt;

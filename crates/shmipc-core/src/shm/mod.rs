@@ -12,8 +12,8 @@
 //! - [`event_queue`]: the two IO queues.
 //!
 //! A module imports only modules above it in this list, except that [`event_queue`] needs [`map`]
-//! alone. The algorithms are generic over [`map::memory::Memory`], so that tests run them on the heap and
-//! under a model checker.
+//! alone. The algorithms are generic over [`map::memory::Memory`], so that tests run them on the
+//! heap and under a model checker.
 
 pub mod chain;
 pub mod event_queue;

@@ -3,8 +3,8 @@
 //!
 //! A peer of this crate that sees the connection end takes what was sent before. Others do not:
 //! shmipc-go looks at the hang-up first and drops its queue, and what its streams had received and
-//! was not read yet (`docs/protocol.md#ending-a-session`). So towards a peer that is not known to be
-//! of this crate the connection stays up, for the time of
+//! was not read yet (`docs/protocol.md#ending-a-session`). So towards a peer that is not known to
+//! be of this crate the connection stays up, for the time of
 //! [`close_timeout`](crate::ConfigBuilder::close_timeout) at most, until the peer
 //!
 //! - has read the socket,

@@ -55,7 +55,8 @@ impl NewFile {
 /// is no error, since the other side removes it too.
 pub struct SharedFile {
     place: FoundFile,
-    /// Says that its creator lives, if that is who this is (see [`stale_files`](super::stale_files)).
+    /// Says that its creator lives, if that is who this is (see
+    /// [`stale_files`](super::stale_files)).
     lock: Option<Flock<File>>,
 }
 

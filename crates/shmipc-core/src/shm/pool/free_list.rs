@@ -15,7 +15,8 @@
 //! the links are read again: slices that went through the other side's hands have other links, and
 //! the list is reported broken. The manager's ledger catches the rest as far as it can be caught: a
 //! slice that this side still holds can never be taken again. Between two sides of this crate no
-//! list has two takers, if they have agreed on that: see [`owned_list`](crate::shm::pool::owned_list).
+//! list has two takers, if they have agreed on that: see
+//! [`owned_list`](crate::shm::pool::owned_list).
 //!
 //! Whom it trusts: nobody. Where the list stands and how large its slices are is private. Every
 //! offset read from shared memory is checked against the grid of slices before it is followed;

@@ -21,11 +21,11 @@
 //! # A set of lists for each side
 //!
 //! When both sides are of this crate and have agreed on it, every size has two lists, and a side
-//! takes from its own alone, as [`owned_list`](crate::shm::pool::owned_list) says. The magazine of a size
-//! holds slices of both: the slice in which a request came is still the one that the reply goes out
-//! in, whichever list it stands in. What overflows goes back to the lists that it stands in. The
-//! bound is a quarter of the shorter list: more than in a list for both, since only what was
-//! received is the peer's, and no more than a quarter of its set is kept from it that way;
+//! takes from its own alone, as [`owned_list`](crate::shm::pool::owned_list) says. The magazine of
+//! a size holds slices of both: the slice in which a request came is still the one that the reply
+//! goes out in, whichever list it stands in. What overflows goes back to the lists that it stands
+//! in. The bound is a quarter of the shorter list: more than in a list for both, since only what
+//! was received is the peer's, and no more than a quarter of its set is kept from it that way;
 //! everything else that the peer misses is in messages that are read by one of the two, or wait to
 //! be.
 //!

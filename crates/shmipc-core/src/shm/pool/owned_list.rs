@@ -2,8 +2,8 @@
 //! The one side that takes slices from a list: a head with a single writer.
 //!
 //! Between two sides of this crate that have agreed on it, every size stands in the memory twice,
-//! once for each side ([`ListSets`](crate::shm::pool::format::ListSets)). A side takes slices only from its
-//! own lists. Whoever frees a slice gives it to the list that it stands in, as ever
+//! once for each side ([`ListSets`](crate::shm::pool::format::ListSets)). A side takes slices only
+//! from its own lists. Whoever frees a slice gives it to the list that it stands in, as ever
 //! ([`FreeList::give`]), so a list has two givers and one taker.
 //!
 //! # Why it needs no compare-and-swap, and cannot take a slice twice

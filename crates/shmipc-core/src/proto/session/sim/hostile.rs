@@ -155,7 +155,7 @@ impl Hostile {
         let version = self.side.proto.version_byte();
         let kind = input.byte().unwrap_or(0);
         let pipe = &self.link.pipes[self.peer];
-        if kind % 8 == 0 {
+        if kind.is_multiple_of(8) {
             pipe.write(&sync_event(version));
             return;
         }

@@ -409,7 +409,7 @@ impl Program {
 
     /// Every program has come to its end.
     pub(super) fn check_end(&self, sides: &[Rc<Side>; 2]) {
-        for handle in &self.handles {
+        if let Some(handle) = self.handles.first() {
             let (side, id) = (handle.side, handle.stream.id());
             let halves = [handle.writer.is_some(), handle.reader.is_some()];
             let (here, there) =
