@@ -435,6 +435,11 @@ impl Program {
         }
     }
 
+    /// Whether a side has begun to close the session.
+    pub(super) fn has_closed(&self, side: usize) -> bool {
+        self.at_close[side].is_some()
+    }
+
     /// A side begins to close the session.
     pub(super) fn note_close(&mut self, side: usize) {
         let own = self.directions.iter().filter(|((_, from), _)| *from == side);

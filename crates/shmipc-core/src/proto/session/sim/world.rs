@@ -158,7 +158,8 @@ impl World {
     }
 
     fn close(&mut self, side: usize) {
-        if self.closers[side].is_none() {
+        // What is sent while it closes is not waited for, so the first close counts.
+        if !self.program.has_closed(side) {
             self.program.note_close(side);
             self.closers[side] = Some(Closer::new(&self.sides[side], self.setup.close_timeout));
         }
