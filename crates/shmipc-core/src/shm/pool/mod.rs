@@ -21,7 +21,7 @@
 //! # A set of lists for each side
 //!
 //! When both sides are of this crate and have agreed on it, every size has two lists, and a side
-//! takes from its own alone, as [`owned_list`](crate::shm::pool::owned_list) says. The magazine of
+//! takes from its own alone, as [`owned_list`] says. The magazine of
 //! a size holds slices of both: the slice in which a request came is still the one that the reply
 //! goes out in, whichever list it stands in. What overflows goes back to the lists that it stands
 //! in. The bound is a quarter of the shorter list: more than in a list for both, since only what
