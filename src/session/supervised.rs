@@ -64,7 +64,7 @@ impl SessionInner {
             (Halves::None, _) if std::thread::panicking() => self.proto.reset_stream(self, stream),
             // How the handler ends that is running decides.
             (Halves::None, _) | (_, Half::Write) if self.supervision.ends.is_on() => {
-                if let Some(stream) = self.proto.find_stream(stream.id()) {
+                if let Some(stream) = self.proto.stream(stream.id()) {
                     self.supervision.ends.push(stream);
                 }
             }

@@ -68,7 +68,10 @@ impl SessionInner {
         if self.socket.is_hung_up.get() || (is_paused && self.socket.socket.is_hung_up()) {
             self.hang_up();
         }
-        self.proto.send_deferred_closes(self, now);
+        if self.proto.has_deferred_closes() {
+            // Of this moment: a peer's time to read must not begin with the pass.
+            self.proto.send_deferred_closes(self, Instant::now());
+        }
         self.proto.send_due_credit(self);
         self.wake_waiting(now);
         let sent = self.queues.must_look.get();

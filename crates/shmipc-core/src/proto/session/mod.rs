@@ -207,20 +207,15 @@ impl<D: Driver> RunningSession<D> {
         driver.push_event(event).map_err(|error| self.fail_memory(driver, error))
     }
 
-    /// The stream of this number.
+    /// The stream of this number, if it is open here.
     #[inline]
-    fn stream(&self, id: u32) -> Option<SharedStream<D>> {
+    pub fn stream(&self, id: u32) -> Option<SharedStream<D>> {
         self.streams.borrow().get(id).cloned()
     }
 
     /// The streams that are open here, in no order.
     pub fn all_streams(&self) -> Vec<SharedStream<D>> {
         self.streams.borrow().all()
-    }
-
-    /// The stream of this number, if it is open here.
-    pub fn find_stream(&self, id: u32) -> Option<SharedStream<D>> {
-        self.stream(id)
     }
 
     /// How many streams are open here.

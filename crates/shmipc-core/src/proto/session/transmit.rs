@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! How the peer learns of the end of a stream, or of one of its directions.
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::proto::session::RunningSession;
 use crate::proto::session::driver::{Counted, Driver};
 use crate::proto::session::stream::StreamEntry;
@@ -184,10 +184,5 @@ impl<D: Driver> RunningSession<D> {
         let close = Message::StreamClose { stream_id };
         close.encode(self.version_byte(), &mut message).expect("a message without paths");
         driver.send_message(&message);
-    }
-
-    /// The socket cannot take more of what this side has to say: the peer does not read it.
-    pub fn on_outbox_overfull(&self, driver: &D) {
-        self.fail(driver, Error::PeerNotReading);
     }
 }

@@ -312,7 +312,7 @@ impl World {
             return;
         }
         for to in receiver.proto.all_streams() {
-            let Some(of) = sender.proto.find_stream(to.id()) else { continue };
+            let Some(of) = sender.proto.stream(to.id()) else { continue };
             let owed = to.receiving.take();
             to.receiving.put_back(owed);
             let unread: u64 = to.inbound.borrow().occupied();
