@@ -396,7 +396,7 @@ impl Driver for Side {
     fn send_message(&self, message: &[u8]) {
         let outbox = &self.outbox;
         if outbox.kept.borrow().len() > KEEP_OF_OTHERS {
-            return self.proto.on_outbox_overfull(self);
+            return self.proto.fail(self, Error::PeerNotReading);
         }
         self.note_activity();
         if self.is_foreign && self.close_by_queue(message) {
